@@ -1,0 +1,234 @@
+"""The study's durable record: plain files in one directory, each written aside, fsynced and moved into place.
+
+    study.json               StudyRecord: settings and versions, written once
+    journal.log              Optuna's journal (search.py)
+    rounds/KEY/record.json   RoundRecord: one candidate on the selection split
+    rounds/KEY/weights.safetensors   its weights, bitmap-compressed (weights.py)
+    rounds/KEY/report.json   its metrics on the report split, once they are scored
+    trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
+    lock                     held by the driver that runs the study
+
+A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from raysearch.config import Action, Frozen, FrozenT, Metric, Study, TrialConfig
+
+
+class Provenance(Frozen):
+    """Where and with what a number was made."""
+
+    created_at: str
+    """UTC, ISO 8601."""
+    git_commit: str | None
+    versions: dict[str, str]
+    device: str
+    hostname: str
+
+
+class StudyRecord(Frozen):
+    study: Study
+    space: str
+    """Import name of the search space module; "prune" for a single trial without search."""
+    space_hash: str
+    """Hash of the distributions that the space samples from: an edited space is another study."""
+    root_key: str
+    """Key of the dense baseline's round record."""
+    provenance: Provenance
+
+
+class RoundRecord(Frozen):
+    """A candidate: the model after a round, its sizes, and its quality on the selection split."""
+
+    key: str
+    parent: str | None
+    """Key of the round before; None for the dense baseline."""
+    action: Action | None
+    """None for the dense baseline."""
+    depth: int
+    """Rounds since the dense baseline, which has 0."""
+    num_parameters: int
+    """All parameters; tied weights count once."""
+    num_prunable: int
+    num_nonzero: int
+    """Non-zero parameters among all of them."""
+    sparsity: float
+    """Zeros among the prunable weights."""
+    model_sparsity: float
+    """Zeros among all parameters."""
+    layer_sparsity: dict[str, float]
+    """Sparsity of each prunable tensor."""
+    stored_bytes: int
+    """Tensor bytes of the compressed export: bitmap and non-zero values where that is smaller, else dense."""
+    resident_bytes: int
+    """Tensor bytes of the dense export, which transformers keeps in memory when it serves the model."""
+    metrics: dict[str, Metric]
+    """On the selection split, by "task/metric"."""
+    train_loss: float | None
+    """Mean loss of the last tenth of the fine-tuning steps, nats per token; None without fine-tuning."""
+    prune_s: float
+    finetune_s: float
+    evaluate_s: float
+    weights_sha256: str | None
+    provenance: Provenance
+
+
+class TrialRecord(Frozen):
+    """What a trial was asked and what became of it."""
+
+    number: int
+    config: TrialConfig
+    actions: tuple[Action, ...]
+    """Resolved before the trial ran."""
+    keys: tuple[str, ...] = ()
+    """Candidates finished so far, in order."""
+    status: Literal["running", "done", "stopped", "failed"] = "running"
+    reason: str | None = None
+    """Why it stopped or failed, in one sentence."""
+    traceback: str | None = None
+    log_path: str | None = None
+    started_at: str
+    ended_at: str | None = None
+    seconds: float = 0.0
+
+
+def hash_json(value: object) -> str:
+    """First 16 hex digits of the sha256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def round_key(parent_key: str, action: Action) -> str:
+    """key(round) = hash(key(parent), canonical action); the root's key already covers model, data and settings."""
+    return hash_json([parent_key, action.model_dump()])
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes aside, fsyncs and moves: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            json.dump(value, file, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        aside.chmod(0o755)
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class Ledger:
+    """Reads and writes one study directory."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory).resolve()
+
+    @classmethod
+    def open(cls, directory: str | Path) -> "Ledger":
+        """A ledger that must already hold a study; ValueError otherwise."""
+        ledger = cls(directory)
+        if not ledger.directory.is_dir():
+            raise ValueError(f"{directory}: no such study directory; give the --out of a `raysearch sweep`")
+        if not (ledger.directory / "study.json").is_file():
+            raise ValueError(f"{directory}: holds no study (study.json is missing); give the --out of a "
+                             "`raysearch sweep`")
+        ledger.study()
+        return ledger
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the one driver that may write; a second driver is refused with the name of the first."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with open(self.directory / "lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise ValueError(f"{self.directory}: another driver runs this study ({file.read().strip()}); wait for "
+                                 "it, or stop it first") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+            file.truncate(0)
+
+    def study(self) -> StudyRecord:
+        return self._read(self.directory / "study.json", StudyRecord)
+
+    def write_study(self, record: StudyRecord) -> None:
+        write_json(self.directory / "study.json", record.model_dump(mode="json"))
+
+    def round_directory(self, key: str) -> Path:
+        return self.directory / "rounds" / key
+
+    def round(self, key: str) -> RoundRecord | None:
+        path = self.round_directory(key) / "record.json"
+        return self._read(path, RoundRecord) if path.is_file() else None
+
+    def rounds(self) -> dict[str, RoundRecord]:
+        """All candidates by key, the dense baseline included."""
+        paths = sorted((self.directory / "rounds").glob("[!.]*/record.json"))
+        return {path.parent.name: self._read(path, RoundRecord) for path in paths}
+
+    def report_metrics(self, key: str) -> dict[str, Metric] | None:
+        """Metrics on the report split, or None while they are not scored."""
+        path = self.round_directory(key) / "report.json"
+        if not path.is_file():
+            return None
+        return {name: Metric.model_validate(value) for name, value in json.loads(path.read_text()).items()}
+
+    def write_report_metrics(self, key: str, metrics: dict[str, Metric]) -> None:
+        values = {name: metric.model_dump(mode="json") for name, metric in metrics.items()}
+        write_json(self.round_directory(key) / "report.json", values)
+
+    def trials(self) -> list[TrialRecord]:
+        paths = (self.directory / "trials").glob("[0-9]*.json")
+        return sorted((self._read(path, TrialRecord) for path in paths), key=lambda trial: trial.number)
+
+    def write_trial(self, trial: TrialRecord) -> None:
+        write_json(self.directory / "trials" / f"{trial.number:05d}.json", trial.model_dump(mode="json"))
+
+    @staticmethod
+    def _read(path: Path, cls: type[FrozenT]) -> FrozenT:
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be read ({error.strerror}); is this a study directory?") from error
+        except ValidationError as error:
+            raise ValueError(f"{path}: not a {cls.__name__} of this version of raysearch "
+                             f"({error.errors()[0]['msg']}); it was damaged or made by another version") from error
