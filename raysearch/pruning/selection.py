@@ -1,0 +1,258 @@
+"""Which weights to prune: exact selection of the lowest scores over shards, without gathering them.
+
+    piece            [num] contiguous scores of (a part of) one parameter on this rank: fp32, or bf16/fp16, upcast here
+    pieces           in (parameter, flat index) order; within a parameter lower ranks hold lower flat indices,
+                     which is how ZeRO 1, 2 and 3 cut; a rank without weights passes an empty piece on its device
+    parameter_index  the parameter that each piece belongs to, numbered alike on all ranks
+    mask             bool, True = keep, one per piece, in the shape of the piece
+    all_reduce       int64 tensor -> its sum over ranks (may work in place)
+
+A score's sign bit is ignored: raw weights are their own magnitude scores, so |w| is never stored. The magnitude's 31
+bits as an integer are in the order of the floats, hence two histograms (top 16 bits, then the low 15 bits inside the
+selected bin) find the k-th smallest exactly, denormals and infinities included. Pruned weights score 0 and come
+first again: a mask for a higher sparsity never revives one.
+"""
+
+import math
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+AllReduce = Callable[[Tensor], Tensor]
+
+_LOW_BITS = 15
+_NUM_TOP_BINS = 1 << 16
+_NUM_LOW_BINS = 1 << _LOW_BITS
+_MAGNITUDE = 0x7FFFFFFF  # everything but the sign
+_INFINITY = 0x7F800000  # larger magnitudes are NaN
+_CHUNK_CPU = 1 << 18  # 1 MB of bits stays in the L2 cache: 1.5 times faster than 2^22 (2026-11-23, 2 vCPU)
+_CHUNK_CUDA = 1 << 24  # 64 MB of bits: bincount waits for the device once per chunk, 57 times for 950 M weights
+
+
+class Cut(NamedTuple):
+    """The k lowest magnitudes: all `num_below` the threshold, and `num_ties_to_prune` of the `num_ties` equal to it."""
+
+    threshold: float  # exactly the fp32 value of the k-th smallest magnitude
+    num_below: int
+    num_ties: int
+    num_ties_to_prune: int
+
+
+def one_process(counts: Tensor) -> Tensor:
+    """The all_reduce of a single rank."""
+    return counts
+
+
+def num_to_prune(sparsity: float, num_weights: int) -> int:
+    """sparsity * num_weights, halves rounded up, in exact decimal arithmetic (0.29 of 50 is 14.5, hence 15)."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be between 0 and 1, got {sparsity:g}")
+    return math.floor(Fraction(repr(float(sparsity))) * num_weights + Fraction(1, 2))
+
+
+def kth_smallest(pieces: Sequence[Tensor], k: int, all_reduce: AllReduce = one_process) -> Cut:
+    """Exact cut after the k lowest magnitudes of all ranks' pieces, 0 <= k <= number of weights.
+
+    Moves 0.75 MB per rank and holds one chunk beside the pieces. Every rank gets the same Cut, or the same ValueError:
+    k out of range, NaN scores, or pieces that are not flat.
+    """
+    device = _check_pieces(pieces)
+    tops = torch.zeros(_NUM_TOP_BINS, dtype=torch.int64, device=device)
+    for bits in _magnitude_bits(pieces):
+        tops += torch.bincount(bits >> _LOW_BITS, minlength=_NUM_TOP_BINS)
+    tops = all_reduce(tops).cpu()
+    _refuse_nan(tops, pieces, all_reduce)
+    num_weights = int(tops.sum())
+    if not 0 <= k <= num_weights:
+        raise ValueError(f"the number of weights to prune must be between 0 and {num_weights}, got {k}")
+    top, num_below_top = _locate(tops, k)
+    lows = torch.zeros(_NUM_LOW_BINS, dtype=torch.int64, device=device)
+    for bits in _magnitude_bits(pieces):
+        inside = bits[bits >> _LOW_BITS == top]
+        lows += torch.bincount(inside & (_NUM_LOW_BINS - 1), minlength=_NUM_LOW_BINS)
+    lows = all_reduce(lows).cpu()
+    low, num_below_low = _locate(lows, k - num_below_top)
+    num_below = num_below_top + num_below_low
+    return Cut(_from_bits(top << _LOW_BITS | low), num_below, int(lows[low]), k - num_below)
+
+
+def keep_masks(
+    pieces: Sequence[Tensor],
+    parameter_index: Sequence[int],
+    num_prune: int,
+    *,
+    all_reduce: AllReduce = one_process,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Tensor]:
+    """Masks with exactly `num_prune` False over all ranks: the lowest magnitudes of all the pieces together.
+
+    Ties at the threshold are pruned in (parameter, flat index) order, found by an exclusive scan of the tie counts over
+    (parameter, rank), so the joined mask is the same for every world size. Scope `global` is one call with all
+    parameters, scope `layer` one call per parameter (on every rank, with an empty piece where a rank holds nothing).
+    Takes at most 1 byte per weight for the masks and one chunk. Raises as `kth_smallest`.
+    """
+    if len(pieces) != len(parameter_index) or list(parameter_index) != sorted(parameter_index):
+        raise ValueError(f"parameter_index must name each piece's parameter in order, got {list(parameter_index)}")
+    cut = kth_smallest(pieces, num_prune, all_reduce)
+    threshold = _to_bits(cut.threshold)
+    if cut.num_ties_to_prune in (0, cut.num_ties):
+        return [_mask(piece, threshold, piece.numel() if cut.num_ties_to_prune else 0) for piece in pieces]
+    num_ties = _tie_counts(pieces, threshold)
+    offsets = _tie_offsets(num_ties, parameter_index, all_reduce, rank, world_size, _device(pieces))
+    masks = []
+    for piece, num, offset in zip(pieces, num_ties, offsets, strict=True):
+        num_pruned = min(max(cut.num_ties_to_prune - offset, 0), num)
+        masks.append(_mask(piece, threshold, _end_of_ties(piece, threshold, num_pruned)))
+    return masks
+
+
+def threshold_masks(pieces: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
+    """Keep |w| >= threshold, one per piece (Han et al. 2015: prune |w| < tau). NaN is kept, for all to see."""
+    _check_pieces(pieces)
+    masks = []
+    for piece, threshold in zip(pieces, thresholds, strict=True):
+        if not 0 <= threshold < math.inf:
+            raise ValueError(f"threshold must be finite and at least 0, got {threshold:g}")
+        masks.append(_mask(piece, _to_bits_rounded_up(threshold), 0))
+    return masks
+
+
+def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
+    """Mask [num_rows, num_columns] of a whole matrix of scores with exactly `num_prune_per_row` False in every row.
+
+    Rows are outputs; ties in a row go by column index. Raises ValueError for NaN and for a number that a row has not.
+    """
+    num_rows, num_columns = scores.shape
+    if not 0 <= num_prune_per_row <= num_columns:
+        raise ValueError(f"the number of weights to prune per row must be 0 to {num_columns}, got {num_prune_per_row}")
+    if scores.isnan().any():
+        raise ValueError("scores must be numbers, got NaN")
+    mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=scores.device)
+    if num_prune_per_row == 0:
+        return mask
+    chunk = _CHUNK_CUDA if scores.is_cuda else _CHUNK_CPU
+    num_rows_at_once = max(1, chunk // num_columns)
+    for start in range(0, num_rows, num_rows_at_once):
+        rows = slice(start, start + num_rows_at_once)
+        magnitudes = scores[rows].abs()
+        thresholds = magnitudes.kthvalue(num_prune_per_row, dim=1, keepdim=True).values  # [rows, 1]
+        below, ties = magnitudes < thresholds, magnitudes == thresholds
+        num_ties_to_prune = num_prune_per_row - below.sum(1, keepdim=True)
+        below |= ties & (ties.cumsum(1, dtype=torch.int32) <= num_ties_to_prune)
+        torch.logical_not(below, out=mask[rows])
+    return mask
+
+
+def _check_pieces(pieces: Sequence[Tensor]) -> torch.device:
+    for piece in pieces:
+        if piece.dim() != 1 or not piece.is_contiguous():
+            raise ValueError(f"a piece must be 1-D and contiguous, got shape {list(piece.shape)}")
+        if piece.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"a piece must be fp32, bf16 or fp16, got {piece.dtype}")
+    return _device(pieces)
+
+
+def _device(pieces: Sequence[Tensor]) -> torch.device:
+    return pieces[0].device if pieces else torch.device("cpu")
+
+
+def _refuse_nan(tops: Tensor, pieces: Sequence[Tensor], all_reduce: AllReduce) -> None:
+    """NaN has no place in the order. The top bin of infinity holds a few NaN patterns too: look closer there."""
+    num_nan = int(tops[(_INFINITY >> _LOW_BITS) + 1 :].sum())
+    if not num_nan and tops[_INFINITY >> _LOW_BITS]:
+        count = torch.zeros(1, dtype=torch.int64, device=_device(pieces))
+        for bits in _magnitude_bits(pieces):
+            count += (bits > _INFINITY).sum()
+        num_nan = int(all_reduce(count))
+    if num_nan:
+        raise ValueError(f"scores must be numbers, got {num_nan} NaN")
+
+
+def _magnitude_bits(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The pieces' magnitudes as int32 in the order of the floats, a chunk at a time."""
+    for piece in pieces:
+        num = _CHUNK_CUDA if piece.is_cuda else _CHUNK_CPU
+        for start in range(0, piece.numel(), num):
+            yield piece.detach()[start : start + num].float().view(torch.int32) & _MAGNITUDE
+
+
+def _locate(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bin that holds the k-th smallest (1-based; 0 gives the first bin), and how many are in the bins below it."""
+    cumulative = counts.cumsum(0)
+    index = int(torch.searchsorted(cumulative, k))
+    return index, int(cumulative[index] - counts[index])
+
+
+def _mask(piece: Tensor, threshold: int, end_of_ties: int) -> Tensor:
+    """Keep magnitudes above the threshold, and those equal to it from index `end_of_ties` on."""
+    mask = torch.empty(piece.shape, dtype=torch.bool, device=piece.device)
+    for part, compare in ((slice(None, end_of_ties), torch.gt), (slice(end_of_ties, None), torch.ge)):
+        offset = part.start or 0
+        for bits in _magnitude_bits([piece[part]]):
+            compare(bits, threshold, out=mask[offset : offset + bits.numel()])
+            offset += bits.numel()
+    return mask
+
+
+def _tie_counts(pieces: Sequence[Tensor], threshold: int) -> list[int]:
+    counts = torch.zeros(len(pieces), dtype=torch.int64, device=_device(pieces))
+    for index, piece in enumerate(pieces):
+        for bits in _magnitude_bits([piece]):
+            counts[index] += (bits == threshold).sum()
+    return [int(count) for count in counts.tolist()]
+
+
+def _tie_offsets(
+    num_ties: Sequence[int],
+    parameter_index: Sequence[int],
+    all_reduce: AllReduce,
+    rank: int,
+    world_size: int,
+    device: torch.device,
+) -> list[int]:
+    """How many ties come before each piece of this rank, in (parameter, rank, piece) order."""
+    num_parameters = torch.zeros(world_size, dtype=torch.int64, device=device)
+    num_parameters[rank] = max(parameter_index, default=-1) + 1
+    table = torch.zeros(int(all_reduce(num_parameters).max()), world_size, dtype=torch.int64)  # [parameter, rank]
+    for parameter, num in zip(parameter_index, num_ties, strict=True):
+        table[parameter, rank] += num
+    table = all_reduce(table.to(device)).cpu()
+    before = (table.flatten().cumsum(0) - table.flatten()).view_as(table)
+    offsets = []
+    for parameter, num in zip(parameter_index, num_ties, strict=True):
+        offsets.append(int(before[parameter, rank]))
+        before[parameter, rank] += num
+    return offsets
+
+
+def _end_of_ties(piece: Tensor, threshold: int, num_ties: int) -> int:
+    """The index just behind the first `num_ties` ties of the piece."""
+    offset = 0
+    for bits in _magnitude_bits([piece]) if num_ties else ():
+        ties = (bits == threshold).nonzero()
+        if len(ties) >= num_ties:
+            return offset + int(ties[num_ties - 1]) + 1
+        num_ties -= len(ties)
+        offset += bits.numel()
+    return offset
+
+
+def _to_bits(magnitude: float) -> int:
+    return int(struct.unpack("<I", struct.pack("<f", magnitude))[0])
+
+
+def _from_bits(bits: int) -> float:
+    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
+
+
+def _to_bits_rounded_up(threshold: float) -> int:
+    """Bits of the smallest fp32 that is not below `threshold`."""
+    if threshold > _from_bits(_INFINITY - 1):
+        return _INFINITY
+    bits = _to_bits(threshold)
+    return bits if _from_bits(bits) >= threshold else bits + 1
