@@ -128,8 +128,9 @@ class Study(Frozen):
 
     model: str
     """Folder of a Hugging Face causal language model, with its tokenizer."""
-    corpus: str = "builtin"
-    """Fine-tuning text: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face dataset name."""
+    corpus: str | None = "builtin"
+    """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
+    dataset name; None where nothing is fine-tuned."""
     tasks: tuple[str, ...] = ("text", "last_word", "choice")
     """Evaluation tasks; text, last_word and choice are made from the corpus's held-out documents."""
     data_dir: str | None = None
@@ -165,7 +166,7 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         higher_is_better(self.objective)
-        if self.objective.partition("/")[0] not in self.tasks:
+        if self.tasks and self.objective.partition("/")[0] not in self.tasks:
             raise ValueError(f"objective must be a metric of one of the tasks {', '.join(self.tasks)}, "
                              f"got {self.objective!r}")
         per_step = self.context_tokens * self.num_ranks

@@ -1,0 +1,88 @@
+"""Everything that outlives rounds and trials on one rank: the engine, the base weights, the text, the evaluation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from raysearch.config import Metric, Study
+from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
+from raysearch.engine import Engine
+from raysearch.evaluation import evaluate, heldout_tasks, named_tasks
+from raysearch.evaluation.scorer import Scorer
+from raysearch.ledger import Ledger, hash_json
+from raysearch.model import context_limit, fingerprint, load_model, load_tokenizer
+
+HELDOUT_TASKS = ("text", "last_word", "choice")
+# what changes no number of a candidate: where things lie, and how many run at once on what
+NOT_IN_KEY = {"model", "corpus", "data_dir", "objective", "size", "num_trials", "max_concurrent", "time_budget_s",
+              "zero_stage", "num_ranks", "gpus_per_rank", "cpus_per_rank"}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a study reads, resolved once by the driver and checked on every rank."""
+
+    root_key: str
+    """Key of the dense baseline: a hash of all that is fixed and can change a number, and of nothing else."""
+    num_train_tokens: int
+    heldout: Mapping[str, Sequence[str]]
+    """Split ("selection", "report") -> documents; empty without a corpus."""
+    blocks: Blocks | None
+    """Packed training text; None without a corpus."""
+
+
+def read_inputs(study: Study) -> Inputs:
+    """Reads and packs the corpus and hashes what determines the results; ValueError of one sentence for bad input."""
+    model_hash = fingerprint(study.model)
+    tokenizer = load_tokenizer(study.model)
+    limit = context_limit(study.model)
+    if limit is not None and study.context_tokens > limit:
+        raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.context_tokens}")
+    blocks, heldout, corpus_hash = None, {}, None
+    if study.corpus is not None:
+        documents = split_documents(load_documents(study.corpus))
+        heldout = {split: documents[split] for split in ("selection", "report")}
+        blocks = pack(study.corpus, tokenizer, study.context_tokens, "train")
+        corpus_hash = hash_json([blocks.fingerprint, heldout])
+    if missing := [task for task in study.tasks if task in HELDOUT_TASKS and not heldout.get("report")]:
+        raise ValueError(f"tasks {', '.join(missing)} are made from the corpus's held-out documents, but corpus is None; "
+                         "give a corpus or other tasks")
+    key = hash_json([study.model_dump(exclude=NOT_IN_KEY, mode="json"), model_hash, corpus_hash])
+    return Inputs(key, blocks.num_tokens if blocks else 0, heldout, blocks)
+
+
+class Bench:
+    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order."""
+
+    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
+        """`base`: the dense model's weights by parameter name on the CPU; read from the model's folder when None."""
+        self.study, self.ledger, self.inputs = study, ledger, inputs
+        self.base = base if base is not None else base_weights(study.model)
+        self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
+                             batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
+                             weight_decay=study.weight_decay)
+        tokenizer = load_tokenizer(study.model)
+        self.vocab_size = int(self.engine.model.config.vocab_size)
+        check_tokenizer(tokenizer, self.vocab_size)
+        self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
+                             gather=self.engine.gather_objects, lockstep=study.zero_stage == 3)
+        own = [task for task in study.tasks if task in HELDOUT_TASKS]
+        named = [task for task in study.tasks if task not in HELDOUT_TASKS]
+        self.tasks = {
+            split: heldout_tasks(inputs.heldout.get(split, ()), own, limit=study.eval_items, seed=study.seed)
+            + named_tasks(named, data_dir=study.data_dir, split=split, limit=study.eval_items)
+            for split in ("selection", "report")
+        }
+        self.loaded_key: str | None = None
+        """The candidate whose weights the engine holds now; None while they are being changed."""
+
+    def evaluate(self, split: str) -> dict[str, Metric]:
+        """Metrics by "task/metric" of the engine's current weights, on "selection" or "report"."""
+        self.engine.model.eval()
+        return evaluate(self.scorer, self.tasks[split]).metrics if self.tasks[split] else {}
+
+
+def base_weights(model: str) -> dict[str, Tensor]:
+    """The dense model's weights by parameter name, as they are stored."""
+    return {name: parameter.detach() for name, parameter in load_model(model).named_parameters()}

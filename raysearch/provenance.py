@@ -1,0 +1,53 @@
+"""Where and with what a number was made: time, device, versions, commit."""
+
+import datetime
+import functools
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from raysearch import __version__
+from raysearch.ledger import Provenance
+
+PACKAGES = ("torch", "transformers", "deepspeed", "ray", "optuna", "lm_eval", "datasets")
+
+
+def utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def provenance(device: str) -> Provenance:
+    """`device` is torch's name of it: "cpu", "cuda:0"."""
+    return Provenance(created_at=utc_now(), git_commit=git_commit(), versions=versions(), device=device_name(device),
+                      hostname=platform.node())
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    return {"raysearch-llm": __version__, "python": platform.python_version(),
+            **{package: metadata.version(package) for package in PACKAGES}}
+
+
+@functools.cache
+def git_commit() -> str | None:
+    """The commit of the checkout that this code runs from, or None where it is installed elsewhere."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """The accelerator's own name, or the processor's and the number of threads that torch uses."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"

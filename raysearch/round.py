@@ -1,0 +1,272 @@
+"""A round is a pure function: round(parent candidate, action) -> candidate, found in the store or computed.
+
+A round starts from its parent's weights with a fresh optimizer and its own span of the data, so nothing else can
+influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
+"""
+
+import math
+import time
+import traceback
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from raysearch.bench import Bench
+from raysearch.config import Action, Metric, Study, TrialConfig
+from raysearch.data import Blocks
+from raysearch.engine import Engine
+from raysearch.ledger import RoundRecord, TrialRecord, new_directory, round_key, write_json
+from raysearch.provenance import provenance, utc_now
+from raysearch.pruning.criteria import moments, std_threshold
+from raysearch.pruning.schedule import resolve_schedule
+from raysearch.pruning.selection import keep_masks, num_to_prune, row_masks, threshold_masks
+from raysearch.weights import read_weights, stored_bytes, write_weights
+
+EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+LOSS_CHECK_STEPS = 50
+
+
+class Diverged(Exception):
+    """The candidate is worthless: a loss that is not finite, or quality no better than a uniform guess."""
+
+
+def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:
+    """The trial as a list of rounds; configurations that do the same thing give equal lists.
+
+    `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
+    """
+    epoch_tokens = min(study.epoch_tokens or num_train_tokens, num_train_tokens)
+    num_steps = round(config.finetune_epochs * epoch_tokens / study.batch_tokens)
+    if config.finetune_epochs and not num_steps:
+        raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.batch_tokens} tokens, got "
+                         f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
+    if config.l1_lambda and not num_steps:
+        raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
+                         f"{config.l1_lambda:g} and finetune_epochs 0")
+    if config.threshold is not None:
+        num_rounds = config.num_rounds or 1
+        if config.schedule == "one_shot" and num_rounds > 1:
+            raise ValueError(f"num_rounds with schedule one_shot must be 1, got {num_rounds}; linear raises the "
+                             "threshold over the rounds")
+        cuts = [{"threshold": round(config.threshold * k / num_rounds, 12)} for k in range(1, num_rounds + 1)]
+    else:
+        cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
+            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
+            num_rounds=config.num_rounds, rate=config.rate)]
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
+    if num_steps:
+        fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.seed}
+    tokens = num_steps * study.batch_tokens
+    return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
+                 for index, cut in enumerate(cuts))
+
+
+def run_trial(bench: Bench, trial: TrialRecord) -> Iterator[TrialRecord]:
+    """Runs the trial's actions; yields its record, already written, after every round and at the end.
+
+    A diverged trial ends as failed. Any other error is recorded as failed and raised: the gang may be out of step.
+    """
+    started = time.perf_counter()
+
+    def update(**changes: object) -> TrialRecord:
+        nonlocal trial
+        trial = trial.model_copy(update={**changes, "seconds": round(time.perf_counter() - started, 3)})
+        if bench.engine.rank == 0:
+            bench.ledger.write_trial(trial)
+        return trial
+
+    update(status="running", keys=(), reason=None, traceback=None, ended_at=None, started_at=utc_now())
+    try:
+        candidate = dense_round(bench)
+        for action in trial.actions:
+            candidate = run_round(bench, candidate, action)
+            yield update(keys=(*trial.keys, candidate.key))
+        yield update(status="done", ended_at=utc_now())
+    except Diverged as error:
+        yield update(status="failed", reason=f"round {len(trial.keys) + 1}: {error}", ended_at=utc_now())
+    except Exception as error:
+        update(status="failed", reason=f"round {len(trial.keys) + 1}: {type(error).__name__}: {error}",
+               traceback=traceback.format_exc(), ended_at=utc_now())
+        raise
+
+
+def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
+    """The candidate after `action` on `parent`: from the store when it is there, else computed and stored.
+
+    Raises Diverged, and then stores nothing.
+    """
+    key = round_key(parent.key, action)
+    if (done := stored_round(bench, key)) is not None:
+        return done
+    load_candidate(bench, parent)
+    bench.loaded_key = None
+    times = [time.perf_counter()]
+    bench.engine.prune(select(bench.engine, action))
+    times.append(time.perf_counter())
+    train_loss = finetune(bench, action)
+    times.append(time.perf_counter())
+    metrics = bench.evaluate("selection")
+    check_quality(metrics, bench.vocab_size)
+    times.append(time.perf_counter())
+    bench.loaded_key = key
+    return store_round(bench, key, parent, action, metrics, train_loss, times)
+
+
+def dense_round(bench: Bench) -> RoundRecord:
+    """The dense baseline: the root of every trial."""
+    key = bench.inputs.root_key
+    if (done := stored_round(bench, key)) is not None:
+        return done
+    bench.engine.load(bench.base)
+    bench.loaded_key = key
+    started = time.perf_counter()
+    metrics = bench.evaluate("selection")
+    check_quality(metrics, bench.vocab_size)
+    return store_round(bench, key, None, None, metrics, None, [started] * 3 + [time.perf_counter()])
+
+
+def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
+    """The candidate's metrics on the report split, which no decision of the search has seen."""
+    metrics = bench.engine.from_rank_0(lambda: bench.ledger.report_metrics(record.key))
+    if metrics is None:
+        load_candidate(bench, record)
+        metrics = bench.evaluate("report")
+        bench.engine.from_rank_0(lambda: bench.ledger.write_report_metrics(record.key, metrics))
+    return metrics
+
+
+# ---- the steps of a round ----
+
+
+def load_candidate(bench: Bench, record: RoundRecord) -> None:
+    """Brings the engine to the candidate's weights, unless it holds them already."""
+    if bench.loaded_key == record.key:
+        return
+    bench.loaded_key = None
+    if record.action is None:
+        bench.engine.load(bench.base)
+    else:
+        path = bench.ledger.round_directory(record.key) / "weights.safetensors"
+        bench.engine.load(read_weights(path, record.weights_sha256))
+    bench.loaded_key = record.key
+
+
+def select(engine: Engine, action: Action) -> list[Tensor]:
+    """Keep masks [n] for the engine's prunable pieces, by the action's threshold, or by its sparsity and scope."""
+    pieces = engine.prunable_pieces
+    own = {p.name: [piece for piece in pieces if piece.name == p.name] for p in engine.prunables}
+    if action.threshold is not None:
+        cut = {name: action.threshold for name in own}
+        if action.threshold_unit == "std":
+            for name, shards in own.items():
+                sums = engine.all_reduce(moments([piece.values for piece in shards]).to(engine.device))
+                cut[name] = std_threshold(action.threshold, *sums.tolist())
+        return threshold_masks([piece.values for piece in pieces], [cut[piece.name] for piece in pieces])
+    assert action.sparsity is not None
+    rank, world_size = engine.shard_rank
+    if action.scope == "global":
+        num_prune = num_to_prune(action.sparsity, sum(math.prod(p.shape) for p in engine.prunables))
+        return keep_masks([piece.values for piece in pieces], [piece.index for piece in pieces], num_prune,
+                          all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
+    keep: dict[str, Tensor] = {}
+    for prunable in engine.prunables:
+        shards = [piece.values for piece in own[prunable.name]]
+        if action.scope == "layer":
+            num_prune = num_to_prune(action.sparsity, math.prod(prunable.shape))
+            (keep[prunable.name],) = keep_masks(shards or [torch.empty(0, device=engine.device)], [0], num_prune,
+                                                all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
+        else:
+            whole = engine.full(prunable.name)
+            rows = whole.T if prunable.transposed else whole  # [outputs, inputs]
+            mask = row_masks(rows, num_to_prune(action.sparsity, rows.shape[1]))
+            flat = (mask.T if prunable.transposed else mask).reshape(-1)
+            for piece in own[prunable.name]:
+                keep[prunable.name] = flat[piece.start:piece.start + piece.values.numel()]
+    return [keep[piece.name] for piece in pieces]
+
+
+def finetune(bench: Bench, action: Action) -> float | None:
+    """Trains the surviving weights on the action's span of the data; the mean loss of the last tenth of the steps."""
+    if not action.finetune_tokens:
+        return None
+    study, engine = bench.study, bench.engine
+    assert bench.inputs.blocks is not None
+    num_steps = action.finetune_tokens // study.batch_tokens
+    first = action.data_start_tokens // study.context_tokens + engine.rank * engine.sequences_per_rank
+    losses: list[Tensor] = []
+    engine.restart(action.l1_lambda)
+    for step in range(num_steps):
+        start = first + step * engine.sequences_per_rank * engine.world_size
+        tokens = next_sequences(bench.inputs.blocks, start, engine.sequences_per_rank, action.seed)
+        rate = learning_rate_at(step, num_steps, action.learning_rate, study.warmup_fraction)
+        losses.append(engine.train_step(tokens, rate))
+        if step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1 or step == num_steps - 1:
+            tail = engine.mean(torch.stack(losses[-max(1, num_steps // 10):]).mean())
+            if not math.isfinite(tail):
+                raise Diverged(f"the training loss became {tail} within {step + 1} of {num_steps} steps at learning rate "
+                               f"{action.learning_rate:g}")
+    return tail
+
+
+def next_sequences(blocks: Blocks, start: int, num_sequences: int, seed: int) -> Tensor:
+    """[num_sequences, context] from the endless stream of shuffled epochs, `start` sequences after its beginning."""
+    num_blocks = len(blocks.tokens)
+    positions = range(start, start + num_sequences)
+    return blocks.batch([int(blocks.order(seed, p // num_blocks)[p % num_blocks]) for p in positions])
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, warmup_fraction: float) -> float:
+    """Linear warm-up, then a half cosine down to a tenth of the peak."""
+    num_warmup = round(num_steps * warmup_fraction)
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def check_quality(metrics: dict[str, Metric], vocab_size: int) -> None:
+    """Raises Diverged for numbers that are not finite and for a token perplexity that a uniform guess reaches."""
+    for name, metric in metrics.items():
+        if not math.isfinite(metric.value):
+            raise Diverged(f"{name} is {metric.value}")
+    perplexity = metrics.get("text/token_perplexity")
+    if perplexity is not None and perplexity.value >= vocab_size:
+        raise Diverged(f"quality at chance: token perplexity {perplexity.value:.0f} is not below {vocab_size}, the size "
+                       "of the vocabulary, which a uniform guess reaches")
+
+
+def stored_round(bench: Bench, key: str) -> RoundRecord | None:
+    """The record of a finished round; rank 0 looks, so that all ranks decide alike."""
+    return bench.engine.from_rank_0(lambda: bench.ledger.round(key))
+
+
+def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, metrics: dict[str, Metric],
+                train_loss: float | None, times: list[float]) -> RoundRecord:
+    """Counts the engine's weights and writes the round's folder, weights and record together."""
+    engine = bench.engine
+    nonzero = engine.nonzero_counts()
+    weights = {name: engine.full(name).cpu() for name in engine.shapes} if action else {}
+    total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+    prunable = {p.name for p in engine.prunables}
+    num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
+    itemsize = EXPORT_ITEMSIZE[bench.study.dtype]
+
+    def write() -> RoundRecord:
+        with new_directory(bench.ledger.round_directory(key)) as folder:
+            sha256 = write_weights(folder / "weights.safetensors", weights, prunable) if action else None
+            record = RoundRecord(
+                key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
+                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=sum(nonzero.values()),
+                sparsity=1 - sum(nonzero[name] for name in prunable) / num_prunable,
+                model_sparsity=1 - sum(nonzero.values()) / num_parameters,
+                layer_sparsity={name: 1 - nonzero[name] / total[name] for name in total if name in prunable},
+                stored_bytes=sum(stored_bytes(total[name], nonzero[name], itemsize) if name in prunable
+                                 else total[name] * itemsize for name in total),
+                resident_bytes=num_parameters * itemsize, metrics=metrics, train_loss=train_loss,
+                prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[3] - times[2],
+                weights_sha256=sha256, provenance=provenance(str(engine.device)))
+            write_json(folder / "record.json", record.model_dump(mode="json"))
+        return record
+
+    return engine.from_rank_0(write)

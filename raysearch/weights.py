@@ -1,0 +1,68 @@
+"""Weights on disk: safetensors in which a sparse tensor is a bitmap and its non-zero values.
+
+A tensor of n weights with z non-zero ones takes ceil(n / 8) + z * itemsize bytes instead of n * itemsize, less than
+dense above 1 / (8 * itemsize) sparsity (6.25 % in 16 bits, 3.125 % in 32). Where dense is smaller it is stored dense.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raysearch.ledger import file_sha256
+
+FORMAT = "raysearch-bitmap-1"
+
+
+def stored_bytes(num_weights: int, num_nonzero: int, itemsize: int) -> int:
+    """Bytes of one tensor as `write_weights` stores it, the file's header left out."""
+    return min(num_weights * itemsize, (num_weights + 7) // 8 + num_nonzero * itemsize)
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[str]) -> str:
+    """Writes `tensors` to `path`, those named in `sparse` as bitmap and values, and returns the file's sha256."""
+    out: dict[str, Tensor] = {}
+    shapes: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        flat = tensor.detach().cpu().reshape(-1)
+        keep = flat != 0
+        num_nonzero = int(keep.sum())
+        if name in sparse and stored_bytes(flat.numel(), num_nonzero, flat.itemsize) < flat.numel() * flat.itemsize:
+            out[f"{name}.bitmap"] = torch.from_numpy(np.packbits(keep.numpy(), bitorder="little"))
+            out[f"{name}.values"] = flat[keep]
+            shapes[name] = list(tensor.shape)
+        else:
+            out[name] = tensor.detach().cpu().contiguous()
+    save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+    return file_sha256(path)
+
+
+def read_weights(path: Path, sha256: str | None) -> dict[str, Tensor]:
+    """The dense tensors of a file of `write_weights`; ValueError when it is damaged or its checksum differs."""
+    try:
+        actual = file_sha256(path)
+        if sha256 is not None and actual != sha256:
+            raise ValueError(f"{path}: checksum {actual[:12]} differs from the recorded {sha256[:12]}, so the file "
+                             "was damaged after it was written; delete its folder to compute the round again")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: its format must be {FORMAT}, got {metadata.get('format')}")
+    tensors = {}
+    for name, shape in json.loads(metadata["shapes"]).items():
+        bits = stored.pop(f"{name}.bitmap").numpy()
+        values = stored.pop(f"{name}.values")
+        num_weights = int(np.prod(shape))
+        keep = torch.from_numpy(np.unpackbits(bits, count=num_weights, bitorder="little").astype(bool))
+        flat = torch.zeros(num_weights, dtype=values.dtype)
+        flat[keep] = values
+        tensors[name] = flat.reshape(shape)
+    return {**stored, **tensors}
