@@ -1,0 +1,78 @@
+"""Which rows of a loaded frame are candidates, how good they are, and which are on the frontier."""
+
+import numpy as np
+import pandas as pd
+
+from analysis.frontier import front_probability, hypervolume, pareto_front
+from analysis.load import metric_names
+from raysearch.config import higher_is_better
+
+SIZES = ("num_nonzero", "stored_bytes")
+
+
+def setting(frame: pd.DataFrame, name: str) -> str:
+    """`frame.attrs[name]` ("directory", "model", "objective", ...); ValueError where pandas lost it."""
+    if name not in frame.attrs:
+        raise ValueError(f"frame must carry attrs[{name!r}] (analysis.load.load sets it), got {list(frame.attrs)}; "
+                         "copy attrs after a concat or merge")
+    return str(frame.attrs[name])
+
+
+def candidates(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round."""
+    return frame[frame["key"].notna() & ~frame["is_alias"]]
+
+
+def dense(frame: pd.DataFrame) -> pd.Series | None:
+    """The dense baseline's row, or None while it is not evaluated."""
+    rows = frame[frame["status"] == "dense"]
+    return None if rows.empty else rows.iloc[0]
+
+
+def frontier_split(frame: pd.DataFrame) -> str:
+    """The split that the frontier is drawn on: "report" once a candidate has the objective there, else "selection"."""
+    pruned = frame[frame["status"] != "dense"]
+    return "report" if setting(frame, "objective") in metric_names(pruned, "report") else "selection"
+
+
+def quality(frame: pd.DataFrame, split: str) -> pd.Series:
+    """The objective on `split` with the sign that makes higher better; NaN where it was not scored."""
+    objective = setting(frame, "objective")
+    column = f"{split}/{objective}"
+    values = frame[column] if column in frame else pd.Series(np.nan, index=frame.index)
+    return values if higher_is_better(objective) else -values
+
+
+def quality_stderr(frame: pd.DataFrame, split: str) -> pd.Series:
+    """Standard error of `quality`; NaN where unknown."""
+    column = f"{split}/{setting(frame, 'objective')}_stderr"
+    return frame[column] if column in frame else pd.Series(np.nan, index=frame.index)
+
+
+def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = None) -> pd.DataFrame:
+    """The non-dominated candidates on `split`, smallest first, with a column `front_probability`.
+
+    `split` None is `frontier_split(frame)`, `size` None is the study's. The dense baseline takes part, so a candidate
+    must be smaller or better than it. On the report split only candidates that were scored there take part: those
+    that the sweep found on the frontier of the selection split."""
+    split = split or frontier_split(frame)
+    pool = candidates(frame)
+    sizes = pool[size or setting(frame, "size")].to_numpy(dtype=float)
+    qualities = quality(pool, split).to_numpy()
+    probability = front_probability(sizes, qualities, quality_stderr(pool, split).to_numpy())
+    pool = pool.assign(front_probability=probability)[pareto_front(sizes, qualities)]
+    return pool.sort_values([size or setting(frame, "size"), "key"])
+
+
+def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float:
+    """Hypervolume in units of the dense baseline, reference (1, 0): x is size / dense size, y is value / dense value
+    for accuracies and dense value / value where lower is better. So 0 is nothing, and half the size at the dense
+    baseline's quality alone makes 0.5; no arbitrary reference point. NaN without a scored baseline."""
+    split = split or frontier_split(frame)
+    baseline, pool, size = dense(frame), candidates(frame), setting(frame, "size")
+    values = quality(pool, split).abs().to_numpy()
+    if baseline is None or np.isnan(dense_value := abs(quality(pool, split)[baseline.name])):
+        return float("nan")
+    up = higher_is_better(setting(frame, "objective"))
+    relative = values / dense_value if up else dense_value / values
+    return hypervolume(pool[size].to_numpy(dtype=float) / float(baseline[size]), relative, (1.0, 0.0))

@@ -1,0 +1,70 @@
+"""Pareto mathematics for two numbers per candidate: size, which goes down, and quality, which goes up.
+
+Arrays only. n = number of candidates; a quality where lower is better (perplexity) comes in with its sign changed.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+def pareto_front(size: npt.ArrayLike, quality: npt.ArrayLike) -> Bools:
+    """Which candidates no other one dominates: (n,), (n,) -> (n,) bool, in O(n log n).
+
+    j dominates i when size[j] <= size[i] and quality[j] >= quality[i] and one of the two is strict. So equal points
+    are on the front together or not at all (drop aliases first if one of them is enough). A point with a NaN or an
+    infinity is never on the front and dominates nothing."""
+    sizes, qualities = _pair(size, quality)
+    front = np.isfinite(sizes) & np.isfinite(qualities)
+    finite = np.flatnonzero(front)
+    order = finite[np.lexsort((-qualities[finite], sizes[finite]))]  # by size up, then quality down
+    s, q = sizes[order], qualities[order]
+    starts = np.append(True, s[1:] > s[:-1])[:len(s)]  # first, and so best, of each size
+    best = np.maximum.accumulate(np.where(starts, np.arange(len(s)), 0))
+    improves = q > np.append(-np.inf, np.maximum.accumulate(q))[:len(s)]
+    front[order] = improves[best] & (q == q[best])
+    return front
+
+
+def hypervolume(size: npt.ArrayLike, quality: npt.ArrayLike, reference: tuple[float, float]) -> float:
+    """Area dominated by the points and bounded by `reference` = (worst size, worst quality); exact in two dimensions
+    (Zitzler & Thiele 1999). Points that do not beat the reference in both numbers, and NaN, add nothing."""
+    sizes, qualities = _pair(size, quality)
+    worst_size, worst_quality = reference
+    inside = (sizes < worst_size) & (qualities > worst_quality)
+    inside[inside] = pareto_front(sizes[inside], qualities[inside])
+    order = np.argsort(sizes[inside])
+    front_sizes, front_qualities = sizes[inside][order], qualities[inside][order]  # both rise along the front
+    widths = np.diff(np.append(front_sizes, worst_size))
+    return float(np.sum(widths * (front_qualities - worst_quality)))
+
+
+def front_probability(size: npt.ArrayLike, quality: npt.ArrayLike, stderr: npt.ArrayLike, num_draws: int = 1000,
+                      seed: int = 0) -> Floats:
+    """Share of `num_draws` seeded normal redraws of the qualities in which each candidate is on the front: (n,) in
+    [0, 1], 0 for NaN points. Sizes are exact; a NaN standard error counts as 0.
+
+    The redraws are independent, but candidates are scored on the same items, so their errors are correlated and the
+    true differences are better known than this says: it errs on the side of "cannot be told apart"."""
+    sizes, qualities = _pair(size, quality)
+    errors = np.nan_to_num(np.asarray(stderr, dtype=np.float64), nan=0.0)
+    if errors.shape != qualities.shape or (errors < 0).any():
+        raise ValueError("stderr must be one number >= 0 per candidate, "
+                         f"got shape {errors.shape} for {qualities.shape}, minimum {errors.min(initial=0.0)}")
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    generator = np.random.default_rng(seed)
+    counts = np.zeros(len(sizes))
+    for _ in range(num_draws):
+        counts += pareto_front(sizes, qualities + errors * generator.standard_normal(len(sizes)))
+    return counts / num_draws
+
+
+def _pair(size: npt.ArrayLike, quality: npt.ArrayLike) -> tuple[Floats, Floats]:
+    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    if sizes.ndim != 1 or sizes.shape != qualities.shape:
+        raise ValueError("size and quality must be two one-dimensional arrays of equal length, "
+                         f"got shapes {sizes.shape} and {qualities.shape}")
+    return sizes, qualities

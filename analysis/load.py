@@ -1,0 +1,94 @@
+"""A study directory as one pandas frame: the only module here that reads the ledger's rounds and trials."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from raysearch.config import Metric, TrialConfig
+from raysearch.ledger import Ledger, RoundRecord, TrialRecord
+
+Cell = str | int | float | bool | None
+
+HYPERPARAMETERS = tuple(TrialConfig.model_fields)
+"""Columns with what was asked of the trial."""
+SPLITS = ("selection", "report")
+_INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
+             "finetune_tokens")
+_FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
+           "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
+           "finetune_s", "evaluate_s", "seconds", "trial_seconds")
+COLUMNS = ("trial", "round", "key", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
+           "model_sparsity", "stored_bytes", "resident_bytes", *HYPERPARAMETERS, "action_sparsity",
+           "action_threshold", "finetune_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds", "trial_seconds")
+
+
+def load(directory: str | Path) -> pd.DataFrame:
+    """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense").
+
+    Beside COLUMNS, each metric gives `SPLIT/TASK/METRIC` and `SPLIT/TASK/METRIC_stderr` for the splits "selection"
+    and "report", in the metric's own unit, NaN where it was not scored.
+
+    * `status` and `reason` are those of the trial; a finished round of a failed trial is a valid candidate.
+    * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
+    * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
+    * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
+      whole trial, on each of its rows.
+    * `attrs` holds "directory" (absolute), "model", "objective", "size", "device" and "created_at" of the study.
+
+    ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
+    ledger = Ledger.open(directory)
+    record = ledger.study()
+    rounds = ledger.rounds()
+    rows: list[dict[str, Cell]] = []
+    if record.root_key in rounds:
+        rows.append({"round": 0, "status": "dense", **_round_cells(ledger, rounds[record.root_key])})
+    for trial in ledger.trials():
+        rows.extend(_trial_rows(ledger, trial, rounds))
+    metrics = sorted({name for row in rows for name in row if name.startswith(SPLITS)} - set(COLUMNS),
+                     key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
+    frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
+    frame = frame.astype({**dict.fromkeys(_INTEGERS, "Int64"), **dict.fromkeys((*_FLOATS, *metrics), "float64")})
+    frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
+    frame.attrs.update(directory=str(ledger.directory), model=record.study.model, objective=record.study.objective,
+                       size=record.study.size, device=record.provenance.device,
+                       created_at=record.provenance.created_at)
+    return frame
+
+
+def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
+    """Metrics ("task/metric") that have at least one value on `split`."""
+    columns = [name for name in map(str, frame) if name.startswith(f"{split}/") and not name.endswith("_stderr")]
+    return [name.partition("/")[2] for name in columns if frame[name].notna().any()]
+
+
+def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecord]) -> list[dict[str, Cell]]:
+    common: dict[str, Cell] = {"trial": trial.number, "status": trial.status, "reason": trial.reason,
+                               "trial_seconds": trial.seconds, **trial.config.model_dump()}
+    rows = []
+    for number, key in enumerate(trial.keys, start=1):
+        if key not in rounds:
+            raise ValueError(f"{ledger.directory}: trial {trial.number} names round {key}, but "
+                             f"rounds/{key}/record.json is missing; the study directory was damaged")
+        rows.append({**common, "round": number, **_round_cells(ledger, rounds[key])})
+    return rows or [common]
+
+
+def _round_cells(ledger: Ledger, record: RoundRecord) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {
+        "key": record.key, "num_nonzero": record.num_nonzero, "num_parameters": record.num_parameters,
+        "sparsity": record.sparsity, "model_sparsity": record.model_sparsity, "stored_bytes": record.stored_bytes,
+        "resident_bytes": record.resident_bytes, "prune_s": record.prune_s, "finetune_s": record.finetune_s,
+        "evaluate_s": record.evaluate_s, "seconds": record.prune_s + record.finetune_s + record.evaluate_s}
+    if record.action is not None:
+        cells |= {"action_sparsity": record.action.sparsity, "action_threshold": record.action.threshold,
+                  "finetune_tokens": record.action.finetune_tokens}
+    return cells | _metric_cells("selection", record.metrics) | _metric_cells(
+        "report", ledger.report_metrics(record.key) or {})
+
+
+def _metric_cells(split: str, metrics: dict[str, Metric]) -> dict[str, Cell]:
+    cells: dict[str, Cell] = {}
+    for name, metric in sorted(metrics.items()):
+        cells[f"{split}/{name}"] = metric.value
+        cells[f"{split}/{name}_stderr"] = metric.stderr
+    return cells

@@ -1,0 +1,296 @@
+"""The smallest candidate that satisfies every constraint, and the exact reason when there is none.
+
+The rule, on the report split: keep the candidates that satisfy all constraints; order them by the study's size, then
+by the objective (better first), then by key; take the first.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from analysis.candidates import candidates, dense, quality, setting
+from analysis.load import HYPERPARAMETERS, metric_names
+from raysearch.config import Frozen, higher_is_better, parse
+from raysearch.ledger import write_json
+
+NUM_RUNNERS_UP = 5
+_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20,
+               "GIB": 2**30, "TIB": 2**40}
+_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+class Constraint(Frozen):
+    """One limit. The value that is compared with it:
+
+    * max_bytes: `stored_bytes`; max_nonzero: `num_nonzero`; min, max: the metric in its own unit;
+    * max_drop: the loss against the dense baseline, positive when worse: for accuracies in points (1 point = 0.01),
+      for metrics where lower is better (perplexity, bits per byte) the rise in the metric's own unit."""
+
+    kind: Literal["max_bytes", "max_nonzero", "max_drop", "min", "max"]
+    metric: str | None
+    limit: float
+
+    def __str__(self) -> str:
+        limit = f"{self.limit:,.0f}" if self.metric is None else f"{self.metric}={self.limit:g}"
+        return f"--{self.kind.replace('_', '-')} {limit}"
+
+
+class Check(Frozen):
+    """How a candidate stands to a constraint."""
+
+    constraint: Constraint
+    value: float
+    margin: float
+    """Room left in the constraint's unit: negative when it is missed."""
+    stderr: float | None
+    """Standard error of `value`; None when exact or unknown. For max_drop it adds the errors of candidate and
+    baseline as if independent; they share items, so the true error is usually smaller."""
+    within_1_stderr: bool
+    """The margin is smaller than one standard error: a new set of items could turn the verdict."""
+    within_2_stderr: bool
+
+
+class Measured(Frozen):
+    value: float
+    stderr: float | None
+
+
+class Candidate(Frozen):
+    """A candidate with its sizes, its metrics on the report split and its standing to each constraint."""
+
+    key: str
+    trial: int
+    round: int
+    num_nonzero: int
+    num_parameters: int
+    sparsity: float
+    model_sparsity: float
+    stored_bytes: int
+    resident_bytes: int
+    metrics: dict[str, Measured]
+    """On the report split."""
+    config: dict[str, str | int | float | None]
+    """The trial's hyper-parameters."""
+    checks: tuple[Check, ...]
+
+
+class Pick(Candidate):
+    """The picked candidate; what pick.json holds."""
+
+    study_directory: str
+    """Absolute."""
+    model: str
+    size: str
+    """The study's size, by which "smallest" was decided."""
+    objective: str
+    dense_metrics: dict[str, Measured]
+    """Of the dense baseline, on the report split."""
+    dense_stored_bytes: int
+    dense_num_nonzero: int
+    num_satisfying: int
+    num_scored: int
+    """Candidates with the metrics that the constraints name on the report split, among which the choice was made."""
+    runners_up: tuple[Candidate, ...]
+    """The next larger ones that satisfy everything."""
+
+
+def parse_bytes(text: str) -> int:
+    """"1.2GB", "300MB" (powers of 1000), "2GiB" (powers of 1024) or plain bytes, as bytes."""
+    return _parse_quantity(text, _BYTE_UNITS, "a size must be a number of bytes such as 1200000, 300MB or 1.2GB")
+
+
+def parse_count(text: str) -> int:
+    """"24M", "1.5B", "300k" or a plain number of parameters."""
+    return _parse_quantity(text, _COUNT_UNITS, "a count must be a number of parameters such as 24000000, 24M or 1.5B")
+
+
+def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
+                      minimum: Sequence[str] = (), maximum: Sequence[str] = ()) -> tuple[Constraint, ...]:
+    """Constraints from the command line's strings: METRIC=NUMBER for the last three."""
+    found = []
+    if max_bytes is not None:
+        found.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
+    if max_nonzero is not None:
+        found.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
+    for text in max_drop:
+        found.append(_parse_metric_constraint("max_drop", text))
+    for text in minimum:
+        found.append(_parse_metric_constraint("min", text))
+    for text in maximum:
+        found.append(_parse_metric_constraint("max", text))
+    return tuple(found)
+
+
+def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
+    """The smallest candidate of a loaded frame that satisfies all constraints on the report split.
+
+    ValueError: no constraint; an unknown metric; nothing scored on the report split; no candidate satisfies all,
+    with the number that satisfies each and the nearest miss."""
+    if not constraints:
+        raise ValueError("pick needs at least one constraint, got none; without one the smallest candidate is simply "
+                         "the worst model (try --max-drop METRIC=1.0)")
+    objective = setting(frame, "objective")
+    baseline, pool = _scored(frame)
+    scored = set(_measured(baseline))
+    known = [name for name in metric_names(pool, "report") if name in scored]
+    for constraint in constraints:
+        if constraint.metric is not None and constraint.metric not in known:
+            raise ValueError(f"{constraint}: metric must be one of {', '.join(known)}, got {constraint.metric!r}")
+    pool = pool.dropna(subset=[f"report/{constraint.metric}" for constraint in constraints if constraint.metric])
+    pool = pool.assign(minus_quality=-quality(pool, "report"))
+    pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
+    rows = [row for _, row in pool.iterrows()]
+    checks = [tuple(_check(constraint, row, baseline) for constraint in constraints) for row in rows]
+    passing = [_candidate(row, of_row) for row, of_row in zip(rows, checks) if all(one.margin >= 0 for one in of_row)]
+    if not passing:
+        raise ValueError(_why_none(rows, constraints, checks, baseline))
+    return Pick(**dict(passing[0]), study_directory=setting(frame, "directory"), model=setting(frame, "model"),
+                size=setting(frame, "size"), objective=objective, dense_metrics=_measured(baseline),
+                dense_stored_bytes=int(baseline["stored_bytes"]), dense_num_nonzero=int(baseline["num_nonzero"]),
+                num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]))
+
+
+def write_pick(result: Pick, path: str | Path) -> Path:
+    """Writes the pick as JSON, aside and moved into place; returns the absolute path."""
+    path = Path(path).resolve()
+    write_json(path, result.model_dump(mode="json"))
+    return path
+
+
+def read_pick(path: str | Path) -> Pick:
+    """The pick in a file of `write_pick`; ValueError when it is missing or something else."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); give the pick.json of `raysearch pick`") from error
+    try:
+        return Pick.model_validate_json(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a pick of this version of raysearch; give the pick.json of `raysearch pick`"
+                         ) from error
+
+
+def _parse_quantity(text: str, units: dict[str, int], rule: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\d{1,2})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    if match is None or match[2].upper() not in units or Decimal(match[1]) == 0:
+        raise ValueError(f"{rule}, got {text!r}")
+    return int(Decimal(match[1]) * units[match[2].upper()])
+
+
+def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str) -> Constraint:
+    flag = f"--{kind.replace('_', '-')}"
+    metric, _, number = text.partition("=")
+    try:
+        limit = float(number)
+    except ValueError:
+        limit = math.nan
+    if not metric or not math.isfinite(limit):
+        raise ValueError(f"{flag} must be METRIC=NUMBER, such as text/bits_per_byte=0.1, got {text!r}")
+    if higher_is_better(metric) and kind != "max_drop" and not 0 <= limit <= 1:
+        raise ValueError(f"{flag} {metric} must be a fraction between 0 and 1, got {limit:g}")
+    return parse(Constraint, {"kind": kind, "metric": metric, "limit": limit}, flag)
+
+
+def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
+    """The dense baseline and the pruned candidates that have report metrics; refuses where one is missing."""
+    baseline = dense(frame)
+    pool = candidates(frame)
+    pool = pool[pool["status"] != "dense"]
+    if pool.empty:
+        raise ValueError(f"{setting(frame, 'directory')}: no candidate has finished, so there is nothing to pick from; "
+                         "run the sweep to its end")
+    column = f"report/{setting(frame, 'objective')}"
+    scored = pool[pool[column].notna()] if column in pool else pool.head(0)
+    if scored.empty or baseline is None or pd.isna(baseline[column]):
+        missing = "no candidate" if scored.empty else "the dense baseline is not"
+        raise ValueError(f"{setting(frame, 'directory')}: {missing} scored on the report split, which a pick is judged "
+                         "by; run the sweep to its end")
+    return baseline, scored
+
+
+def _check(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check:
+    stderr: float | None = None
+    if constraint.metric is None:
+        value = float(row["stored_bytes" if constraint.kind == "max_bytes" else "num_nonzero"])
+    else:
+        measured, error = _value(row, constraint.metric)
+        value, stderr = measured, error
+        if constraint.kind == "max_drop":
+            dense_value, dense_error = _value(baseline, constraint.metric)
+            up = higher_is_better(constraint.metric)
+            value = 100 * (dense_value - measured) if up else measured - dense_value
+            if error is not None and dense_error is not None:
+                stderr = math.hypot(error, dense_error) * (100 if up else 1)
+    value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
+    margin = round(value - constraint.limit if constraint.kind == "min" else constraint.limit - value, 9)
+    return Check(constraint=constraint, value=value, margin=margin, stderr=stderr,
+                 within_1_stderr=stderr is not None and abs(margin) < stderr,
+                 within_2_stderr=stderr is not None and abs(margin) < 2 * stderr)
+
+
+def _value(row: pd.Series, metric: str) -> tuple[float, float | None]:
+    stderr = float(row[f"report/{metric}_stderr"])
+    return float(row[f"report/{metric}"]), None if math.isnan(stderr) else stderr
+
+
+def _measured(row: pd.Series) -> dict[str, Measured]:
+    names = [str(name)[len("report/"):-len("_stderr")] for name in row.index
+             if str(name).startswith("report/") and str(name).endswith("_stderr")]
+    values = {name: _value(row, name) for name in names}
+    return {name: Measured(value=value, stderr=stderr) for name, (value, stderr) in values.items()
+            if not math.isnan(value)}
+
+
+def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
+    return Candidate(
+        key=str(row["key"]), trial=int(row["trial"]), round=int(row["round"]), num_nonzero=int(row["num_nonzero"]),
+        num_parameters=int(row["num_parameters"]), sparsity=float(row["sparsity"]),
+        model_sparsity=float(row["model_sparsity"]), stored_bytes=int(row["stored_bytes"]),
+        resident_bytes=int(row["resident_bytes"]), metrics=_measured(row),
+        config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS},
+        checks=checks)
+
+
+def _why_none(rows: list[pd.Series], constraints: Sequence[Constraint], checks: list[tuple[Check, ...]],
+              baseline: pd.Series) -> str:
+    parts = []
+    for position, constraint in enumerate(constraints):
+        of_all = [of_row[position] for of_row in checks]
+        misses = [i for i, check in enumerate(of_all) if check.margin < 0]
+        part = f"{constraint} is satisfied by {len(rows) - len(misses)} of {len(rows)}"
+        if misses:
+            nearest = max(misses, key=lambda i: of_all[i].margin)
+            part += f" (the nearest that misses is {_name(rows[nearest])}, {_miss(of_all[nearest])})"
+        parts.append(part)
+    reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: "
+    reason += "; ".join(parts)
+    if len(constraints) > 1 and rows:
+        missed = [[check for check in of_row if check.margin < 0] for of_row in checks]
+        nearest = min(range(len(rows)), key=lambda i: (len(missed[i]), sum(_relative_miss(one) for one in missed[i])))
+        names = " and ".join(f"{check.constraint} ({_miss(check)})" for check in missed[nearest])
+        reason += f"; the nearest to all is {_name(rows[nearest])}, which misses only {names}"
+    if all(_check(constraint, baseline, baseline).margin >= 0 for constraint in constraints):
+        reason += "; only the dense baseline satisfies all"
+    return reason
+
+
+def _relative_miss(check: Check) -> float:
+    """Size of the miss as a share of the limit, or as it is where that is 0."""
+    return -check.margin / (abs(check.constraint.limit) or 1.0)
+
+
+def _name(row: pd.Series) -> str:
+    return f"trial {row['trial']} round {row['round']}"
+
+
+def _miss(check: Check) -> str:
+    if check.constraint.metric is None:
+        return f"{-check.margin:,.0f} {'bytes' if check.constraint.kind == 'max_bytes' else 'parameters'} too many"
+    points = check.constraint.kind == "max_drop" and higher_is_better(check.constraint.metric)
+    noise = "" if check.stderr is None else f", standard error {check.stderr:.2g}"
+    return f"by {-check.margin:.4g}{' points' if points else ''}{noise}"

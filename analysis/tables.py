@@ -1,0 +1,120 @@
+"""Candidates as text: a short table for a terminal, every column for programs."""
+
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from analysis.candidates import dense, frontier, frontier_split, setting
+
+Format = Literal["table", "json", "csv"]
+MAX_WIDTH = 140
+"""Characters in a line of the terminal table."""
+
+
+def results_table(frame: pd.DataFrame, format: Format = "table", frontier_only: bool = False) -> str:
+    """The rows of a loaded frame, or of its frontier, as text that ends with a newline.
+
+    "json" (a list of objects, null where there is no value) and "csv" (empty there) hold every column of the frame
+    and `on_frontier`; "table" holds what fits into MAX_WIDTH characters. Equal studies give equal text."""
+    front = frontier(frame)
+    rows = front if frontier_only else frame
+    rows = rows.assign(on_frontier=rows["key"].isin(front["key"]))
+    if format == "csv":
+        return rows.to_csv(index=False)
+    if format == "json":
+        plain = rows.astype(object).where(rows.notna(), None)
+        return json.dumps(plain.to_dict("records"), indent=1, allow_nan=False, default=_plain_number) + "\n"
+    if format == "table":
+        return _terminal_table(frame, rows)
+    raise ValueError(f"format must be table, json or csv, got {format!r}")
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
+    """Plain text columns, two spaces apart; right-aligned but for those named in `left`."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, *rows]:
+        cells = [cell.ljust(width) if name in left else cell.rjust(width)
+                 for name, cell, width in zip(header, row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def human_bytes(num_bytes: float) -> str:
+    """Powers of 1000: 512 B, 3.42 MB, 1.90 GB."""
+    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= 0.9995 * divisor:
+            return f"{num_bytes / divisor:.3g} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def human_count(count: float) -> str:
+    """Powers of 1000: 512, 24.1M, 1.5B."""
+    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * divisor:
+            return f"{count / divisor:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def with_stderr(value: float, stderr: float) -> str:
+    """"2.115 ± 0.020"; the value alone where the error is NaN, "" where both are."""
+    if np.isnan(value):
+        return ""
+    return f"{value:.3f}" if np.isnan(stderr) else f"{value:.3f} ± {stderr:.3f}"
+
+
+def describe_config(row: pd.Series) -> str:
+    """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
+    if pd.isna(row["schedule"]):
+        return "dense baseline"
+    if pd.notna(row["threshold"]):
+        aim = f"threshold {row['threshold']:.3g}" + (" std" if row["threshold_unit"] == "std" else "")
+    elif pd.notna(row["rate"]):
+        aim = f"rate {row['rate']:.3g}"
+    else:
+        aim = f"to {row['target_sparsity']:.3g}" if pd.notna(row["target_sparsity"]) else ""
+    if row["initial_sparsity"]:
+        aim = f"from {row['initial_sparsity']:.3g} {aim}"
+    parts = [f"{row['schedule']} {aim}".strip() + (f" in {row['num_rounds']}" if pd.notna(row["num_rounds"]) else "")]
+    if pd.isna(row["threshold"]):
+        parts.append(str(row["scope"]))
+    if row["finetune_epochs"]:
+        parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}")
+    if row["l1_lambda"]:
+        parts.append(f"l1 {row['l1_lambda']:.2g}")
+    return ", ".join(parts)
+
+
+def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
+    objective = setting(frame, "objective")
+    header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", "selection", "report",
+              "seconds", "how"]
+    cells = [_terminal_row(row, objective) for _, row in rows.iterrows()]
+    num_models = int((frame["key"].notna() & ~frame["is_alias"]).sum()) - (dense(frame) is not None)
+    legend = (f"* on the frontier of the {frontier_split(frame)} split; = same model as an earlier row; selection and "
+              f"report: {objective} ± stderr\n{num_models} candidates, {len(rows)} rows shown\n")
+    lines = (aligned(header, cells, left=("status", "how")) + legend).splitlines()
+    return "".join(f"{line if len(line) <= MAX_WIDTH else line[:MAX_WIDTH - 1] + '…'}\n" for line in lines)
+
+
+def _terminal_row(row: pd.Series, objective: str) -> list[str]:
+    mark = "*" if row["on_frontier"] else ""
+    mark += "=" if row["is_alias"] else ""
+    trial = "-" if pd.isna(row["trial"]) else str(row["trial"])
+    how = describe_config(row)
+    if pd.isna(row["key"]):
+        return [mark, trial, "-", str(row["status"]), *[""] * 7, how]
+    scores = [with_stderr(*(float(row.get(f"{split}/{objective}{end}", np.nan)) for end in ("", "_stderr")))
+              for split in ("selection", "report")]
+    return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
+            f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]), *scores,
+            f"{row['seconds']:.1f}", how]
+
+
+def _plain_number(value: object) -> object:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} has no JSON form")

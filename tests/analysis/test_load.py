@@ -1,0 +1,105 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import EVIL, NUM_PARAMETERS, ROOT, SyntheticStudy
+
+from analysis.load import HYPERPARAMETERS, load, metric_names
+
+
+def test_one_row_per_trial_and_round_plus_dense(frame: pd.DataFrame) -> None:
+    assert len(frame) == 1 + 3 + 5 + 1 + 3 + 1 + 3 + 1 + 1 + 1 + 2 + 2 + 1
+    first = frame.iloc[0]
+    assert first["key"] == ROOT
+    assert first["status"] == "dense"
+    assert first["trial"] is pd.NA
+    assert (first["round"], first["num_nonzero"], first["sparsity"]) == (0, NUM_PARAMETERS, 0.0)
+    assert frame["trial"].dtype == frame["stored_bytes"].dtype == "Int64"
+    assert set(HYPERPARAMETERS) <= set(frame)
+
+
+def test_numbers_of_one_row(frame: pd.DataFrame) -> None:
+    row = frame[(frame["trial"] == 1) & (frame["round"] == 5)].iloc[0]
+    assert row["num_nonzero"] == 1_000_000 - 400_000
+    assert (row["sparsity"], row["model_sparsity"], row["action_sparsity"]) == (0.5, 0.4, 0.5)
+    assert row["stored_bytes"] == 4 * 600_000 + 100_000
+    assert row["selection/text/bits_per_byte"] == pytest.approx(2 + 1.2 * 0.125 - 0.05)
+    assert row["report/text/bits_per_byte"] == pytest.approx(2 + 1.2 * 0.125 - 0.05 + 0.015)
+    assert row["report/text/bits_per_byte_stderr"] == 0.02
+    assert pd.isna(row["selection/last_word/perplexity_stderr"])
+    assert row["seconds"] == 3.0
+    assert row["trial_seconds"] == 62.5
+
+
+def test_shared_prefix_and_duplicates_are_aliases(frame: pd.DataFrame) -> None:
+    aliases = frame[frame["is_alias"]]
+    assert list(zip(aliases["trial"], aliases["round"])) == [(1, 1), (1, 2), (1, 3), (6, 1)]
+    both = frame[(frame["round"] == 2) & frame["trial"].isin([0, 1])]
+    assert both["key"].nunique() == 1
+    assert both["report/text/bits_per_byte"].nunique() == 1  # scored through trial 1, known to trial 0
+
+
+def test_failed_trial_without_a_round_keeps_its_row(frame: pd.DataFrame) -> None:
+    (row,) = [row for _, row in frame[frame["trial"] == 8].iterrows()]
+    assert row["round"] is pd.NA
+    assert pd.isna(row["key"])
+    assert row["reason"] == EVIL
+    assert row["learning_rate"] == 0.1
+    assert frame.loc[frame["trial"] == 9, "status"].tolist() == ["failed", "failed"]
+
+
+def test_threshold_mode_and_missing_report(frame: pd.DataFrame) -> None:
+    row = frame[frame["trial"] == 4].iloc[0]
+    assert (row["threshold"], row["action_threshold"], row["threshold_unit"]) == (0.5, 0.5, "std")
+    assert pd.isna(row["action_sparsity"])
+    assert pd.isna(row["target_sparsity"])
+    assert pd.isna(row["report/text/bits_per_byte"])
+    assert metric_names(frame, "report") == ["last_word/acc", "last_word/perplexity", "text/bits_per_byte"]
+
+
+def test_attrs_survive_selection(frame: pd.DataFrame, study_directory: Path) -> None:
+    part = frame[frame["trial"] == 1].sort_values("round")
+    assert part.attrs == {"directory": str(study_directory.resolve()), "model": "/models/tiny-gpt",
+                          "objective": "text/bits_per_byte", "size": "num_nonzero", "device": "CPU, 2 cores",
+                          "created_at": "2026-11-23T09:00:00+00:00"}
+
+
+def test_no_trials_not_even_a_baseline(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    assert load(tmp_path / "study").empty
+    study.dense(report=False)
+    assert load(tmp_path / "study")["round"].tolist() == [0]
+
+
+def test_all_failed(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    for number in range(3):
+        study.trial(number, [0.5], status="failed", num_finished=0, reason="diverged")
+    frame = load(tmp_path / "study")
+    assert frame["trial"].tolist() == [pd.NA, 0, 1, 2]
+    assert not frame["is_alias"].any()
+
+
+def test_a_lost_round_is_refused(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    (key,) = study.trial(0, [0.5])
+    (study.ledger.round_directory(key) / "record.json").unlink()
+    with pytest.raises(ValueError, match=f"trial 0 names round {key}, but rounds/{key}/record.json is missing"):
+        load(tmp_path / "study")
+
+
+def test_not_a_study(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no study"):
+        load(tmp_path)
+
+
+def test_analysis_needs_neither_torch_nor_ray_nor_optuna() -> None:
+    code = ("import sys, analysis.load, analysis.frontier, analysis.candidates, analysis.pick, analysis.tables, "
+            "analysis.importance, analysis.plots, analysis.report\n"
+            "heavy = {'torch', 'ray', 'optuna', 'deepspeed', 'transformers', 'datasets', 'sklearn'}\n"
+            "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

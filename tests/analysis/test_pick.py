@@ -1,0 +1,153 @@
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import SyntheticStudy, twelve_trials
+
+from analysis.load import load
+from analysis.pick import Constraint, parse_bytes, parse_constraints, parse_count, pick, read_pick, write_pick
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), [
+    ("1200000", 1_200_000), ("1.2GB", 1_200_000_000), ("300 MB", 300_000_000), ("2GiB", 2 * 2**30), ("64kb", 64_000),
+    ("1e6", 1_000_000), ("0.1GB", 100_000_000)])
+def test_parse_bytes(text: str, num_bytes: int) -> None:
+    assert parse_bytes(text) == num_bytes
+
+
+@pytest.mark.parametrize(("text", "count"), [("24M", 24_000_000), ("1.5B", 1_500_000_000), ("300k", 300_000)])
+def test_parse_count(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3MB", "0", "3 parsecs", "1.2.3GB", "nan", "inf", "1,2GB", "1e999"])
+def test_sizes_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"a size must be a number of bytes such as 1200000, 300MB or 1.2GB, got '"):
+        parse_bytes(text)
+
+
+def test_parse_constraints() -> None:
+    found = parse_constraints("3MB", "700k", ["last_word/acc=1.0"], ["last_word/acc=0.5"], ["text/bits_per_byte=2.5"])
+    assert [str(constraint) for constraint in found] == [
+        "--max-bytes 3,000,000", "--max-nonzero 700,000", "--max-drop last_word/acc=1", "--min last_word/acc=0.5",
+        "--max text/bits_per_byte=2.5"]
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("last_word/acc", "--min must be METRIC=NUMBER"), ("=1", "--min must be METRIC=NUMBER"),
+    ("last_word/acc=nan", "--min must be METRIC=NUMBER"), ("last_word/speed=1", "its direction is not known"),
+    ("last_word/acc=60", "--min last_word/acc must be a fraction between 0 and 1, got 60")])
+def test_metric_constraints_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_constraints(minimum=[text])
+
+
+def test_the_smallest_within_a_drop(frame: pd.DataFrame, study_directory: Path) -> None:
+    result = pick(frame, parse_constraints(max_drop=["text/bits_per_byte=0.1"]))
+    # report bits: s .5, e 1: 2.115 (dense is 2.01); s .55, e 3: 2.13965; s .4, e 1: 2.0418; s .4, e 2: 2.0251
+    assert (result.trial, result.round, result.num_nonzero) == (5, 1, 680_000)  # 1,4 ties in size; 5,1 is better
+    assert [(one.trial, one.round) for one in result.runners_up] == [(1, 4), (3, 1), (0, 3), (0, 2), (0, 1)]
+    assert (result.num_satisfying, result.num_scored) == (6, 12)
+    (check,) = result.checks
+    assert check.value == pytest.approx(0.0151333, abs=1e-6)
+    assert check.margin == pytest.approx(0.1 - 0.0151333, abs=1e-6)
+    assert check.stderr == pytest.approx(0.02 * math.sqrt(2))
+    assert not check.within_2_stderr
+    assert result.study_directory == str(study_directory.resolve())
+    assert result.dense_metrics["text/bits_per_byte"].value == pytest.approx(2.01)
+    assert result.metrics["last_word/perplexity"].stderr is None
+    assert result.config["rate"] == 0.4
+
+
+def test_accuracy_drop_is_in_points(frame: pd.DataFrame) -> None:
+    result = pick(frame, parse_constraints(max_drop=["last_word/acc=8"]))
+    assert (result.trial, result.round) == (3, 2)  # .6 - .3 * .55^2 + .075 / 4 - .015 against .59: 7.7 points
+    assert result.checks[0].value == pytest.approx(7.7)
+    assert result.checks[0].margin == pytest.approx(0.3)
+    assert result.checks[0].within_1_stderr
+
+
+def test_max_drop_may_demand_a_gain_and_sizes_combine(frame: pd.DataFrame) -> None:
+    result = pick(frame, parse_constraints("3.5MB", "900k", ["text/bits_per_byte=-0.01"]))
+    assert (result.trial, result.round, result.num_nonzero) == (3, 1, 760_000)
+    assert [check.margin >= 0 for check in result.checks] == [True, True, True]
+
+
+def test_a_drop_of_exactly_the_limit_satisfies_it(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    (key,) = study.trial(0, [0.5], report=True)
+    frame = load(tmp_path / "study")
+    frame.loc[frame["status"] == "dense", "report/last_word/acc"] = 0.61
+    frame.loc[frame["key"] == key, "report/last_word/acc"] = 0.60
+    assert 100 * (0.61 - 0.60) > 1.0
+    assert pick(frame, parse_constraints(max_drop=["last_word/acc=1"])).checks[0].margin == 0.0
+
+
+def test_stored_bytes_as_the_study_size(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study", size="stored_bytes")
+    study.dense()
+    study.trial(0, [0.02, 0.5], report=True)
+    result = pick(load(tmp_path / "study"), [Constraint(kind="max", metric="text/bits_per_byte", limit=3.0)])
+    assert (result.round, result.size, result.stored_bytes) == (2, "stored_bytes", 2_500_000)
+
+
+def test_why_none(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        pick(frame, parse_constraints("1.5MB", None, ["text/bits_per_byte=0.02"]))
+    assert str(caught.value) == (
+        "no candidate satisfies all constraints: --max-bytes 1,500,000 is satisfied by 0 of 12 (the nearest that "
+        "misses is trial 5 round 3, 91,200 bytes too many); --max-drop text/bits_per_byte=0.02 is satisfied by 5 of "
+        "12 (the nearest that misses is trial 1 round 4, by 0.0118, standard error 0.028); the nearest to all is "
+        "trial 5 round 1, which misses only --max-bytes 1,500,000 (1,320,000 bytes too many)")
+
+
+def test_only_the_dense_baseline(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.8], report=True)
+    with pytest.raises(ValueError, match=r"the constraint: --max-drop last_word/acc=0 is satisfied by 0 of 1 .*"
+                                         r"trial 0 round 1, by 19\.7 points, .* 4\.\d\); only the dense baseline"):
+        pick(load(tmp_path / "study"), parse_constraints(max_drop=["last_word/acc=0"]))
+
+
+def test_unscored_study_is_told_to_finish(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    limit = parse_constraints("3MB")
+    with pytest.raises(ValueError, match="no candidate has finished"):
+        pick(load(tmp_path / "study"), limit)
+    study.dense(report=False)
+    study.trial(0, [0.5])
+    with pytest.raises(ValueError, match=r"no candidate scored on the report split.*; run the sweep to its end"):
+        pick(load(tmp_path / "study"), limit)
+    study.trial(1, [0.6], report=True)
+    with pytest.raises(ValueError, match="the dense baseline is not scored on the report split"):
+        pick(load(tmp_path / "study"), limit)
+
+
+def test_refusals(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="at least one constraint, got none"):
+        pick(frame, [])
+    with pytest.raises(ValueError, match="metric must be one of last_word/acc, last_word/perplexity, text/bits_per_"):
+        pick(frame, parse_constraints(minimum=["choice/acc=0.5"]))
+
+
+def test_written_picks_come_back(frame: pd.DataFrame, tmp_path: Path) -> None:
+    result = pick(frame, parse_constraints(max_drop=["text/bits_per_byte=0.1"]))
+    path = write_pick(result, tmp_path / "out" / "pick.json")
+    assert read_pick(path) == result
+    assert json.loads(path.read_text())["key"] == result.key
+    path.write_text('{"key": "x"}')
+    with pytest.raises(ValueError, match="not a pick of this version"):
+        read_pick(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_pick(tmp_path / "none.json")
+
+
+def test_equal_studies_give_equal_picks(tmp_path: Path) -> None:
+    limit = parse_constraints(max_drop=["text/bits_per_byte=0.1"])
+    one = pick(load(twelve_trials(tmp_path / "one")), limit)
+    two = pick(load(twelve_trials(tmp_path / "two")).sample(frac=1, random_state=3), limit)
+    assert one.model_copy(update={"study_directory": ""}) == two.model_copy(update={"study_directory": ""})

@@ -1,0 +1,75 @@
+import csv
+import io
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import SyntheticStudy
+
+from analysis.load import load
+from analysis.tables import aligned, describe_config, human_bytes, human_count, results_table
+
+
+def test_json_holds_every_column_and_no_nan(frame: pd.DataFrame) -> None:
+    text = results_table(frame, "json")
+    rows = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert len(rows) == len(frame)
+    assert set(rows[0]) == {*frame, "on_frontier"}
+    by_id = {(row["trial"], row["round"]): row for row in rows}
+    assert by_id[(1, 5)]["num_nonzero"] == 600_000
+    assert by_id[(1, 5)]["threshold"] is None
+    assert by_id[(8, None)]["status"] == "failed"
+    assert by_id[(4, 1)]["report/text/bits_per_byte"] is None
+    assert by_id[(1, 1)]["is_alias"] is True
+
+
+def test_csv_reads_back(frame: pd.DataFrame) -> None:
+    rows = list(csv.DictReader(io.StringIO(results_table(frame, "csv"))))
+    assert len(rows) == len(frame)
+    assert (rows[0]["trial"], rows[0]["num_nonzero"]) == ("", "1000000")
+    assert "nan" not in results_table(frame, "csv").lower().replace("loss is nan", "")
+
+
+def test_terminal_table(frame: pd.DataFrame) -> None:
+    lines = results_table(frame).splitlines()
+    assert max(len(line) for line in lines) <= 140
+    assert len(lines) == 1 + len(frame) + 2
+    assert lines[1].split()[:9] == ["*", "-", "0", "dense", "0.000", "0.000", "1M", "4", "MB"]
+    assert "2.100 ± 0.020" in next(line for line in lines if "  1      5  " in line)
+    assert lines[-1] == "19 candidates, 26 rows shown"
+
+
+def test_frontier_only(frame: pd.DataFrame) -> None:
+    rows = json.loads(results_table(frame, "json", frontier_only=True))
+    assert [(row["trial"], row["round"]) for row in rows] == [
+        (5, 3), (3, 3), (5, 2), (2, 1), (3, 2), (1, 5), (5, 1), (3, 1), (0, 1)]
+    assert all(row["on_frontier"] for row in rows)
+    sizes = [row["num_nonzero"] for row in rows]
+    bits = [row["report/text/bits_per_byte"] for row in rows]
+    assert sizes == sorted(sizes)
+    assert bits == sorted(bits, reverse=True)
+
+
+def test_a_study_without_candidates(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    assert results_table(load(tmp_path / "study")).splitlines()[-1].startswith("0 candidates")
+    assert json.loads(results_table(load(tmp_path / "study"), "json")) == []
+    study.dense(report=False)
+    study.trial(0, [0.5], status="failed", num_finished=0, reason="diverged")
+    assert results_table(load(tmp_path / "study")).splitlines()[-1].startswith("0 candidates")
+
+
+def test_words(frame: pd.DataFrame) -> None:
+    told = [describe_config(frame[frame["trial"] == trial].iloc[0]) for trial in (3, 4, 5, 7)]
+    assert told == ["cubic to 0.7 in 3, global, 3 ep, lr 0.0003, l1 0.0001", "one_shot threshold 0.5 std in 1",
+                    "constant rate 0.4 in 3, global, 2 ep, lr 0.0003",
+                    "exponential to 0.8 in 2, layer, 0.5 ep, lr 0.0003"]
+    assert [human_bytes(n) for n in (512, 999_600, 3_420_000, 1.9e9)] == ["512 B", "1 MB", "3.42 MB", "1.9 GB"]
+    assert [human_count(n) for n in (512, 24_100_000, 1.5e9)] == ["512", "24.1M", "1.5B"]
+    assert aligned(["a", "word"], [["10", "x"]], left=("word",)) == " a  word\n10  x\n"
+
+
+def test_unknown_format(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match="format must be table, json or csv, got 'xml'"):
+        results_table(frame, "xml")  # type: ignore[arg-type]
