@@ -1,17 +1,15 @@
-"""Everything that outlives rounds and trials on one rank: the engine, the base weights, the text, the evaluation."""
+"""Everything that outlives rounds and trials on one rank: the engine, the text, the evaluation."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from pathlib import Path
 
 from raysearch.config import Metric, Study
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
-from raysearch.evaluation import evaluate, heldout_tasks, named_tasks
-from raysearch.evaluation.scorer import Scorer
+from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
 from raysearch.ledger import Ledger, hash_json
-from raysearch.model import context_limit, fingerprint, load_model, load_tokenizer
+from raysearch.model import context_limit, fingerprint, load_tokenizer
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 # what changes no number of a candidate: where things lie, and how many run at once on what
@@ -55,10 +53,8 @@ def read_inputs(study: Study) -> Inputs:
 class Bench:
     """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order."""
 
-    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
-        """`base`: the dense model's weights by parameter name on the CPU; read from the model's folder when None."""
+    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
-        self.base = base if base is not None else base_weights(study.model)
         self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
                              batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
                              weight_decay=study.weight_decay)
@@ -71,7 +67,7 @@ class Bench:
         named = [task for task in study.tasks if task not in HELDOUT_TASKS]
         self.tasks = {
             split: heldout_tasks(inputs.heldout.get(split, ()), own, limit=study.eval_items, seed=study.seed)
-            + named_tasks(named, data_dir=study.data_dir, split=split, limit=study.eval_items)
+            + load_tasks(named, data_dir=Path(study.data_dir) if study.data_dir else None, split=split, limit=study.eval_items)
             for split in ("selection", "report")
         }
         self.loaded_key: str | None = None
@@ -81,8 +77,3 @@ class Bench:
         """Metrics by "task/metric" of the engine's current weights, on "selection" or "report"."""
         self.engine.model.eval()
         return evaluate(self.scorer, self.tasks[split]).metrics if self.tasks[split] else {}
-
-
-def base_weights(model: str) -> dict[str, Tensor]:
-    """The dense model's weights by parameter name, as they are stored."""
-    return {name: parameter.detach() for name, parameter in load_model(model).named_parameters()}

@@ -148,6 +148,7 @@ class Engine:
         self.device = self.deepspeed_engine.device
         self.pieces = self._pieces()
         self.prunable_pieces = [piece for piece in self.pieces if piece.name in names]
+        self._base = [piece.values.cpu().clone() for piece in self.pieces]
         self.read_masks()
 
     # ---- masters: the adapter to DeepSpeed's private layout ----
@@ -231,6 +232,14 @@ class Engine:
         for piece in self.pieces:
             flat = weights[piece.name].reshape(-1)
             piece.values.copy_(flat[piece.start:piece.start + piece.values.numel()])
+        self.read_masks()
+        self.sync()
+
+    @torch.no_grad()
+    def load_base(self) -> None:
+        """Copies this rank's shards of the dense model back: how a warm gang starts its next trial."""
+        for piece, values in zip(self.pieces, self._base):
+            piece.values.copy_(values)
         self.read_masks()
         self.sync()
 

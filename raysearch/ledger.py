@@ -27,6 +27,9 @@ from pydantic import ValidationError
 
 from raysearch.config import Action, Frozen, FrozenT, Metric, Study, TrialConfig
 
+EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "gpus_per_rank", "cpus_per_rank"}
+"""Settings of a study that may differ when it is resumed: they change no candidate."""
+
 
 class Provenance(Frozen):
     """Where and with what a number was made."""
@@ -173,6 +176,8 @@ class Ledger:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Held by the one driver that may write; a second driver is refused with the name of the first."""
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"{self.directory}: is a file; give a directory with --out")
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "lock", "a+") as file:
             try:
@@ -186,6 +191,32 @@ class Ledger:
             file.flush()
             yield
             file.truncate(0)
+
+    def attach(self, record: StudyRecord) -> bool:
+        """Makes the directory this study's, or compares with the one that is there: True when it is the same study.
+
+        Raises ValueError when the directory holds another study, or something else.
+        """
+        if not (self.directory / "study.json").is_file():
+            others = sorted({path.name for path in self.directory.iterdir()} - {"lock"})
+            if others:
+                raise ValueError(f"{self.directory}: holds something else ({', '.join(others[:3])}); give a new or empty "
+                                 "directory with --out")
+            self.write_study(record)
+            return False
+        old = self.study()
+        before, now = old.study.model_dump(), record.study.model_dump()
+        changed = [f"{name} ({before[name]!r}, now {now[name]!r})" for name in now
+                   if name not in EXTENDABLE and before[name] != now[name]]
+        if old.space_hash != record.space_hash:
+            changed.append("the code of space()")
+        if not changed and old.root_key != record.root_key:
+            changed.append("the files of the model or the corpus")
+        if changed:
+            raise ValueError(f"{self.directory}: holds another study, which differs in {'; '.join(changed)}; undo the "
+                             "change, or give a new directory with --out")
+        self.write_study(record.model_copy(update={"provenance": old.provenance}))
+        return True
 
     def study(self) -> StudyRecord:
         return self._read(self.directory / "study.json", StudyRecord)
@@ -219,6 +250,13 @@ class Ledger:
     def trials(self) -> list[TrialRecord]:
         paths = (self.directory / "trials").glob("[0-9]*.json")
         return sorted((self._read(path, TrialRecord) for path in paths), key=lambda trial: trial.number)
+
+    def candidate(self, key: str) -> RoundRecord:
+        """The record of a round that must be there."""
+        return self._read(self.round_directory(key) / "record.json", RoundRecord)
+
+    def trial(self, number: int) -> TrialRecord:
+        return self._read(self.directory / "trials" / f"{number:05d}.json", TrialRecord)
 
     def write_trial(self, trial: TrialRecord) -> None:
         write_json(self.directory / "trials" / f"{trial.number:05d}.json", trial.model_dump(mode="json"))

@@ -118,7 +118,7 @@ def dense_round(bench: Bench) -> RoundRecord:
     key = bench.inputs.root_key
     if (done := stored_round(bench, key)) is not None:
         return done
-    bench.engine.load(bench.base)
+    bench.engine.load_base()
     bench.loaded_key = key
     started = time.perf_counter()
     metrics = bench.evaluate("selection")
@@ -145,7 +145,7 @@ def load_candidate(bench: Bench, record: RoundRecord) -> None:
         return
     bench.loaded_key = None
     if record.action is None:
-        bench.engine.load(bench.base)
+        bench.engine.load_base()
     else:
         path = bench.ledger.round_directory(record.key) / "weights.safetensors"
         bench.engine.load(read_weights(path, record.weights_sha256))

@@ -1,0 +1,51 @@
+"""One trial in this process, without Ray: the same rounds, the same ledger."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raysearch.bench import Bench, read_inputs
+from raysearch.config import Study, TrialConfig, parse
+from raysearch.export import export
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord
+from raysearch.model import model_folder
+from raysearch.provenance import provenance, utc_now
+from raysearch.round import report_round, resolve_actions, run_trial
+
+
+def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: Path,
+              echo: Callable[[str], None]) -> Path:
+    """Runs the trial in the study directory `out`, scores its last candidate on the report split and exports it.
+
+    Returns the exported folder, `out`/model. The same call again finds its rounds in the store.
+    """
+    study = parse(Study, study_fields, "prune")
+    study = study.model_copy(update={"model": str(model_folder(study.model))})
+    config = parse(TrialConfig, config_fields, "prune")
+    if config.finetune_epochs and study.corpus is None:
+        raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
+    inputs = read_inputs(study)
+    actions = resolve_actions(config, study, inputs.num_train_tokens)
+    ledger = Ledger(out)
+    record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key, provenance=provenance("cpu"))
+    with ledger.lock():
+        ledger.attach(record)
+        bench = Bench(study, ledger, inputs)
+        trials = ledger.trials()
+        number = next((trial.number for trial in trials if trial.actions == actions), len(trials))
+        trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
+        for trial in run_trial(bench, trial):
+            if trial.status == "running":
+                done = ledger.candidate(trial.keys[-1])
+                quality = ", ".join(f"{name} {metric.value:.4f}" for name, metric in done.metrics.items())
+                echo(f"round {len(trial.keys)}/{len(actions)}: sparsity {done.sparsity:.4f}, {done.num_nonzero:,} non-zero "
+                     f"of {done.num_parameters:,} {quality}")
+        if trial.status == "failed":
+            raise ValueError(f"the trial failed in {trial.reason}")
+        last = ledger.candidate(trial.keys[-1])
+        if study.tasks:
+            report_round(bench, ledger.candidate(inputs.root_key))
+            report_round(bench, last)
+        folder = export(ledger, last.key, ledger.directory / "model")
+    echo(f"{last.stored_bytes:,} bytes compressed, {last.resident_bytes:,} dense: {folder}")
+    return folder

@@ -1,0 +1,354 @@
+"""The search: Optuna proposes, Ray Tune runs, the ledger remembers. The one door to optuna.
+
+Optuna's journal and the round store are the whole state of a study. The same `sweep` again attaches to them: finished
+rounds are found, trials that were running start again from their last finished round, a larger number of trials extends.
+Nothing of Ray is restored.
+
+Ray's own OptunaSearch cannot do this job (several objectives, failures and resume: shared notes in docs/log.md), so
+`StudySearcher` is a small one on `study.ask` and `study.tell`.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from ray import tune
+from ray.tune.search import Searcher
+
+from analysis.frontier import pareto_front
+from raysearch.bench import Inputs, read_inputs
+from raysearch.config import Study, TrialConfig, higher_is_better, parse
+from raysearch.ledger import Ledger, RoundRecord, StudyRecord, TrialRecord, hash_json
+from raysearch.model import model_folder
+from raysearch.provenance import provenance, utc_now
+from raysearch.round import resolve_actions
+from raysearch.trial import Job, PruneTrial, gang_resources
+
+Space = Callable[[optuna.Trial], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    directory: Path
+    interrupted: bool
+    num_trials: int
+    num_candidates: int
+    num_failed: int
+    seconds: float
+
+
+def load_space(name: str) -> tuple[Study, Space]:
+    """`STUDY` and `space` of a search space module, importable by name from here; ValueError of one sentence."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"search space {name}: cannot be imported ({error}); give a module such as "
+                         "search_spaces.demo, importable from the current folder") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    study, space = getattr(module, "STUDY", None), getattr(module, "space", None)
+    if not isinstance(study, dict) or not callable(space):
+        raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
+                         f"{type(study).__name__} and {type(space).__name__}")
+    return parse(Study, study, f"{name}.STUDY"), space
+
+
+def space_hash(space: Space) -> str:
+    """Hash of the code of `space`, comments and layout left out."""
+    tree = ast.parse(inspect.getsource(space).strip())
+    return hash_json(ast.dump(tree))
+
+
+def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None]) -> SweepResult:
+    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent.
+
+    Raises ValueError of one sentence for bad input, before anything is written.
+    """
+    study = study.model_copy(update={"model": str(model_folder(study.model))})
+    inputs = read_inputs(study)
+    check_space(study, space, inputs)
+    ledger = Ledger(directory)
+    started = time.monotonic()
+    with ledger.lock():
+        attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=space_hash(space),
+                                             root_key=inputs.root_key, provenance=provenance("cpu")))
+        if attached:
+            echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
+        searcher = StudySearcher(ledger, study, space, inputs, echo)
+        start_ray(study)
+        interrupted = run_tune(ledger, study, searcher)
+    trials = ledger.trials()
+    keys = {key for trial in trials for key in trial.keys}
+    return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
+                       sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
+
+
+def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
+    """Runs Tune until the searcher has finished; True when it was interrupted before."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+    trainable = tune.with_resources(
+        tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
+        gang_resources(study))
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
+                                    reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
+                                  verbose=0, log_to_file=True, failure_config=tune.FailureConfig(max_failures=1)),
+    ).fit()
+    return not searcher.finished
+
+
+def start_ray(study: Study) -> None:
+    """Connects to the cluster of RAY_ADDRESS or starts a local one, and checks that one gang fits into it."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True)
+    have = ray.cluster_resources()
+    for name, need in (("CPU", study.cpus_per_rank), ("GPU", study.gpus_per_rank)):
+        if need * study.num_ranks > have.get(name, 0):
+            raise ValueError(f"one trial needs {need * study.num_ranks:g} {name} ({study.num_ranks} ranks of {need:g}), "
+                             f"but the cluster has {have.get(name, 0):g}; lower num_ranks or add nodes")
+
+
+# ---- the study's directory ----
+
+
+def repair_journal(path: Path) -> Path | None:
+    """Cuts a torn last line off Optuna's journal, which would swallow the next writer's; returns the backup's path."""
+    if not path.is_file():
+        return None
+    good = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n"):
+            break
+        good += len(line)
+    if good == path.stat().st_size:
+        return None
+    backup = path.with_name(f"{path.name}.torn-{time.strftime('%Y%m%d-%H%M%S')}")
+    shutil.copy2(path, backup)
+    os.truncate(path, good)
+    return backup
+
+
+def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> optuna.Study:
+    """The study's Optuna journal: two objectives, size down and quality in its own direction."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
+    if (backup := repair_journal(path)) is not None:
+        echo(f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}")
+    direction = "maximize" if higher_is_better(study.objective) else "minimize"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    opened = optuna.create_study(storage=storage, study_name="raysearch", directions=["minimize", direction],
+                                 load_if_exists=True)
+    opened.set_metric_names([study.size, study.objective])
+    opened.sampler = optuna.samplers.TPESampler(
+        seed=study.seed + len(opened.get_trials(deepcopy=False)), multivariate=True, group=True)
+    return opened
+
+
+def check_space(study: Study, space: Space, inputs: Inputs, num_samples: int = 20) -> None:
+    """Draws from the space and resolves every draw, so that a mistake is told before the first trial."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    dry = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(num_samples):
+        resolve_actions(draw(space, dry.ask()), study, inputs.num_train_tokens)
+
+
+def draw(space: Space, trial: optuna.Trial) -> TrialConfig:
+    """The configuration that `space` makes of one Optuna trial."""
+    fields = space(trial)
+    if not isinstance(fields, dict):
+        raise ValueError(f"space(trial) must return a dict of trial settings, got {type(fields).__name__}")
+    return parse(TrialConfig, fields, "space(trial)")
+
+
+# ---- the searcher ----
+
+
+class StudySearcher(Searcher):
+    """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the report of the frontier."""
+
+    def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None]) -> None:
+        super().__init__()
+        self.ledger, self.study, self.space, self.inputs = ledger, study, space, inputs
+        self.optuna = open_journal(ledger, study, echo)
+        self.progress = Progress(ledger, study, inputs.root_key, echo)
+        self.finished = False
+        self._deadline = time.monotonic() + study.time_budget_s if study.time_budget_s else None
+        self._running: dict[str, Job] = {}
+        self._reported: set[str] = set()
+        self._interrupted = self._reap()
+        known = len(self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))) + sum(
+            trial.number in {t.number for t in ledger.trials()}
+            for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+        self._num_asked = known
+
+    def _reap(self) -> list[int]:
+        """Trials that a dead driver left running: those with a record run again, the others never began."""
+        recorded = {trial.number for trial in self.ledger.trials()}
+        again = []
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if trial.number in recorded:
+                again.append(trial.number)
+            else:
+                self.optuna.tell(trial.number, state=TrialState.FAIL)
+        return again
+
+    def suggest(self, trial_id: str) -> Job | str | None:
+        job = self._next_job()
+        if job is None:
+            if self._running:
+                return None
+            self.finished = True
+            return Searcher.FINISHED
+        self._running[trial_id] = job
+        self.progress.started(job)
+        return job
+
+    def _next_job(self) -> Job | None:
+        if self.ledger.report_metrics(self.inputs.root_key) is None and "dense" not in self._reported:
+            self._reported.add("dense")
+            return {"kind": "dense"}
+        out_of_time = self._deadline is not None and time.monotonic() > self._deadline
+        if self._interrupted and not out_of_time:
+            return {"kind": "trial", "number": self._interrupted.pop(0)}
+        if self._num_asked < self.study.num_trials and not out_of_time:
+            self._num_asked += 1
+            return self._ask()
+        if any(job["kind"] != "report" for job in self._running.values()):
+            return None
+        for key in frontier_keys(self.ledger, self.study):
+            if key not in self._reported and self.ledger.report_metrics(key) is None:
+                self._reported.add(key)
+                return {"kind": "report", "key": key}
+        return None
+
+    def _ask(self) -> Job:
+        trial = self.optuna.ask()
+        config = draw(self.space, trial)
+        actions = resolve_actions(config, self.study, self.inputs.num_train_tokens)
+        self.ledger.write_trial(TrialRecord(number=trial.number, config=config, actions=actions, started_at=utc_now()))
+        return {"kind": "trial", "number": trial.number}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self.progress.round_done(self._running[trial_id], result)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        job = self._running.pop(trial_id, None)
+        if job is None:
+            return
+        if job["kind"] == "trial":
+            self._tell(job["number"], error)
+        elif error:
+            self.progress.echo(f"{job['kind']} job failed: the log is under {self.ledger.directory / 'tune'}")
+        self.progress.ended(job)
+
+    def _tell(self, number: int, error: bool) -> None:
+        """Tells Optuna the trial's last candidate. A diverged trial is complete but infeasible, so the sampler learns
+        from it; a crashed one is FAIL, which says nothing about its configuration."""
+        trial = self.ledger.trial(number)
+        if trial.status == "running":
+            if not error:
+                return  # Tune was interrupted; the next sweep goes on
+            trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason":
+                                             "its process died; the log is in log_path"})
+            self.ledger.write_trial(trial)
+        handle = optuna.Trial(self.optuna, self._trial_id(number))
+        handle.set_user_attr("keys", list(trial.keys))
+        if trial.reason:
+            handle.set_user_attr("reason", trial.reason)
+        if trial.status == "failed" and (error or trial.traceback):
+            self.optuna.tell(number, state=TrialState.FAIL)
+            return
+        last = self.ledger.round(trial.keys[-1]) if trial.keys else self.ledger.round(self.inputs.root_key)
+        assert last is not None
+        handle.set_constraint("diverged", 1.0 if trial.status == "failed" else -1.0)
+        self.optuna.tell(number, [getattr(last, self.study.size), last.metrics[self.study.objective].value])
+
+    def _trial_id(self, number: int) -> int:
+        return self.optuna.get_trials(deepcopy=False)[number]._trial_id
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal and the ledger are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("run the same sweep again; it attaches to the journal and the ledger")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """As `save`."""
+
+
+def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
+    """Keys of the candidates that no other one beats in both size and objective on the selection split."""
+    rounds = [r for r in ledger.rounds().values() if study.objective in r.metrics]
+    sign = 1 if higher_is_better(study.objective) else -1
+    on_front = pareto_front([getattr(r, study.size) for r in rounds],
+                            [sign * r.metrics[study.objective].value for r in rounds])
+    return [r.key for r, front in zip(rounds, on_front) if front]
+
+
+class Progress:
+    """Plain lines for a terminal and a job log alike: what ran, what is left, the best so far."""
+
+    def __init__(self, ledger: Ledger, study: Study, root_key: str, echo: Callable[[str], None]) -> None:
+        self.ledger, self.study, self.root_key, self.echo = ledger, study, root_key, echo
+        self.began = time.monotonic()
+        self.count = {"running": 0, "done": 0, "stopped": 0, "failed": 0}
+        for trial in ledger.trials():
+            self.count[trial.status] += trial.status != "running"
+        self._before = self.count["done"] + self.count["stopped"] + self.count["failed"]
+        self._keys: set[str] = set()
+
+    def started(self, job: Job) -> None:
+        self.count["running"] += job["kind"] == "trial"
+
+    def round_done(self, job: Job, result: dict[str, Any]) -> None:
+        if job["kind"] == "trial" and not result["done"]:
+            trial, candidate = self.ledger.trial(job["number"]), self.ledger.candidate(result["key"])
+            self._line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", candidate)
+        elif job["kind"] == "dense":
+            self._line("dense baseline", self.ledger.candidate(result["key"]))
+        elif job["kind"] == "report":
+            self._line("report split of", self.ledger.candidate(result["key"]))
+
+    def ended(self, job: Job) -> None:
+        if job["kind"] != "trial":
+            return
+        trial = self.ledger.trial(job["number"])
+        self.count["running"] -= 1
+        if trial.status != "running":
+            self.count[trial.status] += 1
+        if trial.status == "failed":
+            self.echo(f"trial {trial.number} failed: {trial.reason}")
+
+    def _line(self, what: str, candidate: RoundRecord) -> None:
+        metric = candidate.metrics.get(self.study.objective)
+        quality = f"{self.study.objective} {metric.value:.4f}" if metric else ""
+        ended = self.count["done"] + self.count["stopped"] + self.count["failed"]
+        elapsed = time.monotonic() - self.began
+        left = ""
+        if ended > self._before:
+            left = f", about {elapsed / (ended - self._before) * max(0, self.study.num_trials - ended):.0f} s left"
+        counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
+        self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "
+                  f"{self.study.num_trials}{left}")

@@ -1,0 +1,101 @@
+"""The Tune trainable: a gang of ranks that stays warm and runs one job after the other, a round per Tune iteration.
+
+The trainable's own actor is rank 0; the other ranks are actors in the same placement group, one bundle each. Processes,
+process group, engine, text and base weights outlive the job (`reuse_actors`): the next one starts by copying shards.
+
+A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
+runs the trial of that number in the ledger, {"kind": "report", "key": k} scores a candidate on the report split.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+import torch
+from ray import tune
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raysearch.bench import Bench, read_inputs
+from raysearch.config import Study
+from raysearch.engine import free_port
+from raysearch.ledger import Ledger
+from raysearch.round import dense_round, report_round, run_trial
+
+Job = dict[str, Any]
+
+
+class Rank:
+    """One process of a gang."""
+
+    def __init__(self, study: Study, directory: str, root_key: str, environment: dict[str, str]) -> None:
+        os.environ.update(environment)
+        if not study.gpus_per_rank:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(max(1, int(study.cpus_per_rank)))
+        inputs = read_inputs(study)
+        if inputs.root_key != root_key:
+            raise ValueError(f"rank {environment['RANK']} reads another model or corpus than the driver (root key "
+                             f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model}")
+        self.bench = Bench(study, Ledger(directory), inputs)
+        self._results: Iterator[dict[str, Any]] = iter(())
+
+    def begin(self, job: Job, log_path: str) -> None:
+        self._results = self._run(job, log_path)
+
+    def step(self) -> dict[str, Any]:
+        """The job's next result; "done" is True in its last."""
+        return next(self._results)
+
+    def _run(self, job: Job, log_path: str) -> Iterator[dict[str, Any]]:
+        ledger = self.bench.ledger
+        if job["kind"] == "trial":
+            trial = ledger.trial(job["number"]).model_copy(update={"log_path": log_path})
+            for record in run_trial(self.bench, trial):
+                key = record.keys[-1] if record.keys else None
+                yield {"done": record.status != "running", "status": record.status, "key": key}
+        else:
+            dense = dense_round(self.bench)
+            report_round(self.bench, dense if job["kind"] == "dense" else ledger.candidate(job["key"]))
+            yield {"done": True, "status": "done", "key": job.get("key", dense.key)}
+
+
+class PruneTrial(tune.Trainable):
+    """Rank 0 and the handle on its peers."""
+
+    def setup(self, config: Job, *, study: Study, directory: str, root_key: str) -> None:
+        group = ray.util.get_current_placement_group()
+        shared = {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port()),
+                  "WORLD_SIZE": str(study.num_ranks), "LOCAL_RANK": "0"}
+        peer = ray.remote(num_cpus=study.cpus_per_rank, num_gpus=study.gpus_per_rank)(Rank)
+        self.peers = [
+            peer.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank))
+            .remote(study, directory, root_key, {**shared, "RANK": str(rank)}) for rank in range(1, study.num_ranks)
+        ]
+        self.rank_0 = Rank(study, directory, root_key, {**shared, "RANK": "0"})
+        self._begin(config)
+
+    def reset_config(self, new_config: Job) -> bool:
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        others = [peer.step.remote() for peer in self.peers]
+        result = self.rank_0.step()
+        ray.get(others)
+        return result
+
+    def cleanup(self) -> None:
+        for peer in self.peers:
+            ray.kill(peer)
+
+    def _begin(self, job: Job) -> None:
+        others = [peer.begin.remote(job, self.logdir) for peer in self.peers]
+        self.rank_0.begin(job, self.logdir)
+        ray.get(others)
+
+
+def gang_resources(study: Study) -> tune.PlacementGroupFactory:
+    """One bundle per rank; the first is the trainable's own actor."""
+    bundle = {"CPU": study.cpus_per_rank, "GPU": study.gpus_per_rank} if study.gpus_per_rank else {"CPU": study.cpus_per_rank}
+    return tune.PlacementGroupFactory([bundle] * study.num_ranks, strategy="PACK")

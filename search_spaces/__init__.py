@@ -1,0 +1,1 @@
+"""One module, one study: STUDY holds what is fixed, space(trial) what varies. See demo.py."""

@@ -1,0 +1,40 @@
+"""The demo's study: the tiny model, every hyper-parameter of the paper, a few minutes on two cores.
+
+`STUDY` holds the fields of raysearch.config.Study, `space` returns fields of raysearch.config.TrialConfig. The space is
+conditional: a trial prunes towards a target along a schedule, by a rate per round, or by a threshold.
+"""
+
+STUDY = {
+    "model": "demo/model",
+    "corpus": "builtin",
+    "objective": "text/bits_per_byte",
+    "num_trials": 12,
+    "max_concurrent": 2,
+    "context_tokens": 128,
+    "batch_tokens": 2048,
+    "epoch_tokens": 40_960,
+    "eval_items": 120,
+}
+
+
+def space(trial):
+    fields = {
+        "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 1.5]),
+        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 3e-3, log=True),
+        "l1_lambda": trial.suggest_float("l1_lambda", 1e-5, 1e-1, log=True),
+        "num_rounds": trial.suggest_int("num_rounds", 3, 5),
+    }
+    mode = trial.suggest_categorical("mode", ["target", "rate", "threshold"])
+    if mode == "target":
+        fields["schedule"] = trial.suggest_categorical("schedule", ["linear", "exponential", "cubic", "cosine"])
+        fields["initial_sparsity"] = trial.suggest_float("initial_sparsity", 0.0, 0.3)
+        fields["target_sparsity"] = trial.suggest_float("target_sparsity", 0.4, 0.95)
+        fields["scope"] = trial.suggest_categorical("scope", ["global", "layer"])
+    elif mode == "rate":
+        fields["schedule"] = "constant"
+        fields["rate"] = trial.suggest_float("rate", 0.1, 0.5)
+    else:
+        fields["schedule"] = "linear"
+        fields["threshold"] = trial.suggest_float("threshold", 0.3, 1.5)
+        fields["threshold_unit"] = "std"
+    return fields
