@@ -1,0 +1,122 @@
+"""Evaluation: lm-eval's tasks and metrics, scored by our own fast `Scorer`."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import weighted_perplexity
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+
+from raysearch.config import Metric
+from raysearch.evaluation.scorer import Scorer
+from raysearch.evaluation.statistics import summarise
+from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
+
+__all__ = ["Evaluation", "Scorer", "describe_tasks", "evaluate", "heldout_tasks", "load_tasks"]
+
+FEWSHOT_SEED = 1234
+"""lm-eval's default."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`; the keys of the dictionaries are "task/metric"."""
+
+    metrics: dict[str, Metric]
+    items: dict[str, list[float]]
+    """Per item, in the order of the task: contributions whose mean is the metric (for perplexities, its logarithm), so
+    that the difference of two models on equal tasks can be tested item by item."""
+
+
+def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None,
+             samples_path: Path | None = None) -> Evaluation:
+    """Scores every task. Metrics and their values are lm-eval's; each has a standard error over the items.
+
+    limit: the first items of each task only; num_fewshot: examples in the prompt (None: the task's own number);
+    samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text also get
+    token_perplexity. Touches no global random state, and prepares the prompts of a task only once: keep the task objects
+    for the next call. ValueError for a limit below 1 or more shots than the task has examples.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 item; got {limit}")
+    prepared = [_requests(task, limit, num_fewshot) for task in tasks]
+    _respond(scorer, [request for requests in prepared for request in requests])
+    metrics: dict[str, Metric] = {}
+    items: dict[str, list[float]] = {}
+    samples: list[str] = []
+    for task, requests in zip(tasks, prepared):
+        name = task.config.task
+        values, identities = _process(scorer, task, requests)
+        for metric, column in values.items():
+            aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)
+            value, stderr, items[f"{name}/{metric}"] = summarise(column, aggregation)
+            metrics[f"{name}/{metric}"] = Metric(value=value, stderr=stderr, num_items=len(column))
+        for index, identity in enumerate(identities):
+            row = {"task": name, "item_id": identity, "metrics": {key: column[index] for key, column in values.items()}}
+            samples.append(json.dumps(row, default=float) + "\n")
+    if samples_path is not None:
+        aside = samples_path.with_name(samples_path.name + ".partial")
+        aside.write_text("".join(samples))
+        os.replace(aside, samples_path)
+    return Evaluation(metrics, items)
+
+
+def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:
+    """lm-eval's build_all_requests without its progress bar, kept for as long as the task lives."""
+    shots = task.config.num_fewshot or 0 if num_fewshot is None else num_fewshot
+    known = _PREPARED.setdefault(task, {})
+    if (limit, shots) not in known:
+        if shots:
+            examples = len(task.sampler.fewshot_docs())
+            if not 0 < shots < examples:
+                raise ValueError(f"num_fewshot must be below the {examples} examples of task {task.config.task!r}; got "
+                                 f"{shots}")
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        made: list[Instance] = []
+        for doc_id, doc in task.doc_iterator(limit=limit):
+            context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+            metadata = (task.config.task, doc_id, task.config.repeats)
+            request = task.construct_requests(doc=doc, ctx=context, metadata=metadata)
+            made.extend(request if isinstance(request, list) else [request])
+        known[limit, shots] = made
+    return known[limit, shots]
+
+
+def _respond(scorer: Any, requests: Sequence[Instance]) -> None:
+    by_type: dict[str, list[Instance]] = {}
+    for request in requests:
+        request.resps, request.filtered_resps = [], {}
+        by_type.setdefault(request.request_type, []).extend([request] * (request.repeats or 1))
+    for request_type, group in by_type.items():
+        for request, response in zip(group, getattr(scorer, request_type)(group), strict=True):
+            request.resps.append(response)
+
+
+def _process(scorer: Any, task: Any, requests: list[Instance]) -> tuple[dict[str, list[Any]], list[str]]:
+    """(values of each metric over the items, identities of the items), by the task's own rules."""
+    task._instances = requests  # what lm-eval's filters read
+    task.apply_filters()
+    by_item: dict[Any, list[Instance]] = {}
+    for request in requests:
+        by_item.setdefault(request.doc_id, []).append(request)
+    values: dict[str, list[Any]] = {}
+    filters = list(requests[0].filtered_resps)
+    for key in filters:
+        for group in by_item.values():
+            results = [request.filtered_resps[key] for request in sorted(group, key=lambda request: request.idx)]
+            for metric, value in task.process_results(group[0].doc, results).items():
+                values.setdefault(metric if len(filters) == 1 else f"{metric},{key}", []).append(value)
+            if group[0].request_type == "loglikelihood_rolling":
+                num_tokens = len(scorer.tok_encode(group[0].args[0]))
+                values.setdefault("token_perplexity", []).append((results[0], num_tokens))
+    identities = [str(group[0].doc.get("item_id", doc_id)) for doc_id, group in by_item.items()]
+    return values, identities
+
+
+_PREPARED: "WeakKeyDictionary[Task, dict[tuple[int | None, int], list[Instance]]]" = WeakKeyDictionary()

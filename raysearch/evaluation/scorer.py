@@ -1,0 +1,443 @@
+"""A fast `lm_eval.api.model.LM`: the numbers of lm-eval's Hugging Face backend, with less work per item.
+
+Three differences in how, none in what: a prefix that several requests share is computed once (tree attention, see
+packing.py); the vocabulary projection runs at the scored positions only and in slices, so [B, S, V] never exists; and
+results stay on the device until the last batch. lm-eval keeps tasks, prompts, metrics and standard errors.
+
+Legend: B rows, S padded tokens per row, N scored positions, D hidden size, V vocabulary.
+"""
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import (
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+    resolve_max_length,
+)
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from raysearch.evaluation.packing import Request, Row, build_rows, common_prefix, split_batches
+
+TREE_FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "mistral")
+"""Model types that take a 4-D mask with position ids and whose logits are `head(base_model(...))` and nothing more;
+tested against lm-eval. Any other model is scored by plain right-padded batches and its own logits."""
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+"""Padded tokens per forward. CPU: 2026-11-23, books-30m, 2 threads, flat between 1k and 4k."""
+
+LOGIT_SLICE = 2**24
+"""Logits held at once (64 MiB in fp32)."""
+
+MAX_GEN_TOKENS = 256
+"""lm-eval's default when a task does not say how many tokens to generate."""
+
+Gather = Callable[[object], list[Any]]
+Tokens = tuple[int, ...]
+
+
+class Scorer(TemplateLM):
+    """Scores lm-eval requests with a Hugging Face causal LM, on the model's own device and dtype.
+
+    lm-eval sees one process; with world_size > 1 the batches are dealt out over the ranks and the results of all ranks
+    come together through `gather` (like all_gather_object: one object in, the list over ranks out), so that every rank
+    returns the full list. `lockstep` is for models whose forward is a collective (ZeRO-3): all ranks then run the same
+    number of forwards, on dummy batches where they have no own. An out-of-memory batch is halved, with one warning.
+    `num_truncated` counts the requests that were cut on the left to fit the context, as lm-eval cuts them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        *,
+        batch_tokens: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        gather: Gather | None = None,
+        lockstep: bool = False,
+        max_length: int | None = None,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if batch_tokens is not None and batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1; got {batch_tokens}")
+        if world_size > 1 and gather is None:
+            raise ValueError(f"world_size {world_size} needs a `gather` function; got None")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be in [0, world_size={world_size}); got {rank}")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config: Any = model.config
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cuda"])
+        self.num_truncated = 0
+        self.progress = progress
+        self._max_length = max_length or resolve_max_length(self.config, tokenizer)
+        self._deal = (rank, world_size)
+        self._gather: Gather = gather or (lambda result: [result])
+        self._lockstep = lockstep
+        self._warned_out_of_memory = False
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_length(self) -> int:
+        """Context length in tokens."""
+        return self._max_length
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return int(bos if bos is not None else self.tokenizer.eos_token_id)
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """False for a model outside TREE_FAMILIES or with windowed attention: plain batches, full logits."""
+        return self.config.model_type in TREE_FAMILIES and not getattr(self.config, "sliding_window", None)
+
+    # ---- tokens ------------------------------------------------------------------------------------------------------
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        return list(self.encode([string], add_special_tokens)[0])
+
+    def encode(self, strings: Sequence[str], add_special_tokens: bool | None = None) -> list[Tokens]:
+        """Token ids of each string, by lm-eval's rule: no second BOS where the string starts with one. Cached for the
+        life of the tokenizer, because a sweep scores the same items after every round."""
+        cache = _ENCODED.setdefault(self.tokenizer, {})
+        if len(cache) > 500_000:
+            cache.clear()
+        missing = [text for text in dict.fromkeys(strings) if (text, add_special_tokens) not in cache]
+        prefix = self.tokenizer.decode(self.prefix_token_id)
+        starts_with_bos = [add_special_tokens is None and has_bos_prefix(text, prefix) for text in missing]
+        for flag, special in ((False, add_special_tokens), (True, False)):
+            group = [text for text, starts in zip(missing, starts_with_bos) if starts is flag]
+            if group:
+                options = {} if special is None else {"add_special_tokens": special}
+                encoded = self.tokenizer(group, return_attention_mask=False, verbose=False, **options)["input_ids"]
+                cache.update({(text, add_special_tokens): tuple(ids) for text, ids in zip(group, encoded)})
+        return [cache[text, add_special_tokens] for text in strings]
+
+    def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
+        """Token ids of (context, continuation) pairs: TemplateLM._encode_pair and its empty-context rule, batched."""
+        moved = []  # trailing spaces of the context belong to the continuation
+        for context, continuation in pairs:
+            stripped = context.rstrip()
+            moved.append((stripped, context[len(stripped):] + continuation) if context else ("", continuation))
+        wholes = self.encode([context + continuation for context, continuation in moved])
+        contexts = self.encode([context for context, _ in moved])
+        encoded = []
+        for (context, _), (original, continuation), whole, head in zip(moved, pairs, wholes, contexts):
+            if original:
+                encoded.append((head, whole[len(head):]))
+                continue
+            alone = self.encode([continuation], add_special_tokens=False)[0]
+            if alone and alone[0] == self.prefix_token_id:
+                encoded.append((alone[:1], alone[1:]))
+            else:
+                encoded.append(((self.prefix_token_id,), alone))
+        return encoded
+
+    # ---- log-likelihoods ---------------------------------------------------------------------------------------------
+
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-probability in nats, is greedy) of each (context, continuation)."""
+        pairs = self.encode_pairs([request.args for request in requests])
+        return self.score(pairs)
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-probability in nats of each whole text, in lm-eval's disjoint windows of max_length tokens."""
+        windows: list[tuple[Tokens, Tokens]] = []
+        owners: list[int] = []
+        for owner, tokens in enumerate(self.encode([request.args[0] for request in requests])):
+            for window in get_rolling_token_windows(list(tokens), self.prefix_token_id, self.max_length, 1):
+                context, continuation = make_disjoint_window(window)
+                windows.append((tuple(context), tuple(continuation)))
+                owners.append(owner)
+        totals = [0.0] * len(requests)
+        for owner, (logprob, _) in zip(owners, self.score(windows)):
+            totals[owner] += logprob
+        return totals
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, **kwargs: Any) -> list[Any]:
+        return self.score([(tuple(context), tuple(continuation)) for _, context, continuation in requests])
+
+    def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
+        """(log-probability in nats, is greedy) of each (context tokens, continuation tokens)."""
+        requests = [self._request(context, continuation) for context, continuation in pairs]
+        rows = build_rows(requests, width=self.config.hidden_size, max_row_tokens=self.batch_tokens,
+                          share=self.shares_prefixes)
+        batches = split_batches(rows, self.batch_tokens)
+        rank, world_size = self._deal
+        mine: list[tuple[list[Row], Tensor]] = []
+        with self._inference():
+            for start in self._bar(range(0, len(batches), world_size), "Scoring"):
+                wave = batches[start:start + world_size]
+                slices = max(self._num_slices(batch) for batch in wave) if self._lockstep else 0
+                if rank < len(wave):
+                    mine.extend(self._score_or_halve(wave[rank], slices))
+                elif self._lockstep:
+                    self._score_batch(wave[0], slices)
+        own: dict[int, tuple[float, bool]] = {}
+        if mine:
+            logprobs, greedy = torch.cat([result for _, result in mine], dim=1).cpu().double().numpy()
+            start = 0
+            for scored in (scored for batch, _ in mine for row in batch for scored in row.scored):
+                stop = start + len(scored.targets)
+                own[scored.request] = (float(logprobs[start:stop].sum()), bool(greedy[start:stop].all()))
+                start = stop
+        everyone: dict[int, tuple[float, bool]] = {}
+        for part in self._gather(own):
+            everyone.update(part)
+        return [everyone[index] for index in range(len(pairs))]
+
+    def _request(self, context: Tokens, continuation: Tokens) -> Request:
+        if not context or not 0 < len(continuation) <= self.max_length:
+            raise ValueError("a request needs at least 1 context token and a continuation of 1 to max_length="
+                             f"{self.max_length} tokens; got {len(context)} and {len(continuation)}")
+        whole = context + continuation
+        if len(whole) > self.max_length + 1:
+            self.num_truncated += 1
+            whole = whole[-(self.max_length + 1):]
+        return Request(whole[:-1], continuation)
+
+    def _score_or_halve(self, batch: list[Row], slices: int) -> Iterator[tuple[list[Row], Tensor]]:
+        try:
+            result = self._score_batch(batch, slices)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1 or self._lockstep:  # in lockstep the other ranks would wait for ever
+                raise
+            result = None
+        if result is not None:
+            yield batch, result
+            return
+        if not self._warned_out_of_memory:
+            warnings.warn(f"out of memory with {len(batch)} rows of {len(batch[0].tokens)} tokens: the batch is halved "
+                          f"(batch_tokens is {self.batch_tokens}; a smaller one avoids this)", stacklevel=2)
+            self._warned_out_of_memory = True
+        self.batch_tokens = max(1, self.batch_tokens // 2)  # for the calls after this one
+        torch.cuda.empty_cache()
+        for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]):
+            yield from self._score_or_halve(half, slices)
+
+    def _score_batch(self, batch: Sequence[Row], slices: int) -> Tensor:
+        """[2, N] fp32 on the device: log-probability of each target, and 1 where it is the argmax."""
+        longest = max(len(row.tokens) for row in batch)
+        tokens = np.zeros((len(batch), longest), np.int64)
+        depths = np.zeros_like(tokens)
+        ends = np.tile(np.arange(longest), (len(batch), 1))  # padding sees itself only
+        for b, row in enumerate(batch):
+            tokens[b, :len(row.tokens)] = row.tokens
+            depths[b, :len(row.tokens)] = row.depths
+            ends[b, :len(row.tokens)] = row.ends
+        flat = np.concatenate([b * longest + scored.positions for b, row in enumerate(batch) for scored in row.scored])
+        positions, owner = np.unique(flat, return_inverse=True)  # endings share the context's last position
+        targets = np.concatenate([scored.targets for row in batch for scored in row.scored])
+        options: dict[str, Tensor] = {}
+        if not all(row.is_chain for row in batch):
+            options = {"attention_mask": self._tree_mask(self._to_device(ends)),
+                       "position_ids": self._to_device(depths)}
+        logits_at = self._logits(self._to_device(tokens), self._to_device(positions), options)
+        order = np.argsort(owner, kind="stable")  # targets in the order of their positions
+        bounds = np.searchsorted(owner[order], np.arange(0, len(positions) + 1))
+        step = max(1, LOGIT_SLICE // self.config.vocab_size)
+        parts = []
+        for start in range(0, len(positions), step):
+            stop = min(start + step, len(positions))
+            chosen = order[bounds[start]:bounds[stop]]
+            parts.append(_target_logprobs(logits_at(start, stop), self._to_device(owner[chosen] - start),
+                                          self._to_device(targets[chosen])))
+        for _ in range(len(parts), slices):
+            logits_at(0, 1)
+        return torch.cat(parts, dim=1)[:, self._to_device(np.argsort(order, kind="stable"))]
+
+    def _num_slices(self, batch: Sequence[Row]) -> int:
+        positions = sum(len(np.unique(np.concatenate([s.positions for s in row.scored]))) for row in batch)
+        return -(-positions // max(1, LOGIT_SLICE // self.config.vocab_size))
+
+    def _logits(self, tokens: Tensor, positions: Tensor, options: dict[str, Tensor]) -> Callable[[int, int], Tensor]:
+        """Function (start, stop) -> logits [stop - start, V] at positions[start:stop] of the flattened [B * S]."""
+        if not self.shares_prefixes:
+            logits = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            return lambda start, stop: logits[positions[start:stop]]
+        hidden = self.model.base_model(input_ids=tokens, use_cache=False, **options).last_hidden_state
+        hidden = hidden.flatten(0, 1)[positions]  # [N, D]
+        head = self.model.get_output_embeddings()
+        return lambda start, stop: head(hidden[start:stop])
+
+    def _tree_mask(self, ends: Tensor) -> Tensor:
+        """Additive mask [B, 1, S, S] of rows flattened depth-first: q sees k when k <= q <= ends[k]."""
+        q = torch.arange(ends.shape[1], device=ends.device)[:, None]
+        visible = (q >= q.T) & (q <= ends[:, None, :])
+        dtype = self.model.get_output_embeddings().weight.dtype
+        return torch.zeros((), dtype=dtype, device=ends.device).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+
+    # ---- generation --------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuation of each context, cut before the first of its `until` strings."""
+        groups: dict[tuple[Tokens, int], list[int]] = {}
+        texts: list[tuple[str, ...]] = []
+        for index, request in enumerate(requests):
+            settings = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKENS))
+            if settings.get("do_sample"):
+                raise ValueError(f"generation is greedy; got do_sample=True for request {index}")
+            until = settings.get("until") or []
+            texts.append(tuple([until] if isinstance(until, str) else until))
+            groups.setdefault((texts[-1], settings["max_gen_toks"]), []).append(index)  # type: ignore[arg-type]
+        everyone: dict[int, str] = {}
+        with self._inference():
+            for (until, max_gen_tokens), members in groups.items():
+                contexts = self.encode([requests[index].args[0] for index in members])
+                for part in self._gather(self._generate(contexts, until, max_gen_tokens)):  # type: ignore[arg-type]
+                    everyone.update({members[index]: text for index, text in part.items()})
+        return [everyone[index] for index in range(len(requests))]
+
+    def _generate(self, contexts: Sequence[Tokens], until: tuple[str, ...], max_gen_tokens: int) -> dict[int, str]:
+        room = self.max_length - max_gen_tokens
+        if room <= 0:
+            raise ValueError(f"max_gen_toks must be less than the context of {self.max_length} tokens; got "
+                             f"{max_gen_tokens}")
+        self.num_truncated += sum(len(context) > room for context in contexts)
+        cut = [context[-room:] or (self.prefix_token_id,) for context in contexts]
+        order = sorted(range(len(cut)), key=lambda index: (-len(cut[index]), cut[index]))
+        batches: list[list[int]] = []
+        for index in order:
+            longest = len(cut[batches[-1][0]]) if batches else 0
+            if batches and (longest + max_gen_tokens) * (len(batches[-1]) + 1) <= 4 * self.batch_tokens:
+                batches[-1].append(index)
+            else:
+                batches.append([index])
+        prefix = _shared_prefix(cut) if self.shares_prefixes else 0
+        prefix_cache = None
+        if prefix:
+            start_tokens = np.array([cut[0][:prefix]])
+            prefix_cache = self._forward_cached(start_tokens, np.arange(prefix)[None], None, np.ones_like(start_tokens))[1]
+        rank, world_size = self._deal
+        own: dict[int, str] = {}
+        for start in self._bar(range(0, len(batches), world_size), "Generating"):
+            wave = batches[start:start + world_size]
+            batch = wave[rank] if rank < len(wave) else wave[0]
+            if rank >= len(wave) and not self._lockstep:
+                break
+            contexts_here = [cut[index] for index in batch]
+            texts = self._generate_batch(contexts_here, until, max_gen_tokens, prefix, prefix_cache)
+            if rank < len(wave):
+                own.update(zip(batch, texts))
+        return own
+
+    def _generate_batch(self, contexts: list[Tokens], until: tuple[str, ...], max_gen_tokens: int, prefix: int,
+                        prefix_cache: Any) -> list[str]:
+        cache = None
+        if prefix_cache is not None:
+            cache = copy.deepcopy(prefix_cache)
+            cache.batch_repeat_interleave(len(contexts))
+        longest = max(len(context) for context in contexts) - prefix
+        padding = np.array([longest + prefix - len(context) for context in contexts])
+        tokens = np.zeros((len(contexts), longest), np.int64)
+        for b, context in enumerate(contexts):
+            tokens[b, padding[b]:] = context[prefix:]
+        mask = np.ones((len(contexts), prefix + longest), np.int64)
+        mask[:, prefix:] = np.arange(longest) >= padding[:, None]
+        positions = np.maximum(np.arange(longest) - padding[:, None], 0) + prefix
+        stop_ids = self._stop_ids()
+        window = max((len(text.encode()) for text in until), default=0) + 4  # a stop string ends in the last token
+        made: list[list[int]] = [[] for _ in contexts]
+        rows = list(range(len(contexts)))  # contexts that still generate, in the order of the cache
+        done: set[int] = set()
+        for step in range(max_gen_tokens):
+            logits, cache = self._forward_cached(tokens, positions, cache, mask)
+            following = logits.argmax(dim=-1).tolist()
+            for row, token in zip(rows, following):
+                if row not in done:
+                    if token in stop_ids:
+                        done.add(row)
+                    else:
+                        made[row].append(token)
+            tails = self.tokenizer.batch_decode([made[row][-window:] for row in rows], skip_special_tokens=True)
+            done.update(row for row, tail in zip(rows, tails) if any(text in tail for text in until if text))
+            if all(self._gather(len(done) == len(contexts))) if self._lockstep else len(done) == len(contexts):
+                break
+            if step + 1 == max_gen_tokens:
+                break
+            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
+            tokens, positions = np.array(following)[:, None], positions[:, -1:] + 1
+            keep = [b for b, row in enumerate(rows) if row not in done]
+            if 0 < len(keep) <= len(rows) // 2:  # a smaller batch pays for copying the cache
+                cache.batch_select_indices(self._to_device(np.array(keep)))
+                mask, tokens, positions = mask[keep], tokens[keep], positions[keep]
+                rows = [rows[b] for b in keep]
+        finished = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return [postprocess_generated_text(text, list(until), None) for text in finished]
+
+    def _forward_cached(self, tokens: Any, positions: Any, cache: Any, mask: Any) -> tuple[Tensor, Any]:
+        """(logits [B, V] after the last token of each row, key-value cache). mask [B, cached + new] of 0 and 1."""
+        options = {"input_ids": self._to_device(tokens), "attention_mask": self._to_device(mask),
+                   "past_key_values": cache, "use_cache": True}
+        if not self.shares_prefixes:
+            if "position_ids" in inspect.signature(self.model.forward).parameters:
+                options["position_ids"] = self._to_device(positions)
+            output = self.model(**options)
+            return output.logits[:, -1], output.past_key_values
+        output = self.model.base_model(position_ids=self._to_device(positions), **options)
+        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
+
+    def _stop_ids(self) -> set[int]:
+        ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return set(ids) if isinstance(ids, list) else {int(ids)}
+
+    # ---- small things ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def _to_device(self, array: Any) -> Tensor:
+        return torch.as_tensor(array).to(self.device, non_blocking=True)
+
+    def _bar(self, steps: Iterable[int], title: str) -> Iterable[int]:
+        return tqdm(steps, desc=title, disable=not (self.progress and self._deal[0] == 0))
+
+
+def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
+    """[2, n] fp32: log-softmax of logits [m, V] at (owner[i], targets[i]), and whether that target is the argmax."""
+    logits = logits.float()
+    best = logits.argmax(dim=-1)
+    logprobs = logits[owner, targets] - torch.logsumexp(logits, dim=-1)[owner]
+    return torch.stack([logprobs, (best[owner] == targets).float()])
+
+
+def _shared_prefix(contexts: Sequence[Tokens]) -> int:
+    """Tokens that all contexts start with, leaving each at least one of its own; 0 where computing it once is not
+    worth a forward of its own (under 16 tokens)."""
+    first, last = min(contexts), max(contexts)  # the two that differ earliest
+    shared = min(common_prefix(first, last), min(len(context) for context in contexts) - 1)
+    return shared if shared >= 16 else 0
+
+
+_ENCODED: "WeakKeyDictionary[Any, dict[tuple[str, bool | None], Tokens]]" = WeakKeyDictionary()

@@ -1,0 +1,338 @@
+"""The evaluation tasks, as lm-eval Task objects: held-out documents, the paper's six, any other of lm-eval's.
+
+lm-eval renders the prompts and computes the metrics; what is pinned here is printed by `describe_tasks`.
+"""
+
+import csv
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from datasets import Dataset
+from lm_eval.api.task import ConfigurableTask, Task
+
+from raysearch.evaluation.heldout import choice_items, item_id, last_word_items, text_items
+
+Split = Literal["selection", "report", "all"]
+Item = dict[str, Any]
+
+SHOT_POOL = 100
+"""Few-shot examples of a file task are drawn from this many items, whatever the split and the limit."""
+
+_ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
+_ACC_NORM = {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}
+_PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}
+_EXACT_MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
+                "ignore_punctuation": True}
+_NO_ARTICLES = {"regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"]}
+_TRIM = [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
+
+
+class ItemTask(ConfigurableTask):  # type: ignore[misc]
+    """An lm-eval task over items in memory; shots come from `shots`, never the item itself."""
+
+    def __init__(self, config: Mapping[str, Any], items: Sequence[Item], shots: Sequence[Item]) -> None:
+        self._items = items
+        super().__init__(config={
+            **config, "test_split": "test",
+            "fewshot_config": {"split": "test", "process_docs": lambda _: list(shots)},
+            "metadata": {"version": 1.0},
+        })
+
+    def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
+        self.dataset = {"test": Dataset.from_list(list(self._items))}
+
+
+@dataclass(frozen=True)
+class FileTask:
+    """One of the paper's tasks: where its items lie, how a line is read, and lm-eval's description of the rest."""
+
+    files: tuple[str, ...]  # below the data directory, the first that exists
+    lm_eval_name: str | None  # the hub task of lm-eval, None where lm-eval has none
+    fields: Mapping[str, Callable[[Any], bool]]
+    to_item: Callable[[Item], Item]
+    config: Mapping[str, Any]
+    variant: str
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_answers(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(answer, str) for answer in value)
+
+
+def _question(description: str, question: str, until: Sequence[str], **metric: object) -> Item:
+    return {
+        "output_type": "generate_until", "description": description, "doc_to_text": question, "doc_to_target": "answer",
+        "fewshot_delimiter": "\n" if description else "\n\n", "filter_list": _TRIM,
+        "generation_kwargs": {"until": list(until), "do_sample": False, "temperature": 0.0, "max_gen_toks": 64},
+        "metric_list": [{**_EXACT_MATCH, **metric}],
+    }
+
+
+_QUESTION_FIELDS: Mapping[str, Callable[[Any], bool]] = {"question": _is_text, "answer": _is_answers}
+
+STORY_COLUMNS = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4", "RandomFifthSentenceQuiz1",
+                 "RandomFifthSentenceQuiz2", "AnswerRightEnding")
+
+FILE_TASKS: dict[str, FileTask] = {
+    "lambada": FileTask(
+        ("lambada/test.jsonl",), "lambada_openai",
+        {"text": lambda value: _is_text(value) and bool(value.rpartition(" ")[0].strip())},
+        lambda row: {"context": row["text"].rpartition(" ")[0], "target": " " + row["text"].rpartition(" ")[2]},
+        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
+         "metric_list": [_PERPLEXITY, _ACC]},
+        "OpenAI's passages, as they are; target = the text after the last space, right when every token is the argmax",
+    ),
+    "storycloze": FileTask(
+        ("storycloze/test.csv", "storycloze/validation.csv", "storycloze/test.jsonl"), "storycloze_2016",
+        {**{column: _is_text for column in STORY_COLUMNS[:6]},
+         "AnswerRightEnding": lambda value: str(value) in ("1", "2")},
+        lambda row: {"context": " ".join(row[column] for column in STORY_COLUMNS[:4]),
+                     "choices": [row[column] for column in STORY_COLUMNS[4:6]],
+                     "label": int(row["AnswerRightEnding"]) - 1},
+        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
+         "doc_to_target": "label", "metric_list": [_ACC]},
+        "Story Cloze Test, the authors' CSV; four sentences, two endings",
+    ),
+    "hellaswag": FileTask(
+        ("hellaswag/validation.jsonl",), "hellaswag",
+        {"ctx": _is_text, "endings": lambda value: _is_answers(value) and len(value) > 1,
+         "label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0},
+        lambda row: {"context": row["ctx"], "choices": row["endings"], "label": row["label"]},
+        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
+         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
+    ),
+    "nq_open": FileTask(
+        ("nq_open/validation.jsonl",), "nq_open", _QUESTION_FIELDS,
+        lambda row: {"question": row["question"], "answer": row["answer"]},
+        _question("Answer these questions:\n\n", "Q: {{question}}?\nA:", ["\n", ".", ","], **_NO_ARTICLES),
+        "closed book, lm-eval's nq_open version 4 with all answers accepted",
+    ),
+    "webqs": FileTask(
+        ("webquestions/test.jsonl", "webqs/test.jsonl"), None, _QUESTION_FIELDS,
+        lambda row: {"question": row["question"], "answer": row["answer"]},
+        _question("", "Q: {{question}}\nA:", ["\n"], **_NO_ARTICLES),
+        "closed book, free-form greedy answer as in the GPT-3 evaluation (lm-eval's webqs chooses among answers)",
+    ),
+    "triviaqa": FileTask(
+        ("triviaqa/validation.jsonl",), "triviaqa", _QUESTION_FIELDS,
+        lambda row: {"question": row["question"], "answer": row["answer"]},
+        _question("", "Question: {{question}}?\nAnswer:", ["\n", ".", ","]),
+        "closed book, lm-eval's triviaqa version 3",
+    ),
+}
+
+HELDOUT_CONFIGS: dict[str, tuple[Callable[..., Sequence[Item]], Mapping[str, Any], str]] = {
+    "text": (
+        text_items,
+        {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text", "metric_list": [
+            {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False},
+            {"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False},
+            {"metric": "word_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}]},
+        "pieces of 1,600 characters of the held-out documents; token_perplexity is added by evaluate()",
+    ),
+    "last_word": (
+        last_word_items,
+        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
+         "metric_list": [_ACC, _PERPLEXITY]},
+        "LAMBADA-style: passages of 150 to 500 characters, last word of 3 letters or more that occurs before",
+    ),
+    "choice": (
+        choice_items,
+        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
+         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        "HellaSwag-style: true continuation among four; three from elsewhere in the documents, of similar length",
+    ),
+}
+
+
+def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int | None = None,
+                  seed: int = 0) -> list[Task]:
+    """Tasks made from the documents of one split; equal arguments give equal items.
+
+    tasks: names among "text", "last_word", "choice"; limit: at most this many items of each, sampled with `seed`.
+    ValueError for an unknown name, a limit below 1, or documents that give no item.
+    """
+    _check_limit(limit)
+    made = []
+    for name in tasks:
+        if name not in HELDOUT_CONFIGS:
+            raise ValueError(_unknown(name, HELDOUT_CONFIGS))
+        cut, config, _ = HELDOUT_CONFIGS[name]
+        items = cut(documents, limit=limit, seed=seed)
+        if not items:
+            raise ValueError(f"task {name!r} finds no item in the held-out documents: they need more running text; "
+                             f"got {len(documents)} documents of {sum(map(len, documents))} characters")
+        made.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
+    return made
+
+
+def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Split = "all",
+               limit: int | None = None) -> list[Task]:
+    """Tasks by name: the paper's six from files below `data_dir`, or from the hub without it; any other of lm-eval's.
+
+    split: "selection" or "report" keep the half of the items that a hash of the item assigns to them. limit: the first
+    items only; lines after the last one needed are not read. ValueError for an unknown name (with the nearest ones), a
+    missing file, a malformed line (file, line and field), a data set that is not on this machine when offline.
+    """
+    _check_limit(limit)
+    made: list[Task] = []
+    for name in names:
+        if name in FILE_TASKS and (data_dir is not None):
+            made.append(_file_task(name, data_dir, split, limit))
+        elif name in HELDOUT_CONFIGS:
+            raise ValueError(f"task {name!r} is made from held-out documents: it needs a corpus, not a data directory")
+        else:
+            made.extend(_hub_tasks(name, split))
+    return made
+
+
+def in_split(identity: str, split: Split) -> bool:
+    """Whether the item of this identity belongs to the split; selection and report are disjoint halves of all."""
+    return split == "all" or (hashlib.sha256(identity.encode()).digest()[0] % 2 == 0) == (split == "selection")
+
+
+def describe_tasks() -> list[dict[str, str]]:
+    """What is pinned for each task, one row each: task, items, prompt, target, shots, metrics, normalisation, variant."""
+    rows = []
+    for name, file_task in FILE_TASKS.items():
+        source = f"DIR/{file_task.files[0]}, or lm-eval's {file_task.lm_eval_name or 'none'} from the hub"
+        rows.append(_description(name, source, file_task.config, file_task.variant))
+    for name, (_, config, variant) in HELDOUT_CONFIGS.items():
+        rows.append(_description(name, "held-out documents of the corpus", config, variant))
+    return rows
+
+
+def _description(name: str, items: str, config: Mapping[str, Any], variant: str) -> dict[str, str]:
+    metrics = config["metric_list"]
+    generation = config.get("generation_kwargs")
+    rules = [rule for rule in ("ignore_case", "ignore_punctuation") if metrics[0].get(rule)]
+    rules += ["ignore articles"] if "regexes_to_ignore" in metrics[0] else []
+    text, target = str(config["doc_to_text"]), str(config.get("doc_to_choice", config["doc_to_target"]))
+    return {
+        "task": name,
+        "items": items,
+        "prompt": json.dumps(config.get("description", "") + (text if "{" in text or not text else f"{{{{{text}}}}}")),
+        "target": f"{{{{{target}}}}}" + (f", greedy until one of {json.dumps(generation['until'])}, at most "
+                                         f"{generation['max_gen_toks']} tokens" if generation else ""),
+        "shots": f"0 by default; drawn from train.jsonl or else the first {SHOT_POOL} selection items, seed 1234",
+        "metrics": ", ".join(metric["metric"] for metric in metrics),
+        "normalisation": ", ".join(rules).replace("_", " ") or ("by characters of the ending" if
+                                                                _ACC_NORM in metrics else "none"),
+        "variant": variant,
+    }
+
+
+def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> ItemTask:
+    task = FILE_TASKS[name]
+    path = next((data_dir / file for file in task.files if (data_dir / file).is_file()), None)
+    if path is None:
+        raise ValueError(f"task {name!r} needs the file {data_dir / task.files[0]}, which does not exist")
+    train = path.with_name("train" + path.suffix)
+    shots: list[Item] = list(islice(_items(train, task), SHOT_POOL)) if train.is_file() else []
+    shots_from_items = not shots
+    items: list[Item] = []
+    for item in _items(path, task):
+        if (limit is None or len(items) < limit) and in_split(item["item_id"], split):
+            items.append(item)
+        if shots_from_items and len(shots) < SHOT_POOL and in_split(item["item_id"], "selection"):
+            shots.append(item)
+        if limit is not None and len(items) == limit and len(shots) >= (SHOT_POOL if shots_from_items else 0):
+            break
+    if not items:
+        raise ValueError(f"{path}: no items in the {split} split")
+    return ItemTask({"task": name, **task.config}, items, shots)
+
+
+def _items(path: Path, task: FileTask) -> Iterator[Item]:
+    for number, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
+        for field, is_valid in task.fields.items():
+            if field not in row:
+                raise ValueError(f"{path}, line {number}: field {field!r} is missing")
+            if not is_valid(row[field]):
+                raise ValueError(f"{path}, line {number}: field {field!r} is not valid; got {row[field]!r:.80}")
+        item = task.to_item(row)
+        if item.get("label", 0) >= len(item.get("choices", [0])):
+            raise ValueError(f"{path}, line {number}: field 'label' must be below the number of endings, "
+                             f"{len(item['choices'])}; got {item['label']}")
+        yield {"item_id": item_id(json.dumps(item, sort_keys=True)), **item}
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Item]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON, {error.msg} at column {error.colno}; got "
+                                 f"{line.strip()!r:.80}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: must be a JSON object; got {line.strip()!r:.80}")
+            yield number, row
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Item]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.DictReader(lines)
+        for row in reader:
+            yield reader.line_num, {field: value for field, value in row.items() if value is not None}
+
+
+def _hub_tasks(name: str, split: Split) -> list[Task]:
+    from lm_eval.tasks import TaskManager  # its index takes 7 s: only for tasks that are not ours
+
+    if name in FILE_TASKS and FILE_TASKS[name].lm_eval_name is None:
+        source = "stanfordnlp/web_questions"
+        config = {**FILE_TASKS[name].config, "task": name, "doc_to_target": "answers", "dataset_path": source,
+                  "test_split": "test", "training_split": "train", "fewshot_split": "train"}
+        tasks = {name: _downloaded(name, lambda: ConfigurableTask(config=config))}
+    else:
+        manager = TaskManager()
+        lm_eval_name = (FILE_TASKS[name].lm_eval_name or name) if name in FILE_TASKS else name
+        if lm_eval_name not in manager.all_tasks:
+            raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *manager.all_tasks]))
+        tasks = _downloaded(name, lambda: manager.load([lm_eval_name])["tasks"])
+    if split != "all":
+        for task in tasks.values():
+            _keep_split(task, split)
+    return list(tasks.values())
+
+
+def _downloaded(name: str, load: Callable[[], Any]) -> Any:
+    try:
+        return load()
+    except (OSError, ConnectionError) as error:  # datasets and huggingface_hub raise subclasses of these when offline
+        folder = f"; give its file with a data directory: DIR/{FILE_TASKS[name].files[0]}" if name in FILE_TASKS else ""
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"task {name!r}: its data set is not on this machine and the hub cannot be reached ({reason})"
+                         + folder) from error
+
+
+def _keep_split(task: Any, split: Split) -> None:
+    name = task.config.test_split or task.config.validation_split
+    rows = task.dataset[name]
+    kept = [index for index, row in enumerate(rows)
+            if in_split(item_id(json.dumps(row, sort_keys=True, default=str)), split)]
+    task.dataset[name] = rows.select(kept)
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4) or names[:9]
+    return f"task {name!r} is not known; the nearest names are {', '.join(near)}"
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 item; got {limit}")
