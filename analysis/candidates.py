@@ -71,8 +71,9 @@ def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float
     split = split or frontier_split(frame)
     baseline, pool, size = dense(frame), candidates(frame), setting(frame, "size")
     values = quality(pool, split).abs().to_numpy()
-    if baseline is None or np.isnan(dense_value := abs(quality(pool, split)[baseline.name])):
+    dense_values = values[pool["status"] == "dense"]
+    if baseline is None or np.isnan(dense_values).any():
         return float("nan")
     up = higher_is_better(setting(frame, "objective"))
-    relative = values / dense_value if up else dense_value / values
+    relative = values / dense_values if up else dense_values / values
     return hypervolume(pool[size].to_numpy(dtype=float) / float(baseline[size]), relative, (1.0, 0.0))

@@ -15,6 +15,7 @@ import pandas as pd
 
 from analysis.candidates import candidates, dense, quality, setting
 from analysis.load import HYPERPARAMETERS, metric_names
+from analysis.tables import aligned, describe_config, human_bytes, human_count, with_stderr
 from raysearch.config import Frozen, higher_is_better, parse
 from raysearch.ledger import write_json
 
@@ -173,6 +174,36 @@ def read_pick(path: str | Path) -> Pick:
     except ValueError as error:
         raise ValueError(f"{path}: not a pick of this version of raysearch; give the pick.json of `raysearch pick`"
                          ) from error
+
+
+def describe_pick(result: Pick) -> str:
+    """The pick for a terminal, without a final newline: what it is, its metrics beside the dense baseline's, every
+    constraint with its margin, and the runners-up."""
+    told = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
+            f"pruned {describe_config(pd.Series(result.config, dtype=object))}\n")
+    rows = [[name, with_stderr(*_pair(measured)), with_stderr(*_pair(result.dense_metrics.get(name)))]
+            for name, measured in result.metrics.items()]
+    told += aligned(["report split", "picked", "dense"], rows, left=("report split",))
+    for check in result.checks:
+        noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
+        doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
+            "; within 2 standard errors" if check.within_2_stderr else "")
+        number = ",.0f" if check.constraint.metric is None else ".4g"
+        told += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+    for other in result.runners_up:
+        told += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
+    return told.rstrip("\n")
+
+
+def _sizes(found: Candidate) -> str:
+    return (f"sparsity {found.sparsity:.3f}, {human_count(found.num_nonzero)} non-zero of "
+            f"{human_count(found.num_parameters)}, {human_bytes(found.stored_bytes)} stored")
+
+
+def _pair(measured: Measured | None) -> tuple[float, float]:
+    if measured is None:
+        return math.nan, math.nan
+    return measured.value, math.nan if measured.stderr is None else measured.stderr
 
 
 def _parse_quantity(text: str, units: dict[str, int], rule: str) -> int:

@@ -2,23 +2,23 @@
 
 import json
 from collections.abc import Sequence
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 
 from analysis.candidates import dense, frontier, frontier_split, setting
 
-Format = Literal["table", "json", "csv"]
 MAX_WIDTH = 140
 """Characters in a line of the terminal table."""
 
 
-def results_table(frame: pd.DataFrame, format: Format = "table", frontier_only: bool = False) -> str:
+def results_table(frame: pd.DataFrame, format: str = "table", frontier_only: bool = False) -> str:
     """The rows of a loaded frame, or of its frontier, as text that ends with a newline.
 
     "json" (a list of objects, null where there is no value) and "csv" (empty there) hold every column of the frame
     and `on_frontier`; "table" holds what fits into MAX_WIDTH characters. Equal studies give equal text."""
+    if format not in ("table", "json", "csv"):
+        raise ValueError(f"format must be table, json or csv, got {format!r}")
     front = frontier(frame)
     rows = front if frontier_only else frame
     rows = rows.assign(on_frontier=rows["key"].isin(front["key"]))
@@ -27,9 +27,7 @@ def results_table(frame: pd.DataFrame, format: Format = "table", frontier_only: 
     if format == "json":
         plain = rows.astype(object).where(rows.notna(), None)
         return json.dumps(plain.to_dict("records"), indent=1, allow_nan=False, default=_plain_number) + "\n"
-    if format == "table":
-        return _terminal_table(frame, rows)
-    raise ValueError(f"format must be table, json or csv, got {format!r}")
+    return _terminal_table(frame, rows)
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:

@@ -7,7 +7,16 @@ import pytest
 from synthetic_study import SyntheticStudy, twelve_trials
 
 from analysis.load import load
-from analysis.pick import Constraint, parse_bytes, parse_constraints, parse_count, pick, read_pick, write_pick
+from analysis.pick import (
+    Constraint,
+    describe_pick,
+    parse_bytes,
+    parse_constraints,
+    parse_count,
+    pick,
+    read_pick,
+    write_pick,
+)
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [
@@ -144,6 +153,19 @@ def test_written_picks_come_back(frame: pd.DataFrame, tmp_path: Path) -> None:
         read_pick(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_pick(tmp_path / "none.json")
+
+
+def test_described_for_a_terminal(frame: pd.DataFrame) -> None:
+    lines = describe_pick(pick(frame, parse_constraints("3MB", None, ["text/bits_per_byte=0.1"]))).splitlines()
+    assert lines[0].startswith("picked trial 5 round 1 (")
+    assert lines[0].endswith("): sparsity 0.400, 680k non-zero of 1M, 2.82 MB stored")
+    assert lines[1] == "pruned constant rate 0.4 in 3, global, 2 ep, lr 0.0003"
+    assert lines[3].split() == ["last_word/acc", "0.554", "±", "0.035", "0.590", "±", "0.035"]
+    assert lines[6] == "--max-bytes 3,000,000: 2,820,000, margin 180,000"
+    assert lines[7] == "--max-drop text/bits_per_byte=0.1: 0.01513, margin 0.08487, standard error 0.0283"
+    assert lines[8] == "runner-up trial 1 round 4: sparsity 0.400, 680k non-zero of 1M, 2.82 MB stored"
+    doubtful = describe_pick(pick(frame, parse_constraints(max_drop=["last_word/acc=8"])))
+    assert "; within 1 standard error: other items could turn it" in doubtful
 
 
 def test_equal_studies_give_equal_picks(tmp_path: Path) -> None:

@@ -35,9 +35,9 @@ def test_terminal_table(frame: pd.DataFrame) -> None:
     lines = results_table(frame).splitlines()
     assert max(len(line) for line in lines) <= 140
     assert len(lines) == 1 + len(frame) + 2
-    assert lines[1].split()[:9] == ["*", "-", "0", "dense", "0.000", "0.000", "1M", "4", "MB"]
+    assert lines[1].split()[:9] == ["-", "0", "dense", "0.000", "0.000", "1M", "4", "MB", "2.000"]
     assert "2.100 ± 0.020" in next(line for line in lines if "  1      5  " in line)
-    assert lines[-1] == "19 candidates, 26 rows shown"
+    assert lines[-1] == "19 candidates, 25 rows shown"
 
 
 def test_frontier_only(frame: pd.DataFrame) -> None:
@@ -72,4 +72,4 @@ def test_words(frame: pd.DataFrame) -> None:
 
 def test_unknown_format(frame: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="format must be table, json or csv, got 'xml'"):
-        results_table(frame, "xml")  # type: ignore[arg-type]
+        results_table(frame, "xml")

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_study import SyntheticStudy
+
+from analysis.importance import explained_share, importance, quality_at_equal_size
+from analysis.load import load
+
+
+def test_explained_share_by_hand() -> None:
+    # means 1 and 3, within 2 * 0.5 + 2 * 0.5 ... : values 0.5 1.5 2.5 3.5: SS_within 1 over n - k = 2, total 5 over 3
+    assert explained_share(np.array([0.5, 1.5, 2.5, 3.5]), np.array([0, 0, 1, 1])) == pytest.approx(1 - 0.5 / (5 / 3))
+    assert explained_share(np.array([1.0, 1.0, 2.0, 2.0]), np.array([0, 0, 1, 1])) == 1.0
+    assert explained_share(np.array([1.0, 2.0, 1.0, 2.0]), np.array([0, 0, 1, 1])) == 0.0
+    assert explained_share(np.array([1.0, 1.0]), np.array([0, 1])) == 0.0
+
+
+def test_noise_explains_nothing_on_average() -> None:
+    generator = np.random.default_rng(0)
+    shares = [explained_share(generator.standard_normal(40), generator.integers(0, 4, 40)) for _ in range(300)]
+    assert np.mean(shares) < 0.05  # eta squared without the adjustment would be 3 / 39 = 0.077
+
+
+def test_size_is_taken_out() -> None:
+    size = np.linspace(1, 2, 50)
+    assert np.abs(quality_at_equal_size(size, np.exp(size))).max() < 1e-9  # ranks: any monotone curve vanishes
+    residual = quality_at_equal_size(size, size + np.tile([0.3, -0.3], 25))
+    assert residual[::2].mean() > 0.1 > -0.1 > residual[1::2].mean()
+
+
+def test_finds_what_matters(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    generator = np.random.default_rng(1)
+    for number in range(24):
+        sparsities = sorted(generator.uniform(0.1, 0.7, 2).tolist())
+        study.trial(number, sparsities, scope=["global", "layer"][number % 2],
+                    schedule=["linear", "cubic"][number // 12], finetune_epochs=float(generator.choice([1.0, 3.0])))
+    table = importance(load(tmp_path / "study")).set_index("hyperparameter")
+    assert table.index[0] == "scope"
+    assert table.loc["scope", "best_level"] == "global"
+    assert table.loc["scope", "share"] > max(0.3, 2 * table.loc["scope", "chance"])
+    assert table.loc["schedule", "share"] <= table.loc["schedule", "chance"]
+    assert table.loc["target_sparsity", "num_levels"] == 4
+    assert "criterion" not in table.index  # did not vary
+
+
+def test_not_used_is_a_level(frame: pd.DataFrame) -> None:
+    table = importance(frame).set_index("hyperparameter")
+    assert table.loc["rate", "num_levels"] == 2
+    assert table["share"].between(0, 1).all()
+    pd.testing.assert_frame_equal(importance(frame), importance(frame))
+
+
+def test_too_little_to_say(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    with pytest.raises(ValueError, match="at least 8 candidates of 4 trials, got 0 of 0"):
+        importance(load(tmp_path / "study"))
+    study.trial(0, [0.05 * i for i in range(1, 13)])
+    with pytest.raises(ValueError, match="got 12 of 1"):
+        importance(load(tmp_path / "study"))
