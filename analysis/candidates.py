@@ -38,15 +38,13 @@ def frontier_split(frame: pd.DataFrame) -> str:
 def quality(frame: pd.DataFrame, split: str) -> pd.Series:
     """The objective on `split` with the sign that makes higher better; NaN where it was not scored."""
     objective = setting(frame, "objective")
-    column = f"{split}/{objective}"
-    values = frame[column] if column in frame else pd.Series(np.nan, index=frame.index)
+    values = frame[f"{split}/{objective}"]
     return values if higher_is_better(objective) else -values
 
 
 def quality_stderr(frame: pd.DataFrame, split: str) -> pd.Series:
     """Standard error of `quality`; NaN where unknown."""
-    column = f"{split}/{setting(frame, 'objective')}_stderr"
-    return frame[column] if column in frame else pd.Series(np.nan, index=frame.index)
+    return frame[f"{split}/{setting(frame, 'objective')}_stderr"]
 
 
 def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = None) -> pd.DataFrame:

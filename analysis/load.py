@@ -26,7 +26,7 @@ def load(directory: str | Path) -> pd.DataFrame:
     """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense").
 
     Beside COLUMNS, each metric gives `SPLIT/TASK/METRIC` and `SPLIT/TASK/METRIC_stderr` for the splits "selection"
-    and "report", in the metric's own unit, NaN where it was not scored.
+    and "report", in the metric's own unit, NaN where it was not scored; the objective's columns are always there.
 
     * `status` and `reason` are those of the trial; a finished round of a failed trial is a valid candidate.
     * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
@@ -44,8 +44,9 @@ def load(directory: str | Path) -> pd.DataFrame:
         rows.append({"round": 0, "status": "dense", **_round_cells(ledger, rounds[record.root_key])})
     for trial in ledger.trials():
         rows.extend(_trial_rows(ledger, trial, rounds))
-    metrics = sorted({name for row in rows for name in row if name.startswith(SPLITS)} - set(COLUMNS),
-                     key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
+    found = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
+    found |= {name for row in rows for name in row} - set(COLUMNS)
+    metrics = sorted(found, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
     frame = frame.astype({**dict.fromkeys(_INTEGERS, "Int64"), **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()

@@ -236,7 +236,7 @@ def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
         raise ValueError(f"{setting(frame, 'directory')}: no candidate has finished, so there is nothing to pick from; "
                          "run the sweep to its end")
     column = f"report/{setting(frame, 'objective')}"
-    scored = pool[pool[column].notna()] if column in pool else pool.head(0)
+    scored = pool[pool[column].notna()]
     if scored.empty or baseline is None or pd.isna(baseline[column]):
         missing = "no candidate" if scored.empty else "the dense baseline is not"
         raise ValueError(f"{setting(frame, 'directory')}: {missing} scored on the report split, which a pick is judged "

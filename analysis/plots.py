@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from analysis.candidates import SIZES, candidates, dense, frontier, frontier_split, quality, quality_stderr, setting
+from analysis.candidates import SIZES, candidates, frontier, frontier_split, quality, quality_stderr, setting
 from analysis.tables import describe_config, human_bytes, with_stderr
 from raysearch.config import higher_is_better
 
@@ -46,25 +46,27 @@ def frontier_figure(frame: pd.DataFrame) -> go.Figure:
 def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     """The objective on the selection split along the rounds of every trial, from the dense baseline on; one colour
     per trial, and at its last finished round a marker for its status. Buttons: against sparsity, or rounds."""
-    rows = frame[frame["trial"].notna() & frame["key"].notna()]
-    objective, baseline = setting(frame, "objective"), dense(frame)
+    objective = setting(frame, "objective")
+    rows = frame[frame[f"selection/{objective}"].notna()].sort_values(["trial", "round"])
+    baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
+    start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
     numbers = sorted({int(trial) for trial in rows["trial"]})
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
     figure = go.Figure()
     paths: dict[str, list[list[float]]] = {"sparsity": [], "round": []}
     for number, shade in zip(numbers, shades):
-        path = rows[rows["trial"] == number].sort_values("round")
-        if baseline is not None:
-            path = pd.concat([baseline.to_frame().T, path])
+        path = rows[rows["trial"] == number]
         for axis, of_trials in paths.items():
-            of_trials.append(path[axis].astype(float).tolist())
-        hover = [_hover(row, objective, f"trial {number} ({path['status'].iloc[-1]})") for _, row in path.iterrows()]
-        symbol = STATUS_SYMBOLS[str(path["status"].iloc[-1])]
+            of_trials.append([x for x, _ in start] + path[axis].astype(float).tolist())
+        status = str(path["status"].iloc[-1])
+        hover = [f"trial {number}: dense baseline" for _ in start]
+        hover += [_hover(row, objective, f"trial {number}, round {row['round']} ({status})")
+                  for _, row in path.iterrows()]
         figure.add_trace(go.Scatter(
-            x=paths["sparsity"][-1], y=path[f"selection/{objective}"].astype(float).tolist(), mode="lines+markers",
-            line={"color": shade, "width": 1.6}, hovertext=hover, hoverinfo="text", showlegend=False,
-            marker={"color": shade, "size": [5] * (len(path) - 1) + [10], "opacity": 1,
-                    "symbol": ["circle"] * (len(path) - 1) + [symbol]}))
+            x=paths["sparsity"][-1], y=[y for _, y in start] + path[f"selection/{objective}"].tolist(),
+            mode="lines+markers", line={"color": shade, "width": 1.6}, hovertext=hover, hoverinfo="text",
+            showlegend=False, marker={"color": shade, "opacity": 1, "size": [5] * (len(hover) - 1) + [10],
+                                      "symbol": ["circle"] * (len(hover) - 1) + [STATUS_SYMBOLS[status]]}))
     present = [status for status in STATUS_SYMBOLS if (rows["status"] == status).any()]
     for status in present:
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"ended {status}".replace(
@@ -114,9 +116,11 @@ def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scat
     scored = quality(rest, split).notna()
     staircase = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2, "shape": "hv"},
                  "marker": {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1.2}}}
-    filled = {"mode": "markers", "marker": {"color": PALE, "size": 8}}
+    marker_size = 8 if len(rest) <= 150 else 5
+    filled = {"mode": "markers", "marker": {"color": PALE, "size": marker_size}}
     diamond = {"mode": "markers", "marker": {"color": INK, "size": 11, "symbol": "diamond"}}
-    hollow = {"mode": "markers", "marker": {"color": PALE, "size": 8, "symbol": "circle-open", "line": {"width": 1.4}}}
+    hollow = {"mode": "markers", "marker": {"color": PALE, "size": marker_size, "symbol": "circle-open",
+                                             "line": {"width": 1.4 if marker_size == 8 else 0.8}}}
     traces = [_trace(rest[~scored], "selection", size, "not on the frontier (selection value)", PALE, hollow)
               ] if split == "report" else []
     traces += [_trace(rest[scored], split, size, f"not on the frontier ({split} value)", PALE, filled),
@@ -142,7 +146,7 @@ def _hover(row: pd.Series, objective: str, title: str) -> str:
              f"sparsity {row['sparsity']:.3f}, of the whole model {row['model_sparsity']:.3f}",
              f"{row['num_nonzero']:,} non-zero, {human_bytes(row['stored_bytes'])} stored"]
     for split in ("selection", "report"):
-        value, stderr = (float(row.get(f"{split}/{objective}{end}", np.nan)) for end in ("", "_stderr"))
+        value, stderr = (float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr"))
         if not np.isnan(value):
             lines.append(f"{html.escape(objective)} {with_stderr(value, stderr)} on {split}")
     if pd.notna(row["reason"]):
@@ -201,5 +205,5 @@ def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
         margin={"l": 60, "r": 16, "t": 76, "b": 90}, xaxis=axis, yaxis=axis,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12}})
     if not figure.data:
-        figure.add_annotation(text="no candidate yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False,
+        figure.add_annotation(text="no candidate scored yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False,
                               font={"size": 18, "color": MUTED})

@@ -54,7 +54,7 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     split, size, baseline = frontier_split(frame), setting(frame, "size"), dense(frame)
     pool = candidates(frame)
     pruned = pool[(pool["status"] != "dense") & quality(pool, split).notna()]
-    if baseline is None or pruned.empty or pd.isna(baseline.get(f"{split}/{setting(frame, 'objective')}")):
+    if baseline is None or pruned.empty or pd.isna(baseline[f"{split}/{setting(frame, 'objective')}"]):
         return ["No candidate can be compared with the dense baseline yet."]
     goals = quality(pool, split)[pool["status"] == "dense"].iloc[0]
     dense_stderr = quality_stderr(pool, split)[pool["status"] == "dense"].fillna(0).iloc[0]
@@ -176,7 +176,7 @@ def _meta(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> s
     trials = frame.dropna(subset=["trial"]).drop_duplicates("trial")["status"].value_counts()
     counts = ", ".join(f"{count} {status}" for status, count in trials.items())
     return " · ".join([record.provenance.created_at[:10], ", ".join(devices),
-                       f"{trials.sum()} trials ({counts})" if len(trials) else "no trial yet", f"{record.study.model}"])
+                       f"trials: {counts}" if len(trials) else "no trial yet", f"{record.study.model}"])
 
 
 def _cards(frame: pd.DataFrame) -> str:
@@ -198,8 +198,8 @@ def _cards(frame: pd.DataFrame) -> str:
 def _frontier_caption(frame: pd.DataFrame) -> str:
     if frontier_split(frame) == "report":
         words = ("Blue: candidates that no other one beats in both size and quality on the report split, which the "
-                 "search never saw. Grey and hollow: candidates that the search did not choose; they have selection "
-                 "values only, which are not strictly comparable.")
+                 "search never saw. Solid grey: scored there too, but beaten. Hollow: candidates that the search did "
+                 "not choose; they have selection values only, which are not strictly comparable.")
     else:
         words = ("Nothing has been scored on the report split yet, so this shows the selection split, which the search "
                  "optimised: expect the report to be a little worse. Run the sweep to its end.")
@@ -212,8 +212,7 @@ def _frontier_table(frame: pd.DataFrame) -> str:
         return "<p>No candidate yet.</p>"
     metrics = metric_names(front, split)
     header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident",
-              *(name.replace("/", "/ ") for name in metrics), "P(front)", "how it was pruned",
-              "key"]
+              *(name.replace("/", "/ ") for name in metrics), "P(front)", "how it was pruned"]
     pool = pd.concat([front, candidates(frame)[lambda rows: (rows["status"] == "dense")
                                                & ~rows["key"].isin(front["key"])]])
     rows = []
@@ -223,8 +222,8 @@ def _frontier_table(frame: pd.DataFrame) -> str:
                      f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
                      human_bytes(row["resident_bytes"]), *scores,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
-                     describe_config(row), str(row["key"])[:8]])
-    return _table(header, rows, left=("how it was pruned", "key"))
+                     describe_config(row)])
+    return _table(header, rows, left=("how it was pruned",))
 
 
 def _optimism_table(frame: pd.DataFrame) -> tuple[str, str]:
@@ -304,7 +303,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: #f6f7f9; color: var(--ink); line-height: 1.5;
   font: 15px/1.5 Inter, system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 32px 20px 64px; }
+main { max-width: 1240px; margin: 0 auto; padding: 32px 20px 64px; }
 .kicker { margin: 0; color: var(--blue); font-size: 12px; font-weight: 600; letter-spacing: .08em;
   text-transform: uppercase; }
 h1 { margin: 2px 0 4px; font-size: 28px; line-height: 1.2; overflow-wrap: anywhere; }
@@ -320,14 +319,15 @@ h2 { margin: 0 0 12px; font-size: 18px; }
 section { margin: 16px 0; padding: 20px; }
 .caption { margin: 12px 0 0; color: var(--muted); font-size: 13px; max-width: 90ch; }
 .plot { width: 100%; }
-.scroll { overflow-x: auto; }
+.scroll { overflow: auto; max-height: 620px; }
 h2 + .scroll table { min-width: 560px; }
 table { border-collapse: collapse; width: 100%; font-size: 12.5px; font-variant-numeric: tabular-nums; }
-th { color: var(--muted); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom; }
+th { color: var(--muted); font-weight: 600; border-bottom: 1px solid var(--line); vertical-align: bottom;
+  position: sticky; top: 0; background: white; }
 td { border-bottom: 1px solid #f1f2f4; white-space: nowrap; }
 th, td { padding: 6px 7px; text-align: right; }
 th.left, td.left { text-align: left; }
-td.wide { white-space: normal; min-width: 180px; overflow-wrap: anywhere; }
+td.wide { white-space: normal; min-width: 210px; overflow-wrap: anywhere; }
 tbody tr:hover td { background: #f8fafc; }
 dl { display: grid; grid-template-columns: 160px 1fr; gap: 6px 16px; margin: 0; font-size: 14px; }
 dt { color: var(--muted); }

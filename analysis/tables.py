@@ -61,7 +61,8 @@ def with_stderr(value: float, stderr: float) -> str:
     """"2.115 ± 0.020"; the value alone where the error is NaN, "" where both are."""
     if np.isnan(value):
         return ""
-    return f"{value:.3f}" if np.isnan(stderr) else f"{value:.3f} ± {stderr:.3f}"
+    decimals = 3 if abs(value) < 100 else 1 if abs(value) < 10_000 else 0
+    return f"{value:.{decimals}f}" if np.isnan(stderr) else f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
 def describe_config(row: pd.Series) -> str:
@@ -105,7 +106,7 @@ def _terminal_row(row: pd.Series, objective: str) -> list[str]:
     how = describe_config(row)
     if pd.isna(row["key"]):
         return [mark, trial, "-", str(row["status"]), *[""] * 7, how]
-    scores = [with_stderr(*(float(row.get(f"{split}/{objective}{end}", np.nan)) for end in ("", "_stderr")))
+    scores = [with_stderr(*(float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr")))
               for split in ("selection", "report")]
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]), *scores,

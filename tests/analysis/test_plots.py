@@ -90,6 +90,6 @@ def test_empty_studies_still_draw(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study")
     for _ in range(2):
         frame = load(tmp_path / "study")
-        assert frontier_figure(frame).layout.annotations[-1].text == "no candidate yet"
-        assert trajectory_figure(frame).layout.annotations[-1].text == "no candidate yet"
+        assert frontier_figure(frame).layout.annotations[-1].text == "no candidate scored yet"
+        assert trajectory_figure(frame).layout.annotations[-1].text == "no candidate scored yet"
         study.trial(0, [0.5], status="failed", num_finished=0, reason="diverged")

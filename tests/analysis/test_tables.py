@@ -8,7 +8,7 @@ import pytest
 from synthetic_study import SyntheticStudy
 
 from analysis.load import load
-from analysis.tables import aligned, describe_config, human_bytes, human_count, results_table
+from analysis.tables import aligned, describe_config, human_bytes, human_count, results_table, with_stderr
 
 
 def test_json_holds_every_column_and_no_nan(frame: pd.DataFrame) -> None:
@@ -67,6 +67,9 @@ def test_words(frame: pd.DataFrame) -> None:
                     "exponential to 0.8 in 2, layer, 0.5 ep, lr 0.0003"]
     assert [human_bytes(n) for n in (512, 999_600, 3_420_000, 1.9e9)] == ["512 B", "1 MB", "3.42 MB", "1.9 GB"]
     assert [human_count(n) for n in (512, 24_100_000, 1.5e9)] == ["512", "24.1M", "1.5B"]
+    nan = float("nan")
+    assert [with_stderr(*pair) for pair in ((2.1154, 0.02), (2.1, nan), (nan, nan), (8123.456, 71.26))] == [
+        "2.115 ± 0.020", "2.100", "", "8123.5 ± 71.3"]
     assert aligned(["a", "word"], [["10", "x"]], left=("word",)) == " a  word\n10  x\n"
 
 
