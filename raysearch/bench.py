@@ -9,7 +9,7 @@ from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_
 from raysearch.engine import Engine
 from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
 from raysearch.ledger import Ledger, hash_json
-from raysearch.model import context_limit, fingerprint, load_tokenizer
+from raysearch.model import context_limit, fingerprint, load_tokenizer, model_folder, stored_dtype
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 # what changes no number of a candidate: where things lie, and how many run at once on what
@@ -28,6 +28,13 @@ class Inputs:
     """Split ("selection", "report") -> documents; empty without a corpus."""
     blocks: Blocks | None
     """Packed training text; None without a corpus."""
+
+
+def resolve(study: Study) -> Study:
+    """The study with its model as an absolute path and `auto` settings decided; ValueError for a model that is none."""
+    model = str(model_folder(study.model))
+    return study.model_copy(update={"model": model,
+                                    "dtype": stored_dtype(model) if study.dtype == "auto" else study.dtype})
 
 
 def read_inputs(study: Study) -> Inputs:

@@ -91,7 +91,7 @@ def prune(
     context_tokens: int = 128,
     batch_tokens: int = 2048,
     zero_stage: int = 0,
-    dtype: str = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for the checkpoint's own.")] = "auto",
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""

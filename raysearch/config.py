@@ -155,7 +155,8 @@ class Study(Frozen):
     """Share of each round's steps in which the learning rate rises; it falls to a tenth along a half cosine after."""
     eval_items: int | None = Field(None, ge=1)
     """Items of each task and split; None is all."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     num_ranks: int = Field(1, ge=1)
     """Processes of one trial."""

@@ -274,6 +274,12 @@ class Blocks:
         """[num_blocks] permutation of the blocks for one epoch; depends on seed and epoch only, here and everywhere."""
         return _permutation(len(self.tokens), seed, epoch)
 
+    def stream(self, start: int, num_sequences: int, seed: int) -> Tensor:
+        """int64 [num_sequences, context] of the endless stream of shuffled epochs, from its `start`-th on."""
+        num_blocks = len(self.tokens)
+        positions = range(start, start + num_sequences)
+        return self.batch([int(self.order(seed, p // num_blocks)[p % num_blocks]) for p in positions])
+
 
 @functools.lru_cache(maxsize=4)
 def _permutation(num: int, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -9,6 +9,8 @@ Private names of DeepSpeed are used in `_masters` and `_sync` only; pyproject.to
 tests/test_engine.py holds the invariant for every stage.
 """
 
+import importlib
+import logging
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,12 +34,10 @@ def import_deepspeed() -> ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import logging
-
     import deepspeed
-    import deepspeed.comm.torch
 
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
+    backend.build_shm_op = lambda: None
     deepspeed.utils.logger.setLevel(logging.ERROR)
     return deepspeed
 

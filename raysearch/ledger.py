@@ -12,6 +12,7 @@ A round is named by its key, a hash of everything that determines it, so two tri
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -140,7 +141,10 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises."""
+    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises.
+
+    Where another process has made `path` in the meantime, its directory stays and this one is deleted.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
@@ -150,9 +154,20 @@ def new_directory(path: Path) -> Iterator[Path]:
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         aside.chmod(0o755)
-        os.replace(aside, path)
+        with contextlib.suppress(FileExistsError):
+            _move_directory(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _move_directory(source: Path, target: Path) -> None:
+    """os.replace, with FileExistsError where `target` is a directory that holds something."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(target)) from error
+        raise
 
 
 class Ledger:

@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.ledger import file_sha256
+
+transformers.logging.disable_progress_bar()  # of a second at most, in every log
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,13 @@ def fingerprint(path: str) -> str:
     for file in sorted([*folder.glob("*.safetensors"), folder / "config.json", *folder.glob("tokenizer*.json")]):
         digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def stored_dtype(path: str) -> str:
+    """"bfloat16" where the folder's first tensor is, else "float32": fp16 and fp64 weights are pruned in fp32."""
+    with safe_open(min(model_folder(path).glob("*.safetensors")), "pt") as file:
+        names = list(file.keys())
+        return "bfloat16" if names and file.get_slice(names[0]).get_dtype() == "BF16" else "float32"
 
 
 def context_limit(path: str) -> int | None:

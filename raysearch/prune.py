@@ -4,11 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysearch.bench import Bench, read_inputs
+from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study, TrialConfig, parse
 from raysearch.export import export
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord
-from raysearch.model import model_folder
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import report_round, resolve_actions, run_trial
 
@@ -20,7 +19,7 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     Returns the exported folder, `out`/model. The same call again finds its rounds in the store.
     """
     study = parse(Study, study_fields, "prune")
-    study = study.model_copy(update={"model": str(model_folder(study.model))})
+    study = resolve(study)
     config = parse(TrialConfig, config_fields, "prune")
     if config.finetune_epochs and study.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")

@@ -258,15 +258,15 @@ def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Acti
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
                 num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=sum(nonzero.values()),
-                sparsity=1 - sum(nonzero[name] for name in prunable) / num_prunable,
-                model_sparsity=1 - sum(nonzero.values()) / num_parameters,
-                layer_sparsity={name: 1 - nonzero[name] / total[name] for name in total if name in prunable},
+                sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
+                model_sparsity=(num_parameters - sum(nonzero.values())) / num_parameters,
+                layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
                 stored_bytes=sum(stored_bytes(total[name], nonzero[name], itemsize) if name in prunable
                                  else total[name] * itemsize for name in total),
                 resident_bytes=num_parameters * itemsize, metrics=metrics, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[3] - times[2],
                 weights_sha256=sha256, provenance=provenance(str(engine.device)))
             write_json(folder / "record.json", record.model_dump(mode="json"))
-        return record
+        return bench.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
     return engine.from_rank_0(write)

@@ -16,6 +16,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,10 +31,9 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
-from raysearch.bench import Inputs, read_inputs
+from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Study, TrialConfig, higher_is_better, parse
-from raysearch.ledger import Ledger, RoundRecord, StudyRecord, TrialRecord, hash_json
-from raysearch.model import model_folder
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
 from raysearch.trial import Job, PruneTrial, gang_resources
@@ -79,7 +79,7 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
-    study = study.model_copy(update={"model": str(model_folder(study.model))})
+    study = resolve(study)
     inputs = read_inputs(study)
     check_space(study, space, inputs)
     ledger = Ledger(directory)
@@ -89,9 +89,11 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
                                              root_key=inputs.root_key, provenance=provenance("cpu")))
         if attached:
             echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
+        interrupted = False
         searcher = StudySearcher(ledger, study, space, inputs, echo)
-        start_ray(study)
-        interrupted = run_tune(ledger, study, searcher)
+        if searcher.has_work():
+            start_ray(study)
+            interrupted = run_tune(ledger, study, searcher)
     trials = ledger.trials()
     keys = {key for trial in trials for key in trial.keys}
     return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
@@ -110,7 +112,8 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
-                                  verbose=0, log_to_file=True, failure_config=tune.FailureConfig(max_failures=1)),
+                                  verbose=0, log_to_file=True,
+                                  checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False), failure_config=tune.FailureConfig(max_failures=1)),
     ).fit()
     return not searcher.finished
 
@@ -153,6 +156,7 @@ def repair_journal(path: Path) -> Path | None:
 def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> optuna.Study:
     """The study's Optuna journal: two objectives, size down and quality in its own direction."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names, grouped TPE
     path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
     if (backup := repair_journal(path)) is not None:
         echo(f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}")
@@ -214,6 +218,14 @@ class StudySearcher(Searcher):
                 self.optuna.tell(trial.number, state=TrialState.FAIL)
         return again
 
+    def has_work(self) -> bool:
+        """False when the study is finished and nothing needs to run."""
+        return (bool(self._interrupted) or self._num_asked < self.study.num_trials
+                or any(self.ledger.report_metrics(key) is None for key in self._to_report()))
+
+    def _to_report(self) -> list[str]:
+        return [self.inputs.root_key, *frontier_keys(self.ledger, self.study)]
+
     def suggest(self, trial_id: str) -> Job | str | None:
         job = self._next_job()
         if job is None:
@@ -237,7 +249,7 @@ class StudySearcher(Searcher):
             return self._ask()
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
-        for key in frontier_keys(self.ledger, self.study):
+        for key in self._to_report():
             if key not in self._reported and self.ledger.report_metrics(key) is None:
                 self._reported.add(key)
                 return {"kind": "report", "key": key}
@@ -251,7 +263,8 @@ class StudySearcher(Searcher):
         return {"kind": "trial", "number": trial.number}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        self.progress.round_done(self._running[trial_id], result)
+        """After every round but the last, which comes to `on_trial_complete`."""
+        self.progress.round_done(self._running[trial_id])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self._running.pop(trial_id, None)
@@ -261,7 +274,8 @@ class StudySearcher(Searcher):
             self._tell(job["number"], error)
         elif error:
             self.progress.echo(f"{job['kind']} job failed: the log is under {self.ledger.directory / 'tune'}")
-        self.progress.ended(job)
+        if result is not None or error:
+            self.progress.ended(job, error)
 
     def _tell(self, number: int, error: bool) -> None:
         """Tells Optuna the trial's last candidate. A diverged trial is complete but infeasible, so the sampler learns
@@ -317,31 +331,26 @@ class Progress:
         for trial in ledger.trials():
             self.count[trial.status] += trial.status != "running"
         self._before = self.count["done"] + self.count["stopped"] + self.count["failed"]
-        self._keys: set[str] = set()
 
     def started(self, job: Job) -> None:
         self.count["running"] += job["kind"] == "trial"
 
-    def round_done(self, job: Job, result: dict[str, Any]) -> None:
-        if job["kind"] == "trial" and not result["done"]:
-            trial, candidate = self.ledger.trial(job["number"]), self.ledger.candidate(result["key"])
-            self._line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", candidate)
-        elif job["kind"] == "dense":
-            self._line("dense baseline", self.ledger.candidate(result["key"]))
-        elif job["kind"] == "report":
-            self._line("report split of", self.ledger.candidate(result["key"]))
-
-    def ended(self, job: Job) -> None:
-        if job["kind"] != "trial":
-            return
+    def round_done(self, job: Job) -> None:
         trial = self.ledger.trial(job["number"])
-        self.count["running"] -= 1
-        if trial.status != "running":
-            self.count[trial.status] += 1
-        if trial.status == "failed":
-            self.echo(f"trial {trial.number} failed: {trial.reason}")
+        self._line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
 
-    def _line(self, what: str, candidate: RoundRecord) -> None:
+    def ended(self, job: Job, error: bool) -> None:
+        if job["kind"] == "trial":
+            trial = self.ledger.trial(job["number"])
+            self.count["running"] -= 1
+            self.count[trial.status] += trial.status != "running"
+            if trial.status == "failed":
+                self.echo(f"trial {trial.number} failed: {trial.reason}")
+        elif not error:
+            self._line("dense baseline" if job["kind"] == "dense" else "report split", job.get("key", self.root_key))
+
+    def _line(self, what: str, key: str) -> None:
+        candidate = self.ledger.candidate(key)
         metric = candidate.metrics.get(self.study.objective)
         quality = f"{self.study.objective} {metric.value:.4f}" if metric else ""
         ended = self.count["done"] + self.count["stopped"] + self.count["failed"]

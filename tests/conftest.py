@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
+transformers.logging.disable_progress_bar()
 
 
 def save_tiny_gpt2(folder: Path, *, width: int = 32, num_layers: int = 2, seed: int = 0) -> Path:
@@ -33,6 +35,43 @@ def save_tiny_gpt2(folder: Path, *, width: int = 32, num_layers: int = 2, seed: 
     return folder
 
 
+def story(number: int) -> str:
+    """A different little story of about 900 characters for every number."""
+    animals, colours = ["dog", "cat", "fox", "hen", "cow"], ["red", "old", "big", "sad", "wet", "low", "hot"]
+    lines = []
+    for n in range(number, number + 6):
+        a, b, c = animals[n % 5], animals[(n // 5 + 1) % 5], colours[n % 7]
+        lines.append(f"The {c} {a} of house {n} saw the {b} near the river. It ran over the hill, and the {b} followed the {a} "
+                     f"home to house {n}. In the evening they slept near the fire, for the {c} night was cold.")
+    return " ".join(lines)
+
+
+def train(folder: Path, text: str, num_steps: int = 150) -> None:
+    """A few seconds of plain training, so that the model is better than chance."""
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    tokens = torch.tensor(PreTrainedTokenizerFast.from_pretrained(folder)(text)["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(num_steps):
+        starts = torch.randint(len(tokens) - 64, (8,), generator=generator)
+        batch = torch.stack([tokens[start:start + 64] for start in starts])
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+
+
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_gpt2(tmp_path_factory.mktemp("model") / "tiny")
+def stories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 documents in a .txt corpus."""
+    corpus = tmp_path_factory.mktemp("corpus") / "stories.txt"
+    corpus.write_text("\n<|endoftext|>\n".join(map(story, range(90))))
+    return corpus
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
+    """A GPT-2 of 2 layers and width 32 that has read the stories for a few seconds."""
+    folder = save_tiny_gpt2(tmp_path_factory.mktemp("model") / "tiny")
+    train(folder, stories.read_text())
+    return folder

@@ -1,0 +1,212 @@
+"""Rounds and trials on a real engine, in this process."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from raysearch.bench import Bench, read_inputs, resolve
+from raysearch.config import Action, Study, TrialConfig
+from raysearch.ledger import Ledger, RoundRecord, TrialRecord, round_key
+from raysearch.round import (
+    Diverged,
+    check_quality,
+    dense_round,
+    finetune,
+    learning_rate_at,
+    load_candidate,
+    next_sequences,
+    report_round,
+    resolve_actions,
+    run_round,
+    run_trial,
+)
+from raysearch.weights import read_weights
+
+TOKENS = 64 * 16
+
+
+@pytest.fixture(scope="session")
+def study(tiny_model: Path, stories: Path) -> Study:
+    return resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, epoch_tokens=TOKENS,
+                 eval_items=6, tasks=("text", "last_word")))
+
+
+@pytest.fixture(scope="session")
+def bench(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))
+
+
+def weights_of(bench: Bench) -> dict[str, torch.Tensor]:
+    return {name: bench.engine.full(name).clone() for name in bench.engine.shapes}
+
+
+def test_sparsity_zero_reproduces_the_dense_metrics(bench: Bench) -> None:
+    dense = dense_round(bench)
+    same = run_round(bench, dense, Action(sparsity=0.0))
+    assert same.metrics == dense.metrics
+    assert report_round(bench, same) == report_round(bench, dense)
+    assert (same.sparsity, same.num_nonzero) == (0.0, dense.num_nonzero)
+
+
+def test_counts_are_those_of_the_weights(bench: Bench) -> None:
+    record = run_round(bench, dense_round(bench), Action(sparsity=0.3, finetune_tokens=TOKENS, learning_rate=1e-3))
+    stored = read_weights(bench.ledger.round_directory(record.key) / "weights.safetensors", record.weights_sha256)
+    prunable = [p.name for p in bench.engine.prunables]
+    num_prunable = sum(stored[name].numel() for name in prunable)
+    assert record.num_prunable == num_prunable
+    assert record.num_nonzero == sum(int(w.count_nonzero()) for w in stored.values())
+    zeros = sum(int((stored[name] == 0).sum()) for name in prunable)
+    assert zeros == round(0.3 * num_prunable)
+    assert record.sparsity == zeros / num_prunable
+    assert record.resident_bytes == 4 * record.num_parameters
+    assert record.stored_bytes < record.resident_bytes
+    assert math.isfinite(record.train_loss)
+    current = weights_of(bench)
+    assert all(torch.equal(stored[name], current[name]) for name in stored)
+
+
+def test_a_round_depends_on_nothing_but_parent_and_action(bench: Bench, study: Study, tmp_path: Path) -> None:
+    first = Action(sparsity=0.2, finetune_tokens=TOKENS, learning_rate=1e-3)
+    second = first.model_copy(update={"sparsity": 0.4, "data_start_tokens": TOKENS})
+    straight = run_round(bench, run_round(bench, dense_round(bench), first), second)
+    wanted = weights_of(bench)
+    elsewhere = Bench(study, Ledger(tmp_path), read_inputs(study))
+    parent = run_round(elsewhere, dense_round(elsewhere), first)
+    run_round(elsewhere, dense_round(elsewhere), Action(sparsity=0.9))  # something else in between
+    elsewhere.loaded_key = None
+    again = run_round(elsewhere, parent, second)
+    assert again.key == straight.key
+    assert again.metrics == straight.metrics
+    assert all(torch.equal(w, wanted[name]) for name, w in weights_of(elsewhere).items())
+
+
+def test_a_finished_round_is_not_computed_again(bench: Bench) -> None:
+    dense = dense_round(bench)
+    action = Action(sparsity=0.25)
+    record = run_round(bench, dense, action)
+    steps = []
+    bench.engine.prune, original = lambda keep: steps.append(keep), bench.engine.prune
+    try:
+        assert run_round(bench, dense, action) == record
+    finally:
+        bench.engine.prune = original
+    assert steps == []
+
+
+def test_l1_makes_exact_zeros_beyond_the_mask(bench: Bench) -> None:
+    dense = dense_round(bench)
+    tuned = Action(sparsity=0.1, finetune_tokens=TOKENS, learning_rate=1e-2)
+    plain = run_round(bench, dense, tuned)
+    shrunk = run_round(bench, dense, tuned.model_copy(update={"l1_lambda": 1.0}))
+    assert plain.sparsity == pytest.approx(0.1, abs=1e-4)
+    assert shrunk.sparsity > 0.12
+
+
+def test_a_trial_writes_its_record_after_every_round(bench: Bench, study: Study) -> None:
+    config = TrialConfig(target_sparsity=0.6, schedule="linear", num_rounds=3)
+    actions = resolve_actions(config, study, 10**6)
+    seen = [record.model_copy() for record in run_trial(bench, TrialRecord(number=7, config=config, actions=actions,
+                                                                           started_at=""))]
+    assert [(len(r.keys), r.status) for r in seen] == [(1, "running"), (2, "running"), (3, "running"), (3, "done")]
+    assert bench.ledger.trial(7) == seen[-1]
+    assert [round(bench.ledger.candidate(key).sparsity, 3) for key in seen[-1].keys] == [0.2, 0.4, 0.6]
+
+
+def test_divergence_is_recorded_with_its_reason(bench: Bench, study: Study) -> None:
+    config = TrialConfig(target_sparsity=0.5, finetune_epochs=1.0, learning_rate=1e9)
+    actions = resolve_actions(config, study, 10**6)
+    *_, last = run_trial(bench, TrialRecord(number=8, config=config, actions=actions, started_at=""))
+    assert last.status == "failed"
+    assert last.keys == ()
+    assert last.reason.startswith("round 1: ")
+    assert not bench.ledger.round_directory(round_key(bench.inputs.root_key, actions[0])).exists()
+    assert run_round(bench, dense_round(bench), Action(sparsity=0.0)).sparsity == 0.0  # the engine is whole again
+
+
+def test_chance_and_nan_are_divergence() -> None:
+    from raysearch.config import Metric
+
+    check_quality({"text/token_perplexity": Metric(value=99.0, stderr=None, num_items=1)}, vocab_size=100)
+    with pytest.raises(Diverged, match="quality at chance: token perplexity 100 is not below 100"):
+        check_quality({"text/token_perplexity": Metric(value=100.0, stderr=None, num_items=1)}, vocab_size=100)
+
+
+def test_fine_tuning_lowers_the_loss(bench: Bench) -> None:
+    bench.engine.load_base()
+    bench.loaded_key = None
+    losses = [finetune(bench, Action(sparsity=0.0, finetune_tokens=16 * TOKENS, learning_rate=3e-3, data_start_tokens=start))
+              for start in (0, 16 * TOKENS)]
+    assert losses[1] < losses[0] - 0.1
+
+
+# ---- the plan of a trial ----
+
+
+def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
+    by_rate = resolve_actions(TrialConfig(schedule="constant", rate=0.2, num_rounds=3), study, 10**6)
+    by_target = resolve_actions(TrialConfig(schedule="exponential", target_sparsity=1 - 0.8**3, num_rounds=3), study, 10**6)
+    assert by_rate == by_target
+    untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0)
+    assert resolve_actions(untouched, study, 10**6) == resolve_actions(TrialConfig(target_sparsity=0.5), study, 10**6)
+
+
+def test_the_papers_rates_are_five_rounds(study: Study) -> None:
+    keys = set()
+    for target, num_rounds in ((0.1, 1), (0.3, 3), (0.5, 5)):
+        key = "root"
+        for action in resolve_actions(TrialConfig(schedule="linear", target_sparsity=target, num_rounds=num_rounds,
+                                                  finetune_epochs=1.0), study, 10**6):
+            key = round_key(key, action)
+            keys.add(key)
+    assert len(keys) == 5
+
+
+def test_rounds_read_on_in_the_data(study: Study) -> None:
+    actions = resolve_actions(TrialConfig(schedule="linear", target_sparsity=0.5, num_rounds=3, finetune_epochs=0.5), study,
+                              10**6)
+    assert [(a.data_start_tokens, a.finetune_tokens) for a in actions] == [(0, 512), (512, 512), (1024, 512)]
+
+
+@pytest.mark.parametrize(("fields", "sentence"), [
+    ({"target_sparsity": 0.5, "finetune_epochs": 0.01}, "finetune_epochs must be 0 or make at least one step of 256 tokens"),
+    ({"target_sparsity": 0.5, "l1_lambda": 0.1}, "l1_lambda acts during fine-tuning"),
+    ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
+    ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
+    ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
+])
+def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        resolve_actions(TrialConfig(**fields), study, 10**6)
+
+
+def test_learning_rate_rises_and_falls() -> None:
+    rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_the_stream_of_data_runs_through_shuffled_epochs(bench: Bench) -> None:
+    blocks = bench.inputs.blocks
+    num = len(blocks.tokens)
+    epoch = next_sequences(blocks, 0, num, seed=3)
+    assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, blocks.tokens.tolist()))
+    assert not torch.equal(epoch, next_sequences(blocks, num, num, seed=3))
+    assert torch.equal(next_sequences(blocks, num - 2, 4, seed=3), torch.cat([epoch[-2:], next_sequences(blocks, num, 2, 3)]))
+
+
+def test_scopes_cut_where_they_say(bench: Bench) -> None:
+    def by_layer(scope: str) -> RoundRecord:
+        return run_round(bench, dense_round(bench), Action(sparsity=0.35, scope=scope))
+
+    for scope, spread in (("layer", 0.001), ("row", 0.02)):
+        values = by_layer(scope).layer_sparsity.values()
+        assert max(values) - min(values) < spread, scope
+    assert max(by_layer("global").layer_sparsity.values()) - min(by_layer("global").layer_sparsity.values()) > 0.001
+    load_candidate(bench, by_layer("row"))
+    weight = bench.engine.full("transformer.h.0.mlp.c_fc.weight")  # Conv1D keeps [inputs, outputs]
+    zeros = (weight == 0).sum(0)
+    assert zeros.min() == zeros.max() == round(0.35 * weight.shape[0])

@@ -1,0 +1,181 @@
+"""Sweeps on a real local Ray, with real Optuna journals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from raysearch.ledger import Ledger
+from raysearch.search import repair_journal
+
+SPACE = '''
+STUDY = {{"model": {model!r}, "corpus": {corpus!r}, "num_trials": {num_trials}, "max_concurrent": {max_concurrent},
+         "num_ranks": {num_ranks}, "zero_stage": {zero_stage}, "cpus_per_rank": {cpus_per_rank}, "context_tokens": 64,
+         "batch_tokens": 256, "epoch_tokens": 1024, "eval_items": 6, "tasks": ("text", "last_word")}}
+
+
+def space(trial):
+    fields = {{"num_rounds": 2, "finetune_epochs": 1.0, "learning_rate": trial.suggest_float("lr", 1e-4, 1e-2, log=True)}}
+    if trial.number == 1:
+        return fields | {{"target_sparsity": 0.5, "schedule": "linear", "learning_rate": 1e9}}
+    if trial.suggest_categorical("mode", ["target", "threshold"]) == "target":
+        return fields | {{"schedule": "cubic", "target_sparsity": trial.suggest_float("target_sparsity", 0.3, 0.9)}}
+    return fields | {{"schedule": "linear", "threshold_unit": "std", "threshold": trial.suggest_float("threshold", 0.3, 1.0)}}
+'''
+
+
+def write_space(folder: Path, model: Path, corpus: Path, **settings: object) -> None:
+    defaults = {"num_trials": 4, "max_concurrent": 2, "num_ranks": 1, "zero_stage": 0, "cpus_per_rank": 0.5}
+    text = SPACE.format(model=str(model), corpus=str(corpus), **{**defaults, **settings})
+    (folder / "space.py").write_text(text)
+
+
+def sweep(folder: Path, *options: str) -> subprocess.Popen:
+    environment = {**os.environ, "RAYSEARCH_CACHE": str(folder / "cache"), "PYTHONPATH": str(folder)}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-m", "raysearch", "sweep", "space", "--out", str(folder / "study"), *options]
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def check_whole(folder: Path, num_trials: int) -> Ledger:
+    """What must hold after any sequence of kills and resumes."""
+    ledger = Ledger.open(folder / "study")
+    trials = ledger.trials()
+    assert [trial.number for trial in trials] == list(range(num_trials))
+    assert Counter(trial.status for trial in trials) == {"done": num_trials - 1, "failed": 1}
+    (failed,) = [trial for trial in trials if trial.status == "failed"]
+    assert failed.number == 1
+    assert "quality at chance" in failed.reason or "training loss became" in failed.reason
+    rounds = ledger.rounds()
+    assert {key for trial in trials for key in trial.keys} | {ledger.study().root_key} == set(rounds)
+    assert all(len(trial.keys) == 2 for trial in trials if trial.status == "done")
+    study = optuna.load_study(study_name="raysearch", storage=JournalStorage(
+        JournalFileBackend(str(ledger.directory / "journal.log"))))
+    assert len(study.trials) == num_trials
+    assert all(trial.state == optuna.trial.TrialState.COMPLETE for trial in study.trials)
+    assert 1 not in [trial.number for trial in study.best_trials]  # infeasible
+    for trial, recorded in zip(trials, study.trials):
+        if trial.status == "done":
+            last = rounds[trial.keys[-1]]
+            assert recorded.values == [last.num_nonzero, last.metrics["text/bits_per_byte"].value]
+    assert ledger.report_metrics(ledger.study().root_key) is not None
+    assert not list(ledger.directory.glob("rounds/.*"))
+    return ledger
+
+
+def test_a_sweep_finds_a_frontier_resumes_and_extends(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, err
+    ledger = check_whole(tmp_path, 4)
+    assert "trial 1 failed: round 1" in out
+    before = {p: p.stat().st_mtime_ns for p in ledger.directory.glob("rounds/*/*")}
+
+    started = time.monotonic()
+    code, out, err = finish(sweep(tmp_path))  # nothing is left to do, so Ray does not even start
+    assert code == 0, err
+    assert "resuming" in out
+    assert time.monotonic() - started < 60
+
+    code, out, err = finish(sweep(tmp_path, "--trials", "5"))
+    assert code == 0, err
+    check_whole(tmp_path, 5)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+
+
+def test_killed_and_started_again(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories)
+    process = sweep(tmp_path)
+    rounds = tmp_path / "study" / "rounds"
+    deadline = time.monotonic() + 120
+    while len(list(rounds.glob("[!.]*/weights.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    before = {p: p.stat().st_mtime_ns for p in rounds.glob("[!.]*/record.json")}
+    assert len(before) >= 2
+    journal = tmp_path / "study" / "journal.log"
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "wor')  # as a writer dies
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, err
+    assert "the journal's last line was torn" in out
+    check_whole(tmp_path, 4)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+
+
+def test_a_gang_of_two_ranks(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_ranks=2, zero_stage=3, max_concurrent=1, num_trials=3)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, err
+    check_whole(tmp_path, 3)
+
+
+def test_an_edited_study_is_refused(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories)
+    ledger = Ledger(tmp_path / "study")
+    from raysearch.bench import read_inputs, resolve
+    from raysearch.ledger import StudyRecord
+    from raysearch.provenance import provenance
+    from raysearch.search import load_space, space_hash
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        study, space = load_space("space")
+    finally:
+        sys.path.remove(str(tmp_path))
+    study = resolve(study)
+    with ledger.lock():
+        ledger.attach(StudyRecord(study=study, space="space", space_hash=space_hash(space),
+                                  root_key=read_inputs(study).root_key, provenance=provenance("cpu")))
+    text = (tmp_path / "space.py").read_text()
+    (tmp_path / "space.py").write_text(text.replace("0.3, 0.9", "0.3, 0.8"))
+    code, _, err = finish(sweep(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds another study, which differs in the code of space()" in err
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    ("", "must define STUDY (a dict of settings) and space(trial)"),
+    ("STUDY = {'model': 'm', 'epochs': 3}\ndef space(trial): return {}", "space.STUDY: epochs: no such field"),
+    ("STUDY = {'model': 'nowhere'}\ndef space(trial): return {}", "model nowhere: no such folder"),
+    ("import nothing_of_that_name", "cannot be imported"),
+])
+def test_bad_spaces_are_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
+    (tmp_path / "space.py").write_text(content)
+    code, _, err = finish(sweep(tmp_path))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert sentence in err
+    assert not (tmp_path / "study").exists()
+
+
+def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    optuna.create_study(storage=storage, study_name="s").ask()
+    whole = path.read_bytes()
+    assert repair_journal(path) is None
+    for torn in (b'{"op_code": 4', b'{"op_code": 4}', b"\x00\x00\n"):
+        path.write_bytes(whole + torn)
+        backup = repair_journal(path)
+        assert path.read_bytes() == whole
+        assert backup.read_bytes() == whole + torn
+        backup.unlink()
+    again = optuna.load_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
+    again.ask()
+    assert len(again.trials) == 2
+    assert json.loads(path.read_text().splitlines()[-1])
