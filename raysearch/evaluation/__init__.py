@@ -39,9 +39,9 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     """Scores every task. Metrics and their values are lm-eval's; each has a standard error over the items.
 
     limit: the first items of each task only; num_fewshot: examples in the prompt (None: the task's own number);
-    samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text also get
-    token_perplexity. Touches no global random state, and prepares the prompts of a task only once: keep the task objects
-    for the next call. ValueError for a limit below 1 or more shots than the task has examples.
+    samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text get
+    token_perplexity as well. Touches no global random state, and prepares the prompts of a task only once: keep the
+    task objects for the next call. ValueError for a limit below 1 or more shots than the task has examples.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 item; got {limit}")

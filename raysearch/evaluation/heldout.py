@@ -23,8 +23,8 @@ NUM_CHOICES = 4
 
 T = TypeVar("T")
 
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)]*\s+(?=[\"'“‘(A-Z])|\n\s*\n")
-_LAST_WORD = re.compile(r"^(.+\s)([A-Za-z]{3,})[.!?][\"'”’)]*$", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"'\u201d\u2019)]*\s+(?=[\"'\u201c\u2018(A-Z])|\n\s*\n")
+_LAST_WORD = re.compile(r"^(.+\s)([A-Za-z]{3,})[.!?][\"'\u201d\u2019)]*$", re.DOTALL)
 
 
 def text_items(documents: Sequence[str], *, limit: int | None, seed: int) -> list[dict[str, str]]:

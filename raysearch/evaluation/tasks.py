@@ -202,7 +202,7 @@ def in_split(identity: str, split: Split) -> bool:
 
 
 def describe_tasks() -> list[dict[str, str]]:
-    """What is pinned for each task, one row each: task, items, prompt, target, shots, metrics, normalisation, variant."""
+    """What is pinned, one row a task: task, items, prompt, target, shots, metrics, normalisation, variant."""
     rows = []
     for name, file_task in FILE_TASKS.items():
         source = f"DIR/{file_task.files[0]}, or lm-eval's {file_task.lm_eval_name or 'none'} from the hub"
