@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -136,27 +137,33 @@ def _read_json(file: Path, text: str) -> list[str]:
 
 
 def _read_parquet(file: Path) -> list[str]:
-    import datasets
-
-    try:
-        with tempfile.TemporaryDirectory() as aside:  # datasets would keep an Arrow copy in its own cache
+    datasets = _quiet_datasets()
+    with tempfile.TemporaryDirectory() as aside:  # datasets would keep an Arrow copy in its own cache
+        try:
             data = datasets.Dataset.from_parquet(str(file), cache_dir=aside, keep_in_memory=True)
-            return _text_column(str(file), data)
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"corpus {file}: cannot be read as Parquet ({_first_line(cause)}); write it again") from error
+        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:  # Arrow's are ValueErrors
+            reason = _first_line(error.__cause__ or error)
+            raise ValueError(f"corpus {file}: cannot be read as Parquet ({reason}); write it again") from error
+        return _text_column(str(file), data)
 
 
 def _read_dataset(corpus: str) -> list[str]:
-    import datasets
-
     name, _, config = corpus.partition(":")
     try:
-        data = datasets.load_dataset(name, config or None, split="train")
+        data = _quiet_datasets().load_dataset(name, config or None, split="train")
     except Exception as error:  # the hub's client, fsspec and the readers each raise their own kinds
         raise ValueError(f"corpus {corpus}: neither a file or folder here nor a Hugging Face dataset that loads "
                          f'({_first_line(error)}); check the name and the network, or use "builtin"') from error
     return _text_column(corpus, data)
+
+
+def _quiet_datasets() -> ModuleType:
+    """datasets without bars and log lines: what it has to say is in its exceptions."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
 
 
 def _text_column(corpus: str, data: "datasets.Dataset") -> list[str]:
