@@ -273,7 +273,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Item]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON, {error.msg} at column {error.colno}; got "
                                  f"{line.strip()!r:.80}") from error

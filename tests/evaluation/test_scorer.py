@@ -10,12 +10,11 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from tiny_models import CONTEXT, VOCAB, story, tiny_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from raysearch.evaluation import Scorer
 from raysearch.evaluation.packing import Row
-from tests.conftest import story
-from tests.evaluation.conftest import CONTEXT, VOCAB, tiny_model
 
 TOLERANCE = 1e-4
 """Sums of up to 96 fp32 log-probabilities of about -7 each: 1e-4 is 1e-7 relative, a rounding."""
@@ -76,8 +75,8 @@ def test_logits_only_at_scored_positions(gpt2: Any, tokenizer: Any) -> None:
 
 def test_greedy_continuations_are_recognised(family_model: Any, tokenizer: Any) -> None:
     context = tokenizer(story(3)[:50], return_tensors="pt")
-    made = family_model.generate(**context, max_new_tokens=4, do_sample=False)[0, context["input_ids"].shape[1]:].tolist()
     prompt = tuple(context["input_ids"][0].tolist())
+    made = family_model.generate(**context, max_new_tokens=4, do_sample=False)[0, len(prompt):].tolist()
     wrong = (*made[:-1], (made[-1] + 1) % VOCAB)
     right, not_right = Scorer(family_model, tokenizer).score([(prompt, tuple(made)), (prompt, wrong)])
     assert right[1]

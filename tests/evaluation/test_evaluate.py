@@ -1,0 +1,173 @@
+"""evaluate() equals lm-eval's own evaluation with its Hugging Face backend, adds standard errors, leaves no trace."""
+
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import numpy as np
+import pytest
+import torch
+from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perplexity
+from lm_eval.models.huggingface import HFLM
+from tiny_models import story, tiny_model
+
+from raysearch.config import higher_is_better
+from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
+from raysearch.evaluation.statistics import summarise
+
+DOCUMENTS = [story(7 * n) for n in range(12)]
+ALL = ["text", "last_word", "choice"]
+
+
+def write_questions(folder: Path, model: Any, tokenizer: Any) -> Path:
+    """Questions, some of which the random model answers right because its answer was asked for."""
+    (folder / "triviaqa").mkdir()
+    with (folder / "triviaqa/validation.jsonl").open("w") as lines:
+        for n in range(12):
+            question = f"who saw the dog of house {n}"
+            prompt = tokenizer(f"Question: {question}?\nAnswer:", return_tensors="pt")
+            made = model.generate(**prompt, max_new_tokens=64, do_sample=False)[0, prompt["input_ids"].shape[1]:]
+            text = tokenizer.decode(made, skip_special_tokens=True)
+            for stop in ("\n", ".", ","):
+                text = text.split(stop)[0]
+            answer = text.strip() if n % 3 == 0 and text.strip() else "nobody"
+            lines.write(json.dumps({"question": question, "answer": ["noone", answer]}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("num_fewshot", [0, 3])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_equals_lm_eval(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str,
+                        num_fewshot: int) -> None:
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")  # of lm-eval's bootstrap
+    model = tiny_model(family, context=512)
+    data_dir = write_questions(tmp_path, model, tokenizer)
+
+    def tasks() -> list[Any]:
+        return [*heldout_tasks(DOCUMENTS, ALL, limit=10), *load_tasks(["triviaqa"], data_dir=data_dir)]
+
+    ours = evaluate(Scorer(model, tokenizer), tasks(), num_fewshot=num_fewshot)
+    backend = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, device="cpu")
+    results = lm_eval.simple_evaluate(model=backend, tasks=tasks(), num_fewshot=num_fewshot, bootstrap_iters=100,
+                                      task_manager=lm_eval.tasks.TaskManager(include_defaults=False))["results"]
+    compared = 0
+    for task, columns in results.items():
+        for column, value in columns.items():
+            name = column.partition(",")[0]
+            if f"{task}/{name}" not in ours.metrics:
+                continue
+            metric = ours.metrics[f"{task}/{name}"]
+            if name in ("acc", "acc_norm", "exact_match"):
+                assert metric.value == value
+                assert metric.stderr == pytest.approx(columns[column.replace(",", "_stderr,")], rel=1e-12)
+            else:
+                assert metric.value == pytest.approx(value, rel=1e-5)
+            compared += 1
+    assert compared == 8
+    if num_fewshot == 0:
+        assert ours.metrics["triviaqa/exact_match"].value > 0
+
+
+def test_every_metric_has_a_stderr_a_direction_and_contributions(gpt2: Any, tokenizer: Any) -> None:
+    result = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL))
+    assert set(result.metrics) == {
+        "text/bits_per_byte", "text/byte_perplexity", "text/word_perplexity", "text/token_perplexity", "last_word/acc",
+        "last_word/perplexity", "choice/acc", "choice/acc_norm"}
+    for key, metric in result.metrics.items():
+        assert metric.stderr is not None
+        assert metric.stderr > 0 or metric.value in (0, 1)
+        assert metric.num_items == len(result.items[key])
+        assert higher_is_better(key) == ("acc" in key)
+        average = sum(result.items[key]) / metric.num_items
+        assert metric.value == pytest.approx(math.exp(average) if "perplexity" in key else average, rel=1e-9)
+
+
+def test_token_perplexity_of_a_uniform_model_is_the_vocabulary(gpt2: Any, tokenizer: Any) -> None:
+    torch.nn.init.zeros_(gpt2.transformer.ln_f.weight)
+    torch.nn.init.zeros_(gpt2.transformer.ln_f.bias)
+    metrics = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ["text"])).metrics
+    assert metrics["text/token_perplexity"].value == pytest.approx(gpt2.config.vocab_size, rel=1e-5)
+
+
+def test_no_trace_random_states_output_logs(gpt2: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str],
+                                            caplog: pytest.LogCaptureFixture) -> None:
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL, limit=4), num_fewshot=1)
+    assert random.getstate() == before[0]
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    captured = capfd.readouterr()
+    assert captured.out == captured.err == ""
+    assert caplog.records == []
+
+
+def test_prompts_and_tokens_are_prepared_once(gpt2: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = heldout_tasks(DOCUMENTS, ALL)
+    scorer = Scorer(gpt2, tokenizer)
+    first = evaluate(scorer, tasks)
+    monkeypatch.setattr(type(tasks[0]), "fewshot_context", None)
+    monkeypatch.setattr(type(tokenizer), "__call__", None)
+    monkeypatch.setattr(Scorer, "_score_batch", lambda self, batch, slices: torch.zeros(
+        2, sum(len(scored.targets) for row in batch for scored in row.scored)))
+    start = time.process_time()
+    second = evaluate(scorer, tasks)
+    assert time.process_time() - start < 0.2
+    assert {key: metric.num_items for key, metric in first.metrics.items()} == {
+        key: metric.num_items for key, metric in second.metrics.items()}
+
+
+def test_equal_calls_give_equal_results(gpt2: Any, tokenizer: Any) -> None:
+    scorer = Scorer(gpt2, tokenizer)
+    assert evaluate(scorer, heldout_tasks(DOCUMENTS, ALL, limit=5)) == evaluate(
+        Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL, limit=5))
+
+
+def test_samples_file(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
+    result = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL, limit=5), limit=3,
+                      samples_path=tmp_path / "samples.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [row["task"] for row in rows] == ["text"] * 3 + ["last_word"] * 3 + ["choice"] * 3
+    assert [row["metrics"]["acc"] for row in rows[3:6]] == result.items["last_word/acc"]
+    assert len({row["item_id"] for row in rows}) == 9
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_bad_arguments(gpt2: Any, tokenizer: Any) -> None:
+    tasks = heldout_tasks(DOCUMENTS, ["choice"], limit=5)
+    with pytest.raises(ValueError, match="limit must be at least 1 item; got 0"):
+        evaluate(Scorer(gpt2, tokenizer), tasks, limit=0)
+    with pytest.raises(ValueError, match="num_fewshot must be below the 5 examples of task 'choice'; got 5"):
+        evaluate(Scorer(gpt2, tokenizer), tasks, num_fewshot=5)
+
+
+def test_standard_errors_against_the_bootstrap() -> None:
+    generator = np.random.default_rng(0)
+    weights = generator.integers(50, 300, size=400)
+    losses = weights * generator.normal(-1.5, 0.4, size=400)
+    ratio_items = list(zip(losses.tolist(), weights.tolist()))
+    cases: list[tuple[list[Any], Any]] = [
+        (generator.integers(0, 2, size=400).tolist(), mean),
+        (generator.normal(-2, 1, size=400).tolist(), perplexity),
+        (ratio_items, weighted_perplexity), (ratio_items, bits_per_byte),
+        (ratio_items, lambda rows: -sum(x for x, _ in rows) / sum(w for _, w in rows))]
+    for values, aggregation in cases:
+        draws = [aggregation([values[i] for i in generator.integers(0, 400, size=400)]) for _ in range(1500)]
+        value, stderr, _ = summarise(values, aggregation)
+        assert value == pytest.approx(aggregation(values))
+        assert stderr == pytest.approx(np.std(draws), rel=0.15)
+    assert summarise([0.5], mean)[1] is None
+
+
+def test_a_fresh_process_prints_nothing_at_import() -> None:
+    command = [sys.executable, "-c", "import raysearch.evaluation"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
