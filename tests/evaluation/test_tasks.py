@@ -125,6 +125,15 @@ def test_unknown_names_missing_files_and_limits(data_dir: Path, tmp_path: Path) 
         heldout_tasks(["Too short."], ["choice"])
 
 
+@pytest.mark.parametrize("name", FILE_TASKS)
+def test_without_files_and_offline_one_clear_sentence(name: str, monkeypatch: pytest.MonkeyPatch,
+                                                      tmp_path: Path) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(ValueError, match=rf"task '{name}': its data set is not on this machine .* DIR/{name[:3]}"):
+        load_tasks([name])
+
+
 @pytest.mark.slow
 def test_unknown_lm_eval_task_lists_the_nearest(data_dir: Path) -> None:
     with pytest.raises(ValueError, match="task 'helaswag' is not known; the nearest names are hellaswag"):
