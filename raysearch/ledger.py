@@ -207,6 +207,18 @@ class Ledger:
             yield
             file.truncate(0)
 
+    def driver(self) -> tuple[bool, str]:
+        """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""
+        try:
+            with open(self.directory / "lock") as file:
+                if name := file.read().strip():  # else nobody holds it, and a driver that starts now is not disturbed
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False, name
+        except FileNotFoundError:
+            return False, ""
+        except BlockingIOError:
+            return True, name
+
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.
 

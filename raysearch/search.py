@@ -9,15 +9,18 @@ Ray's own OptunaSearch cannot do this job (several objectives, failures and resu
 """
 
 import ast
+import contextlib
 import importlib
 import inspect
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,18 +107,49 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
     """Runs Tune until the searcher has finished; True when it was interrupted before."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
     trainable = tune.with_resources(
         tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
         gang_resources(study))
-    tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
                                   verbose=0, log_to_file=True,
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False), failure_config=tune.FailureConfig(max_failures=1)),
-    ).fit()
+    )
+    try:
+        with stopping_on_signals():
+            tuner.fit()
+    except (KeyboardInterrupt, SystemExit):
+        searcher.progress.echo("stopped by a signal; the same command goes on from the last finished round")
+        raise
     return not searcher.finished
+
+
+EXIT_WITHIN_S = 2.0
+"""`ray job stop` kills 3 s after its SIGTERM."""
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within EXIT_WITHIN_S,
+    and at once on a second signal: nothing needs to be saved. Enter it after `ray.init`, which sets its own handler."""
+
+    def stop(number: int, frame: object) -> None:
+        code = 128 + number
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))
+        limit = threading.Timer(EXIT_WITHIN_S, os._exit, (code,))
+        limit.daemon = True
+        limit.start()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def start_ray(study: Study) -> None:

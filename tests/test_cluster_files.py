@@ -38,7 +38,8 @@ def launcher_config(cluster: dict[str, Any]) -> dict[str, Any]:
 def autoscaler_config(job: dict[str, Any]) -> dict[str, Any]:
     """What Ray's autoscaler makes of the RayCluster of a RayJob."""
     return _derive_autoscaling_config_from_ray_cr(
-        {"metadata": {"name": "raysearch", "namespace": "default"}, "spec": copy.deepcopy(job["spec"]["rayClusterSpec"])})
+        {"metadata": {"name": "raysearch", "namespace": "default"},
+         "spec": copy.deepcopy(job["spec"]["rayClusterSpec"])})
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
@@ -102,7 +103,7 @@ def test_the_rayjob_runs_the_sweep_on_an_authenticated_autoscaling_cluster() -> 
     assert command[:4] == ["python", "-m", "raysearch", "sweep"]
     load_space(command[4])
     cluster = job["spec"]["rayClusterSpec"]
-    assert cluster["authOptions"] == {"mode": "token"}  # the dashboard is on 0.0.0.0 inside Kubernetes: the token guards it
+    assert cluster["authOptions"] == {"mode": "token"}  # guards the dashboard, which is on 0.0.0.0 inside Kubernetes
     assert cluster["headGroupSpec"]["rayStartParams"]["dashboard-host"] == "0.0.0.0"
     types = autoscaler_config(job)["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0

@@ -1,0 +1,148 @@
+"""How a study is doing, from its directory alone: no ray, no torch, no optuna, from any machine that sees the files."""
+
+import time
+from datetime import datetime
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.candidates import dense, frontier, quality_stderr
+from analysis.load import load
+from analysis.tables import human_bytes, human_count, with_stderr
+from raysearch.config import Frozen
+from raysearch.ledger import Ledger
+
+MAX_FRONTIER_LINES = 10
+
+
+class RunningTrial(Frozen):
+    number: int
+    num_rounds_done: int
+    num_rounds: int
+    age_s: float
+    """Since it started."""
+    silent_s: float
+    """Since it last finished a round, or started."""
+
+
+class FailedTrial(Frozen):
+    number: int
+    reason: str
+    log_path: str | None
+
+
+class FrontierCandidate(Frozen):
+    """A candidate that no other one beats in both size and objective, on the selection split."""
+
+    trial: int | None
+    """None for the dense baseline."""
+    round: int
+    key: str
+    sparsity: float
+    num_nonzero: int
+    stored_bytes: int
+    value: float
+    stderr: float | None
+
+
+class StudyStatus(Frozen):
+    directory: str
+    space: str
+    model: str
+    objective: str
+    driver_running: bool
+    driver: str
+    """Process and host of the driver that runs, or that was killed; "" where the last one ended by itself."""
+    num_trials: int
+    """Asked for."""
+    trials: dict[str, int]
+    """Status -> number of trials begun."""
+    running: tuple[RunningTrial, ...]
+    """Recorded as running; interrupted where no driver runs."""
+    failed: tuple[FailedTrial, ...]
+    num_candidates: int
+    """Finished rounds, without the dense baseline."""
+    dense_value: float | None
+    frontier: tuple[FrontierCandidate, ...]
+    """Smallest first."""
+    silent_s: float
+    """Since anything was written."""
+
+
+def study_status(directory: Path) -> StudyStatus:
+    """Reads the study in `directory`; ValueError of one sentence where there is none."""
+    ledger = Ledger.open(directory)
+    record = ledger.study()
+    frame = load(directory)
+    baseline = dense(frame)
+    running_now, driver = ledger.driver()
+    now = time.time()
+    trials = ledger.trials()
+    written = {int(path.stem): path.stat().st_mtime for path in ledger.directory.glob("trials/[0-9]*.json")}
+    others = [path for name in ("study.json", "journal.log", "rounds/[!.]*") for path in ledger.directory.glob(name)]
+    return StudyStatus(
+        directory=str(ledger.directory), space=record.space, model=record.study.model, objective=record.study.objective,
+        driver_running=running_now, driver=driver, num_trials=record.study.num_trials,
+        trials={status: sum(trial.status == status for trial in trials)
+                for status in ("running", "done", "stopped", "failed")},
+        running=tuple(
+            RunningTrial(number=trial.number, num_rounds_done=len(trial.keys), num_rounds=len(trial.actions),
+                         age_s=max(0.0, now - datetime.fromisoformat(trial.started_at).timestamp()),
+                         silent_s=max(0.0, now - written[trial.number]))
+            for trial in trials if trial.status == "running"),
+        failed=tuple(
+            FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
+            for trial in trials if trial.status == "failed"),
+        num_candidates=int(frame["key"].nunique()) - (baseline is not None),
+        dense_value=None if baseline is None else float(baseline[f"selection/{record.study.objective}"]),
+        frontier=_frontier(frame, record.study.objective),
+        silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)])))
+
+
+def describe_status(status: StudyStatus) -> str:
+    """A few plain lines, without a final newline."""
+    counts = ", ".join(f"{count} {name}" for name, count in status.trials.items() if count) or "none begun"
+    if status.driver_running:
+        driver = f"running, {status.driver}"
+    elif status.driver:
+        driver = f"not running: {status.driver} was killed; the same sweep again goes on"
+    else:
+        driver = "not running"
+    what = "running" if status.driver_running else "interrupted"
+    lines = [f"study       {status.space} in {status.directory}", f"model       {status.model}",
+             f"driver      {driver}", f"trials      {counts}, of {status.num_trials}"]
+    lines += [f"{what:<12}trial {trial.number}: round {trial.num_rounds_done}/{trial.num_rounds} finished, started "
+              f"{_ago(trial.age_s)}, last written {_ago(trial.silent_s)}" for trial in status.running]
+    for trial in status.failed:
+        log = f"; log in {trial.log_path}" if trial.log_path else ""
+        lines.append(f"failed      trial {trial.number}: {trial.reason}{log}")
+    baseline = "not scored yet" if status.dense_value is None else f"{status.dense_value:.4f}"
+    lines += [f"candidates  {status.num_candidates}, of which {len(status.frontier)} on the frontier "
+              f"({status.objective}, selection split; dense {baseline})"]
+    for row in status.frontier[:MAX_FRONTIER_LINES]:
+        what = "dense" if row.trial is None else f"trial {row.trial} round {row.round}"
+        value = with_stderr(row.value, float("nan") if row.stderr is None else row.stderr)
+        lines.append(f"            {what}: sparsity {row.sparsity:.3f}, {human_count(row.num_nonzero)} non-zero, "
+                     f"{human_bytes(row.stored_bytes)} stored, {value}")
+    if len(status.frontier) > MAX_FRONTIER_LINES:
+        lines.append(f"            and {len(status.frontier) - MAX_FRONTIER_LINES} more: "
+                     f"raysearch results {status.directory} --frontier")
+    return "\n".join([*lines, f"activity    {_ago(status.silent_s)}"])
+
+
+def _frontier(frame: pd.DataFrame, objective: str) -> tuple[FrontierCandidate, ...]:
+    front = frontier(frame, "selection")
+    errors = quality_stderr(front, "selection")
+    return tuple(
+        FrontierCandidate(trial=None if pd.isna(row["trial"]) else int(row["trial"]), round=int(row["round"]),
+                          key=row["key"], sparsity=float(row["sparsity"]), num_nonzero=int(row["num_nonzero"]),
+                          stored_bytes=int(row["stored_bytes"]), value=float(row[f"selection/{objective}"]),
+                          stderr=None if pd.isna(errors[index]) else float(errors[index]))
+        for index, row in front.iterrows())
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
