@@ -79,18 +79,23 @@ class SparseAdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Iterable[dict[str, Any]], **kwargs: Any) -> None:
         super().__init__(groups, **kwargs)
-        self.pruned: dict[Tensor, Tensor] = {}
-        """Master shard of prunable weights -> bool of the same shape, True where pruned."""
+        self.keep: dict[Tensor, Tensor] = {}
+        """Master shard of prunable weights -> its mask; bool on a GPU, 0.0 and 1.0 on a CPU, whose product with a bool is
+        10 times slower (0.102 against 0.010 s for 25 M weights, AMD EPYC, 1 thread, 2026-11-23)."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         result = super().step(closure)
+        self.keep_masks(self.param_groups[0]["lr"])
+        return result
+
+    @torch.no_grad()
+    def keep_masks(self, learning_rate: float) -> None:
+        """The L1 step and the masks, on the shards of this `step`: DeepSpeed calls it once per group."""
         for group in self.param_groups:
             for shard in group["params"]:
-                if shard in self.pruned:
-                    soft_threshold_(shard, group["lr"] * self.l1_lambda)
-                    shard.masked_fill_(self.pruned[shard], 0)
-        return result
+                if shard in self.keep:
+                    soft_threshold_(shard, learning_rate * self.l1_lambda).mul_(self.keep[shard])
 
     def restart(self) -> None:
         """Forgets the moments and the step count, in place."""
@@ -264,8 +269,9 @@ class Engine:
         """Every zero among the prunable weights is pruned from now on, a shard's padding too."""
         names = {p.name for p in self.prunables}
         name_of = {id(p): name for name, p in self.parameters.items()}
-        self.optimizer.pruned = {master: master.detach() == 0 for master, _, parameters in self._masters()
-                                 if name_of[id(parameters[0])] in names}
+        dtype = torch.bool if self.device.type == "cuda" else torch.float32
+        self.optimizer.keep = {master: (master.detach() != 0).to(dtype) for master, _, parameters in self._masters()
+                               if name_of[id(parameters[0])] in names}
 
     @torch.no_grad()
     def nonzero_counts(self) -> dict[str, int]:

@@ -16,6 +16,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from raysearch.bench import Bench, read_inputs, resolve
+from raysearch.config import Study
+from raysearch.ledger import Ledger
+
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
@@ -75,3 +79,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
     folder = save_tiny_gpt2(tmp_path_factory.mktemp("model") / "tiny")
     train(folder, stories.read_text())
     return folder
+
+
+@pytest.fixture(scope="session")
+def study(tiny_model: Path, stories: Path) -> Study:
+    return resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, epoch_tokens=64 * 16,
+                 eval_items=6, tasks=("text", "last_word")))
+
+
+@pytest.fixture(scope="session")
+def bench(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """A workbench on one rank in this process."""
+    return Bench(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))

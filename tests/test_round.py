@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from raysearch.bench import Bench, read_inputs, resolve
+from raysearch.bench import Bench, read_inputs
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.ledger import Ledger, RoundRecord, TrialRecord, round_key
 from raysearch.round import (
@@ -25,17 +25,6 @@ from raysearch.round import (
 from raysearch.weights import read_weights
 
 TOKENS = 64 * 16
-
-
-@pytest.fixture(scope="session")
-def study(tiny_model: Path, stories: Path) -> Study:
-    return resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, epoch_tokens=TOKENS,
-                 eval_items=6, tasks=("text", "last_word")))
-
-
-@pytest.fixture(scope="session")
-def bench(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))
 
 
 def weights_of(bench: Bench) -> dict[str, torch.Tensor]:

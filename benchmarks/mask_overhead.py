@@ -1,0 +1,74 @@
+"""What keeping a mask costs in a training step: the same engine with and without its masks, alternating in one process.
+
+    python benchmarks/mask_overhead.py [MODEL] [--batch-tokens 2048] [--num-pairs 15] [--zero-stage 0]
+
+Prints one JSON line. `ratio` is the median over pairs of (step with masks) / (step without).
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import time
+
+import torch
+
+from raysearch.engine import Engine
+from raysearch.provenance import device_name
+from raysearch.pruning.selection import keep_masks, num_to_prune
+
+
+def timed_step(engine: Engine, tokens: torch.Tensor) -> float:
+    started = time.perf_counter()
+    engine.train_step(tokens, 1e-4)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", nargs="?", default="../shared/models/books-30m")
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--context-tokens", type=int, default=256)
+    parser.add_argument("--num-pairs", type=int, default=15)
+    parser.add_argument("--zero-stage", type=int, default=0)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--l1-lambda", type=float, default=0.0)
+    options = parser.parse_args()
+    engine = Engine(options.model, prunable="matrices", zero_stage=options.zero_stage, dtype=options.dtype,
+                    batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1)
+    values = [piece.values for piece in engine.prunable_pieces]
+    num_prunable = sum(value.numel() for value in values)
+    engine.prune(keep_masks(values, [piece.index for piece in engine.prunable_pieces], num_to_prune(0.5, num_prunable)))
+    engine.restart(0.0)
+    masks = engine.optimizer.keep
+    tokens = torch.randint(0, engine.model.config.vocab_size, (engine.sequences_per_rank, options.context_tokens))
+    for _ in range(3):
+        engine.train_step(tokens, 1e-4)
+    steps: dict[bool, list[float]] = {True: [], False: []}
+    for pair in range(options.num_pairs):
+        for masked in (pair % 2 == 0, pair % 2 == 1):
+            engine.optimizer.keep = masks if masked else {}
+            engine.optimizer.l1_lambda = options.l1_lambda if masked else 0.0
+            steps[masked].append(timed_step(engine, tokens))
+    upkeep = []
+    engine.optimizer.keep = masks
+    for _ in range(options.num_pairs):
+        started = time.perf_counter()
+        engine.optimizer.keep_masks(1e-4)
+        upkeep.append(time.perf_counter() - started)
+    without = statistics.median(steps[False])
+    print(json.dumps({
+        "benchmark": "mask_overhead", "model": options.model, "num_prunable": num_prunable,
+        "ratio": round(statistics.median(a / b for a, b in zip(steps[True], steps[False])), 4),
+        "upkeep_share": round(statistics.median(upkeep) / without, 5),
+        "step_without_masks_s": round(without, 5), "step_with_masks_s": round(statistics.median(steps[True]), 5),
+        "mask_upkeep_s": round(statistics.median(upkeep), 6), "num_pairs": options.num_pairs,
+        "batch_tokens": options.batch_tokens, "zero_stage": options.zero_stage, "dtype": options.dtype,
+        "l1_lambda": options.l1_lambda, "device": device_name(str(engine.device)), "torch": torch.__version__,
+        "date": datetime.date.today().isoformat()}))
+
+
+if __name__ == "__main__":
+    main()

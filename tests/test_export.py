@@ -1,0 +1,96 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import raysearch
+from raysearch.bench import Bench
+from raysearch.config import Action
+from raysearch.export import export
+from raysearch.ledger import RoundRecord
+from raysearch.round import dense_round, load_candidate, report_round, run_round
+
+
+@pytest.fixture(scope="module")
+def candidate(bench: Bench) -> RoundRecord:
+    bench.ledger.write_study(bench_record(bench))
+    record = run_round(bench, dense_round(bench), Action(sparsity=0.7, finetune_tokens=1024, learning_rate=1e-3))
+    report_round(bench, record)
+    report_round(bench, dense_round(bench))
+    return record
+
+
+def bench_record(bench: Bench):
+    from raysearch.ledger import StudyRecord
+    from raysearch.provenance import provenance
+
+    return StudyRecord(study=bench.study, space="test", space_hash="", root_key=bench.inputs.root_key,
+                       provenance=provenance("cpu"))
+
+
+def zeros(model: torch.nn.Module, bench: Bench) -> int:
+    names = {p.name for p in bench.engine.prunables}
+    return sum(int((p == 0).sum()) for name, p in model.named_parameters() if name in names)
+
+
+def test_both_formats_hold_the_candidate(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:
+    dense = export(bench.ledger, candidate.key, tmp_path / "dense")
+    small = export(bench.ledger, candidate.key, tmp_path / "small", "compressed")
+    plain = AutoModelForCausalLM.from_pretrained(dense)  # no raysearch needed
+    models = [plain, raysearch.load(dense), raysearch.load(small)]
+    tokens = AutoTokenizer.from_pretrained(dense)("The red dog of house 7 saw", return_tensors="pt")["input_ids"]
+    for model in models:
+        assert zeros(model, bench) == round(0.7 * candidate.num_prunable)
+        assert torch.equal(model(tokens).logits, plain(tokens).logits)
+        assert model.lm_head.weight is model.transformer.wte.weight
+    load_candidate(bench, candidate)
+    weights = dict(plain.named_parameters())
+    assert all(torch.equal(bench.engine.full(name), weights[name]) for name in weights)
+
+    file = small / "compressed.safetensors"
+    header = int.from_bytes(file.read_bytes()[:8], "little") + 8
+    assert file.stat().st_size - header == candidate.stored_bytes
+    assert (dense / "model.safetensors").stat().st_size > candidate.resident_bytes > candidate.stored_bytes
+
+
+def test_the_card_says_how_it_was_made_and_measured(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:
+    folder = export(bench.ledger, candidate.key, tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    metric = bench.ledger.report_metrics(candidate.key)["text/bits_per_byte"]
+    assert f"| text/bits_per_byte | {metric.value:.4f}" in card
+    assert f"{candidate.num_nonzero:,} of {candidate.num_parameters:,}" in card
+    assert f"{candidate.stored_bytes:,}" in card
+    assert "report split, which the search never saw" in card
+
+
+def test_an_export_is_replaced_and_nothing_else(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:
+    folder = export(bench.ledger, candidate.key, tmp_path / "out")
+    assert export(bench.ledger, candidate.key, tmp_path / "out") == folder
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="exists and is no export of raysearch"):
+        export(bench.ledger, candidate.key, tmp_path / "mine")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "mine"}
+
+
+def test_damage_is_found(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:
+    folder = export(bench.ledger, candidate.key, tmp_path / "out")
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 8
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is missing or differs from the recorded checksum"):
+        raysearch.load(folder)
+    assert json.loads((folder / "raysearch.json").read_text())["key"] == candidate.key
+
+    stored = bench.ledger.round_directory(candidate.key) / "weights.safetensors"
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[:-100])
+    try:
+        with pytest.raises(ValueError, match="damaged after it was written"):
+            export(bench.ledger, candidate.key, tmp_path / "again")
+    finally:
+        stored.write_bytes(whole)
+    assert not (tmp_path / "again").exists()
