@@ -70,6 +70,10 @@ def headlines(frame: pd.DataFrame) -> list[str]:
                 f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(pool) - 1} candidates "
                 f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
                 f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
+    if (loss < -noise).any():
+        told.append(f"{int((loss < -noise).sum())} candidates are better than the dense baseline by more than one standard "
+                    "error: fine-tuning trained them further than the baseline, so this says that the baseline was not "
+                    "trained to its end, not that pruning helps.")
     return told
 
 

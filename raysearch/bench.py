@@ -9,7 +9,7 @@ from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_
 from raysearch.engine import Engine
 from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
 from raysearch.ledger import Ledger, hash_json
-from raysearch.model import context_limit, fingerprint, load_tokenizer, model_folder, stored_dtype
+from raysearch.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 # what changes no number of a candidate: where things lie, and how many run at once on what
@@ -41,8 +41,10 @@ def read_inputs(study: Study) -> Inputs:
     """Reads and packs the corpus and hashes what determines the results; ValueError of one sentence for bad input."""
     model_hash = fingerprint(study.model)
     tokenizer = load_tokenizer(study.model)
-    limit = context_limit(study.model)
-    if limit is not None and study.context_tokens > limit:
+    config = load_config(study.model)
+    check_tokenizer(tokenizer, config.vocab_size)
+    limit = context_limit(config)
+    if study.corpus is not None and study.context_tokens > limit:
         raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.context_tokens}")
     blocks, heldout, corpus_hash = None, {}, None
     if study.corpus is not None:
@@ -67,7 +69,6 @@ class Bench:
                              weight_decay=study.weight_decay)
         tokenizer = load_tokenizer(study.model)
         self.vocab_size = int(self.engine.model.config.vocab_size)
-        check_tokenizer(tokenizer, self.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
                              gather=self.engine.gather_objects, lockstep=study.zero_stage == 3)
         own = [task for task in study.tasks if task in HELDOUT_TASKS]

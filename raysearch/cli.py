@@ -23,6 +23,9 @@ def main() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and tables, which no log can use
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
     try:
         app()
     except KeyboardInterrupt:
@@ -88,7 +91,7 @@ def prune(
     tasks: Annotated[str, typer.Option(help="Comma-separated; from the corpus or --data-dir.")] = "",
     data_dir: str | None = None,
     eval_items: int | None = None,
-    context_tokens: int = 128,
+    context_tokens: Annotated[int | None, typer.Option(help="128, or the model's own where that is less.")] = None,
     batch_tokens: int = 2048,
     zero_stage: int = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for the checkpoint's own.")] = "auto",
@@ -103,9 +106,9 @@ def prune(
               "finetune_epochs": finetune_epochs, "learning_rate": learning_rate}
     names = tuple(tasks.split(",")) if tasks else (("text", "last_word", "choice") if corpus else ())
     study = {"model": model, "prunable": prunable, "corpus": corpus, "tasks": names, "data_dir": data_dir,
-             "eval_items": eval_items, "context_tokens": context_tokens, "batch_tokens": batch_tokens,
+             "eval_items": eval_items, "batch_tokens": batch_tokens,
              "zero_stage": zero_stage, "dtype": dtype, "seed": seed}
-    run_prune(study, config, out, echo)
+    run_prune(study | ({"context_tokens": context_tokens} if context_tokens else {}), config, out, echo)
 
 
 @app.command()
@@ -124,11 +127,46 @@ def sweep(
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    result = run(space, out or Path("studies") / space.rpartition(".")[2], study, sample, echo)
+    result = run(space, out or default_directory(space), study, sample, echo)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+@app.command()
+def plan(
+    space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
+    out: Annotated[Path | None, typer.Option(help="Study directory; studies/NAME by default.")] = None,
+) -> None:
+    """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
+    from raysearch.plan import describe_plan, make_plan
+
+    echo("measuring one short round on this machine ...")
+    echo(describe_plan(make_plan(space, out or default_directory(space))))
+
+
+@app.command()
+def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """How a study is doing, from any machine that sees its directory."""
+    from raysearch.status import describe_status, study_status
+
+    found = study_status(directory)
+    print(found.model_dump_json(indent=1) if json else describe_status(found))
+
+
+@app.command()
+def doctor(
+    directory: Annotated[Path, typer.Argument(help="Where studies will be written.", metavar="[DIR]")] = Path("."),
+) -> None:
+    """What is missing or unsafe on this machine and its Ray cluster; exit code 1 when something will not work."""
+    from raysearch.doctor import examine
+
+    checks = examine(directory)
+    for check in checks:
+        echo(f"{check.level:<8} {check.text}")
+    if any(check.level == "problem" for check in checks):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -186,6 +224,50 @@ def export(
 
     picked = read_pick(pick_file)
     echo(str(run(Ledger.open(picked.study_directory), picked.key, out, format)))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model or deployment folder.")],
+    tasks: Annotated[str, typer.Option(help="Comma-separated; `raysearch tasks` lists them.")],
+    data_dir: Annotated[Path | None, typer.Option(help="Local files; the hub without it.")] = None,
+    corpus: Annotated[str, typer.Option(help="For the tasks text, last_word and choice.")] = "builtin",
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
+    batch_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    samples: Annotated[Path | None, typer.Option(help="Write per-item results here, as JSON lines.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Score a model on named tasks, with lm-eval's metrics."""
+    from json import dumps
+
+    from analysis.tables import aligned, with_stderr
+    from raysearch.evaluate import evaluate_model
+
+    found = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
+                           batch_tokens=batch_tokens, samples=samples, progress=sys.stderr.isatty())
+    if json:
+        echo(dumps(found))
+        return
+    rows = [[task, name, with_stderr(value, row[f"{name}_stderr"] or float("nan")), str(row["num_items"])]
+            for task, row in found["results"].items() for name, value in row.items()
+            if name != "num_items" and not name.endswith("_stderr")]
+    echo(aligned(["task", "metric", "value", "items"], rows, left=["task", "metric"]).rstrip())
+    if found["num_truncated"]:
+        echo(f"{found['num_truncated']} requests were longer than the context and were cut on the left")
+
+
+@app.command()
+def tasks() -> None:
+    """The tasks, with everything that is pinned: prompt, target, shots, metrics, normalisation."""
+    from raysearch.evaluation import describe_tasks
+
+    for row in describe_tasks():
+        echo("\n".join(f"{name + ':':<15}{value}" for name, value in row.items()) + "\n")
+
+
+def default_directory(space: str) -> Path:
+    return Path("studies") / space.rpartition(".")[2]
 
 
 def parse_seconds(text: str) -> float:

@@ -11,6 +11,7 @@ tests/test_engine.py holds the invariant for every stage.
 
 import importlib
 import logging
+import math
 import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -327,3 +328,11 @@ class Engine:
         values: list[object] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+
+def learning_rate_at(step: int, num_steps: int, peak: float, num_warmup: int) -> float:
+    """Linear warm-up over `num_warmup` steps, then a half cosine down to a tenth of the peak."""
+    if step < num_warmup:
+        return peak * (step + 1) / num_warmup
+    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
+    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))

@@ -5,6 +5,7 @@ nothing outside this file needs to know more.
 """
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.ledger import file_sha256
@@ -81,9 +82,17 @@ def stored_dtype(path: str) -> str:
         return "bfloat16" if names and file.get_slice(names[0]).get_dtype() == "BF16" else "float32"
 
 
-def context_limit(path: str) -> int | None:
-    """Longest input in tokens that the model's configuration allows, or None where it names none."""
-    return getattr(AutoConfig.from_pretrained(model_folder(path)), "max_position_embeddings", None)
+def load_config(path: str) -> PretrainedConfig:
+    """The folder's configuration; ValueError of one sentence when it is none that transformers knows."""
+    try:
+        return AutoConfig.from_pretrained(model_folder(path), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"model {path}: its config.json cannot be read ({_first_line(error)})") from error
+
+
+def context_limit(config: PretrainedConfig) -> float:
+    """Longest input in tokens that the configuration allows; infinite where it names none."""
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def parameter_shape(parameter: nn.Parameter) -> tuple[int, ...]:

@@ -22,15 +22,17 @@ import numpy as np
 import ray
 import ray.train
 import torch
+import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from raysearch.data import Blocks, load_documents, pack, split_documents, train_tokenizer
-from raysearch.engine import Engine
+from raysearch.engine import Engine, learning_rate_at
 from raysearch.ledger import file_sha256, hash_json, new_directory, write_json
 from raysearch.provenance import provenance
 
-PROGRESS_S = 2.0
+PROGRESS_S = 5.0
+MAX_WARMUP_STEPS = 100
 MAX_EVAL_BLOCKS = 1024  # of the report split, evenly spaced: enough for a standard error below 0.01 nats
 EVAL_SEQUENCES = 16
 RECORD = "raysearch.json"
@@ -61,7 +63,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(num_layers=4, width=128, num_heads=4, context_tokens=128, vocab_size=2048, batch_tokens=512,
-                   num_steps=1200, learning_rate=3e-3, weight_decay=0.1,
+                   num_steps=1000, learning_rate=3e-3, weight_decay=0.1,
                    note="the demo's model: a minute on two cores"),
     "books-30m": Preset(num_layers=8, width=512, num_heads=8, context_tokens=512, vocab_size=8192, batch_tokens=65_536,
                         num_steps=9216, learning_rate=2e-3, weight_decay=0.1,
@@ -131,6 +133,7 @@ def pretrain(
     documents = split_documents(load_documents(corpus))
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": hash_json(documents)}
+    del settings["note"]
     if (done := _finished(out, settings)) is not None:
         echo(f"{out} holds this model already")
         return done
@@ -141,16 +144,18 @@ def pretrain(
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
     blocks = {split: pack(corpus, tokenizer, shape.context_tokens, split, cache_dir) for split in ("train", "report")}
-    _random_model(work / "random", shape, seed)
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
     job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
            "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
            "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
-    (work / "progress.json").unlink(missing_ok=True)
+    for name in ("progress.json", "measured.json"):
+        (work / name).unlink(missing_ok=True)
     with _progress_lines(work / "progress.json", num_steps, echo):
         _fit(job, num_workers, resources)
     measured = json.loads((work / "measured.json").read_text())
+    if "failure" in measured:
+        raise RuntimeError(f"pretraining failed: {measured['failure']}")
     unigram = unigram_loss(blocks["train"], blocks["report"], shape.vocab_size)
     total_s = time.monotonic() - started
     with new_directory(out) as aside:
@@ -223,14 +228,6 @@ def _tokenizer(folder: Path, documents: list[str], vocab_size: int) -> PreTraine
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _random_model(folder: Path, shape: Preset, seed: int) -> None:
-    """GPT-2's own initialisation, in fp32; a file, because ZeRO-3 initialises wrongly when it partitions meanwhile."""
-    if not folder.is_dir():
-        with new_directory(folder) as aside, torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            GPT2LMHeadModel(shape.config()).save_pretrained(aside)
-
-
 def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> None:
     trainer = TorchTrainer(
         train_loop,
@@ -292,17 +289,26 @@ def train_loop(job: dict[str, Any]) -> None:
     if job["dtype"] == "float32":
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(job["num_threads"])
-    engine = Engine(str(work / "random"), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
+    random_model = _random_model(work / "random", shape, job["seed"])
+    engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
                     batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens,
                     weight_decay=shape.weight_decay)
     per_rank = engine.sequences_per_rank
     first_step = _load_checkpoint(engine)
-    clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, job["checkpoint_every_s"])
+    clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
+                   job["checkpoint_every_s"])
+    num_warmup = min(MAX_WARMUP_STEPS, num_steps // 10)
     for step in range(first_step, num_steps):
         start = (step * engine.world_size + engine.rank) * per_rank
         tokens = blocks["train"].stream(start, per_rank, job["seed"])
-        loss = engine.train_step(tokens, learning_rate_at(step, num_steps, shape.learning_rate))
-        if clock.tick(step + 1, loss) and step + 1 < num_steps:
+        loss = engine.train_step(tokens, learning_rate_at(step, num_steps, shape.learning_rate, num_warmup))
+        try:
+            checkpoint_now = clock.tick(step + 1, loss)
+        except FloatingPointError as error:  # on all ranks at once; raising would make Ray Train try it all again
+            if engine.rank == 0:
+                write_json(work / "measured.json", {"failure": str(error)})
+            return
+        if checkpoint_now and step + 1 < num_steps:
             _save_checkpoint(engine, step + 1)
     train_s = time.monotonic() - clock.started
     validation_loss = held_out_loss(engine, blocks["report"])
@@ -313,31 +319,34 @@ def train_loop(job: dict[str, Any]) -> None:
             "num_parameters": sum(math.prod(shape) for shape in engine.shapes.values())})
 
 
-def learning_rate_at(step: int, num_steps: int, peak: float, num_warmup: int = 100) -> float:
-    """Linear warm-up, then a half cosine down to a tenth of the peak."""
-    num_warmup = min(num_warmup, num_steps // 10)
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
+def _random_model(folder: Path, shape: Preset, seed: int) -> Path:
+    """GPT-2's own initialisation, in fp32; a file, because ZeRO-3 initialises wrongly when it partitions meanwhile."""
+    if dist.get_rank() == 0 and not folder.is_dir():
+        torch.manual_seed(seed)
+        with new_directory(folder) as aside:
+            GPT2LMHeadModel(shape.config()).save_pretrained(aside)
+    dist.barrier()
+    return folder
 
 
 class _Clock:
-    """Every two seconds or so, on the same step on all ranks: progress, divergence, time for a checkpoint."""
+    """Every PROGRESS_S or so, on the same step on all ranks: progress, divergence, time for a checkpoint."""
 
-    def __init__(self, engine: Engine, file: Path, tokens_per_step: int, step: int, checkpoint_every_s: float) -> None:
-        self.engine, self.file, self.tokens_per_step = engine, file, tokens_per_step
+    def __init__(self, engine: Engine, file: Path, tokens_per_step: int, step: int, num_steps: int,
+                 checkpoint_every_s: float) -> None:
+        self.engine, self.file, self.tokens_per_step, self.num_steps = engine, file, tokens_per_step, num_steps
         self.checkpoint_every_s = checkpoint_every_s
-        self.started = self.last_time = self.last_checkpoint = time.monotonic()
+        # rank 0's clock alone: another one would put the ranks' collective ticks on different steps
+        self.started = self.last_time = self.last_checkpoint = engine.from_rank_0(time.monotonic)
         self.last_step, self.next_step = step, step + 1
 
     def tick(self, step: int, loss: torch.Tensor) -> bool:
-        """True when it is time for a checkpoint."""
-        if step < self.next_step:
+        """True when it is time for a checkpoint; FloatingPointError on all ranks when the loss is not finite."""
+        if step < self.next_step and step < self.num_steps:
             return False
         mean_loss = self.engine.mean(loss)
         if not math.isfinite(mean_loss):
-            raise ValueError(f"the training loss became {mean_loss} at step {step}; lower the learning rate")
+            raise FloatingPointError(f"the loss became {mean_loss} by step {step}; lower the learning rate")
         now = self.engine.from_rank_0(time.monotonic)
         step_s = (now - self.last_time) / (step - self.last_step)
         if self.engine.rank == 0:

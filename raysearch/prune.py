@@ -8,8 +8,11 @@ from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study, TrialConfig, parse
 from raysearch.export import export
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord
+from raysearch.model import context_limit, load_config
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import report_round, resolve_actions, run_trial
+
+DEFAULT_CONTEXT_TOKENS = 128
 
 
 def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: Path,
@@ -18,8 +21,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
 
     Returns the exported folder, `out`/model. The same call again finds its rounds in the store.
     """
-    study = parse(Study, study_fields, "prune")
-    study = resolve(study)
+    limit = context_limit(load_config(str(study_fields["model"])))
+    study = resolve(parse(Study, {"context_tokens": int(min(limit, DEFAULT_CONTEXT_TOKENS)), **study_fields}, "prune"))
     config = parse(TrialConfig, config_fields, "prune")
     if config.finetune_epochs and study.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from raysearch.bench import Bench
 from raysearch.config import Action, Metric, Study, TrialConfig
-from raysearch.data import Blocks
-from raysearch.engine import Engine
+from raysearch.engine import Engine, learning_rate_at
 from raysearch.ledger import RoundRecord, TrialRecord, new_directory, round_key, write_json
 from raysearch.provenance import provenance, utc_now
 from raysearch.pruning.criteria import moments, std_threshold
@@ -198,8 +197,8 @@ def finetune(bench: Bench, action: Action) -> float | None:
     engine.restart(action.l1_lambda)
     for step in range(num_steps):
         start = first + step * engine.sequences_per_rank * engine.world_size
-        tokens = next_sequences(bench.inputs.blocks, start, engine.sequences_per_rank, action.seed)
-        rate = learning_rate_at(step, num_steps, action.learning_rate, study.warmup_fraction)
+        tokens = bench.inputs.blocks.stream(start, engine.sequences_per_rank, action.seed)
+        rate = learning_rate_at(step, num_steps, action.learning_rate, round(num_steps * study.warmup_fraction))
         losses.append(engine.train_step(tokens, rate))
         if step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1 or step == num_steps - 1:
             tail = engine.mean(torch.stack(losses[-max(1, num_steps // 10):]).mean())
@@ -207,22 +206,6 @@ def finetune(bench: Bench, action: Action) -> float | None:
                 raise Diverged(f"the training loss became {tail} within {step + 1} of {num_steps} steps at learning rate "
                                f"{action.learning_rate:g}")
     return tail
-
-
-def next_sequences(blocks: Blocks, start: int, num_sequences: int, seed: int) -> Tensor:
-    """[num_sequences, context] from the endless stream of shuffled epochs, `start` sequences after its beginning."""
-    num_blocks = len(blocks.tokens)
-    positions = range(start, start + num_sequences)
-    return blocks.batch([int(blocks.order(seed, p // num_blocks)[p % num_blocks]) for p in positions])
-
-
-def learning_rate_at(step: int, num_steps: int, peak: float, warmup_fraction: float) -> float:
-    """Linear warm-up, then a half cosine down to a tenth of the peak."""
-    num_warmup = round(num_steps * warmup_fraction)
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def check_quality(metrics: dict[str, Metric], vocab_size: int) -> None:

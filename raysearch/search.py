@@ -35,7 +35,7 @@ from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
 from raysearch.bench import Inputs, read_inputs, resolve
-from raysearch.config import Study, TrialConfig, higher_is_better, parse
+from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
@@ -84,7 +84,7 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
     """
     study = resolve(study)
     inputs = read_inputs(study)
-    check_space(study, space, inputs)
+    sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     ledger = Ledger(directory)
     started = time.monotonic()
     with ledger.lock():
@@ -204,12 +204,11 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> o
     return opened
 
 
-def check_space(study: Study, space: Space, inputs: Inputs, num_samples: int = 20) -> None:
-    """Draws from the space and resolves every draw, so that a mistake is told before the first trial."""
+def sample_trials(study: Study, space: Space, inputs: Inputs, num_trials: int) -> list[tuple[Action, ...]]:
+    """Random draws from the space, resolved; ValueError of one sentence for a draw that contradicts itself."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     dry = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    for _ in range(num_samples):
-        resolve_actions(draw(space, dry.ask()), study, inputs.num_train_tokens)
+    return [resolve_actions(draw(space, dry.ask()), study, inputs.num_train_tokens) for _ in range(num_trials)]
 
 
 def draw(space: Space, trial: optuna.Trial) -> TrialConfig:

@@ -11,18 +11,18 @@ STUDY = {
     "num_trials": 12,
     "max_concurrent": 2,
     "context_tokens": 128,
-    "batch_tokens": 2048,
-    "epoch_tokens": 40_960,
-    "eval_items": 120,
+    "batch_tokens": 1024,
+    "epoch_tokens": 16_384,
+    "eval_items": 60,
 }
 
 
 def space(trial):
     fields = {
-        "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 1.5]),
+        "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 2.0]),
         "learning_rate": trial.suggest_float("learning_rate", 3e-4, 3e-3, log=True),
         "l1_lambda": trial.suggest_float("l1_lambda", 1e-5, 1e-1, log=True),
-        "num_rounds": trial.suggest_int("num_rounds", 3, 5),
+        "num_rounds": trial.suggest_int("num_rounds", 3, 4),
     }
     mode = trial.suggest_categorical("mode", ["target", "rate", "threshold"])
     if mode == "target":
@@ -32,7 +32,7 @@ def space(trial):
         fields["scope"] = trial.suggest_categorical("scope", ["global", "layer"])
     elif mode == "rate":
         fields["schedule"] = "constant"
-        fields["rate"] = trial.suggest_float("rate", 0.1, 0.5)
+        fields["rate"] = trial.suggest_float("rate", 0.15, 0.5)
     else:
         fields["schedule"] = "linear"
         fields["threshold"] = trial.suggest_float("threshold", 0.3, 1.5)

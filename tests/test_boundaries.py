@@ -18,7 +18,7 @@ DOORS = {
     "datasets": {"raysearch/data.py", "raysearch/evaluation"},
 }
 LAYERS = ["config", "ledger", "pruning model data weights provenance", "engine evaluation", "bench export", "round",
-          "trial prune pretrain", "search", "demo", "cli __main__"]
+          "trial prune evaluate pretrain", "search", "demo", "cli __main__"]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 

@@ -14,9 +14,7 @@ from raysearch.round import (
     check_quality,
     dense_round,
     finetune,
-    learning_rate_at,
     load_candidate,
-    next_sequences,
     report_round,
     resolve_actions,
     run_round,
@@ -168,23 +166,6 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
 def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         resolve_actions(TrialConfig(**fields), study, 10**6)
-
-
-def test_learning_rate_rises_and_falls() -> None:
-    rates = [learning_rate_at(step, 100, 1.0, 0.1) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1)
-    assert rates[9] == rates[10] == 1.0
-    assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
-
-
-def test_the_stream_of_data_runs_through_shuffled_epochs(bench: Bench) -> None:
-    blocks = bench.inputs.blocks
-    num = len(blocks.tokens)
-    epoch = next_sequences(blocks, 0, num, seed=3)
-    assert sorted(map(tuple, epoch.tolist())) == sorted(map(tuple, blocks.tokens.tolist()))
-    assert not torch.equal(epoch, next_sequences(blocks, num, num, seed=3))
-    assert torch.equal(next_sequences(blocks, num - 2, 4, seed=3), torch.cat([epoch[-2:], next_sequences(blocks, num, 2, 3)]))
 
 
 def test_scopes_cut_where_they_say(bench: Bench) -> None:

@@ -1,0 +1,180 @@
+"""The commands as a user types them: what they print, and how they refuse."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raysearch import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["raysearch", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def refused(result: tuple[int, str, str], sentence: str, folder: Path) -> None:
+    """Exit code 2, one sentence on stderr, no traceback, nothing written."""
+    code, out, err = result
+    assert (code, out) == (2, ""), err
+    assert err.count("\n") == 1, err
+    assert err.startswith("raysearch: ")
+    assert sentence in err
+    assert not [path for path in folder.rglob("*") if path.name != "given"]
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (["--sparsity", 1.5], "target_sparsity: Input should be less than 1 (got 1.5)"),
+    (["--sparsity", 0.2, "--initial-sparsity", 0.4], "target_sparsity"),
+    (["--sparsity", 0.5, "--threshold", 0.1], "threshold and target_sparsity contradict each other"),
+    (["--schedule", "constant", "--rate", 1.0, "--rounds", 2], "rate: Input should be less than 1 (got 1.0)"),
+    (["--sparsity", 0.5, "--schedule", "square"], "schedule: Input should be 'one_shot'"),
+    (["--sparsity", 0.5, "--finetune-epochs", 1], "finetune_epochs 1 needs text to train on, got no corpus; give --corpus"),
+    (["--sparsity", 0.5, "--corpus", "none.txt"], "corpus 'none.txt': no such file or folder"),
+    (["--sparsity", 0.5, "--dtype", "float8"], "dtype: Input should be 'auto', 'float32' or 'bfloat16' (got 'float8')"),
+    ([], "target_sparsity"),
+])
+def test_contradictory_prunes_are_refused(run: Run, tiny_model: Path, tmp_path: Path, arguments: list, sentence: str) -> None:
+    common = ["--context-tokens", 64, "--batch-tokens", 256]
+    refused(run("prune", tiny_model, "--out", "out", *common, *arguments), sentence, tmp_path)
+
+
+def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_text("")
+    prune = ["prune", tiny_model, "--out", "out", "--sparsity", 0.5]
+    refused(run("prune", "nowhere", "--out", "out", "--sparsity", 0.5), "model nowhere: no such folder", tmp_path)
+    refused(run(*prune, "--corpus", "given"), "a file must end in .txt", tmp_path)
+    refused(run("prune", tiny_model, "--out", given, "--sparsity", 0.5), "is a file; give a directory with --out", tmp_path)
+    for command in ("results", "report", "status"):
+        refused(run(command, "nowhere"), "no such study directory", tmp_path)
+    refused(run("pick", "nowhere", "--max-bytes", "1GB"), "no such study directory", tmp_path)
+    refused(run("export", "given", "--out", "out"), "not a pick of this version of raysearch", tmp_path)
+    refused(run("sweep", "no.such.space"), "search space no.such.space: cannot be imported", tmp_path)
+    refused(run("sweep", "search_spaces.demo", "--time-budget", "soon"), "--time-budget must be a positive time", tmp_path)
+    refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
+
+
+def test_an_empty_corpus_is_refused(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text(" \n")
+    code, _, err = run("prune", tiny_model, "--out", "out", "--sparsity", 0.5, "--corpus", "empty.txt")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "corpus empty.txt: holds no text" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(200)
+    model.save_pretrained(tmp_path / "small")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "small" / name).write_bytes((tiny_model / name).read_bytes())
+    code, _, err = run("prune", tmp_path / "small", "--out", "out", "--sparsity", 0.5, "--corpus", stories,
+                       "--context-tokens", 64)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the tokenizer must fit the model's vocabulary of 200, but its largest id is 256" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_shot_prune_without_corpus_pruned_like_torch(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for sparsity in (0.1, 0.3, 0.5):
+        code, out, err = run("prune", tiny_model, "--out", f"out{sparsity}", "--sparsity", sparsity)
+        assert code == 0, err
+        assert f"sparsity {sparsity:.4f}" in out
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{sparsity}" / "model")
+        assert_pruned_like_torch(dense, pruned, sparsity)
+
+
+def assert_pruned_like_torch(dense: torch.nn.Module, pruned: torch.nn.Module, sparsity: float) -> None:
+    """Bit for bit the masks of a stable sort of all magnitudes, and the kept weights untouched."""
+    pairs = [(before, after) for (name, before), after in zip(dense.named_parameters(), pruned.parameters())
+             if ".h." in name and before.dim() == 2]
+    flat = torch.cat([before.flatten() for before, _ in pairs])
+    keep = torch.ones_like(flat, dtype=torch.bool)
+    keep[flat.float().abs().argsort(stable=True)[:round(sparsity * len(flat))]] = False
+    assert torch.equal(torch.cat([after.flatten() for _, after in pairs]), torch.where(keep, flat, 0))
+
+
+BOOKS_30M = Path(__file__).parent.parent.parent / "shared" / "models" / "books-30m"
+
+
+@pytest.mark.skipif(not BOOKS_30M.is_dir(), reason="the measuring checkpoint is not on this machine")
+def test_books_30m_is_pruned_like_torch(run: Run, tmp_path: Path) -> None:
+    dense = AutoModelForCausalLM.from_pretrained(BOOKS_30M, dtype=torch.bfloat16)
+    for sparsity in (0.1, 0.3, 0.5):
+        code, _, err = run("prune", BOOKS_30M, "--out", f"out{sparsity}", "--sparsity", sparsity)
+        assert code == 0, err
+        pruned = AutoModelForCausalLM.from_pretrained(tmp_path / f"out{sparsity}" / "model")
+        assert pruned.dtype == torch.bfloat16
+        assert_pruned_like_torch(dense, pruned, sparsity)
+
+
+def test_prune_with_fine_tuning_is_found_again(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
+    command = ["prune", tiny_model, "--out", "out", "--sparsity", 0.6, "--schedule", "cubic", "--rounds", 2, "--corpus",
+               stories, "--finetune-epochs", 0.05, "--context-tokens", 64, "--batch-tokens", 256, "--eval-items", 5,
+               "--tasks", "text,last_word"]
+    code, first, err = run(*command)
+    assert code == 0, err
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rounds").rglob("*.json")}
+    assert len(before) == 3 + 2  # dense and two rounds; dense and the last on the report split
+    assert run(*command)[:2] == (0, first)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "rounds").rglob("*.json")}
+    code, out, _ = run("results", "out", "--format", "json")
+    rows = json.loads(out)
+    assert [round(row["sparsity"], 3) for row in rows] == [0.0, 0.525, 0.6]
+    assert all(row["report/text/bits_per_byte"] for row in (rows[0], rows[2]))
+    code, out, err = run("pick", "out", "--max-drop", "text/bits_per_byte=9")
+    assert code == 0, err
+    assert run("export", "out/pick.json", "--out", "deploy", "--format", "compressed")[0] == 0
+    code, out, err = run("evaluate", "deploy", "--tasks", "text", "--corpus", stories, "--json")
+    assert code == 0, err
+    assert json.loads(out)["results"]["text"]["num_items"] > 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_full_disk_is_one_sentence(tiny_model: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], capture_output=True, check=False).returncode:
+        pytest.skip("this sandbox may not mount")
+    try:
+        result = subprocess.run([sys.executable, "-m", "raysearch", "prune", tiny_model, "--out", disk / "out", "--sparsity",
+                                 "0.5"], capture_output=True, text=True, check=False,
+                                env={name: value for name, value in os.environ.items() if name != "RANK"})
+        assert result.returncode == 2, result.stderr
+        assert "No space left on device" in result.stderr.splitlines()[-1]
+        assert "Traceback" not in result.stderr
+        assert not list((disk / "out").glob("rounds/*/weights*"))
+        assert not list((disk / "out").glob("rounds/.*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_help_names_every_command(run: Run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    for name in ("demo", "pretrain", "prune", "sweep", "results", "report", "pick", "export", "evaluate", "tasks"):
+        assert f" {name} " in out
