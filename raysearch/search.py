@@ -4,7 +4,7 @@ Optuna's journal and the round store are the whole state of a study. The same `s
 rounds are found, trials that were running start again from their last finished round, a larger number of trials extends.
 Nothing of Ray is restored.
 
-Ray's own OptunaSearch cannot do this job (several objectives, failures and resume: shared notes in docs/log.md), so
+Ray's own OptunaSearch cannot do this job (several objectives, failures, resume: docs/log.md), so
 `StudySearcher` is a small one on `study.ask` and `study.tell`.
 """
 

@@ -25,7 +25,10 @@ def stored_bytes(num_weights: int, num_nonzero: int, itemsize: int) -> int:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[str]) -> str:
-    """Writes `tensors` to `path`, those named in `sparse` as bitmap and values, and returns the file's sha256."""
+    """Writes `tensors` to `path`, those named in `sparse` as bitmap and values, and returns the file's sha256.
+
+    Raises OSError when the disk refuses.
+    """
     out: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
@@ -38,7 +41,10 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[
             shapes[name] = list(tensor.shape)
         else:
             out[name] = tensor.detach().cpu().contiguous()
-    save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+    try:
+        save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
     return file_sha256(path)
 
 

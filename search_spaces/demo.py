@@ -20,7 +20,7 @@ STUDY = {
 def space(trial):
     fields = {
         "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 2.0]),
-        "learning_rate": trial.suggest_float("learning_rate", 3e-4, 3e-3, log=True),
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 2e-3, log=True),
         "l1_lambda": trial.suggest_float("l1_lambda", 1e-5, 1e-1, log=True),
         "num_rounds": trial.suggest_int("num_rounds", 3, 4),
     }
