@@ -3,10 +3,9 @@
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
-
-from analysis.candidates import dense, frontier, quality_stderr
+from analysis.candidates import dense, frontier
 from analysis.load import load
 from analysis.tables import human_bytes, human_count, with_stderr
 from raysearch.config import Frozen
@@ -75,6 +74,8 @@ def study_status(directory: Path) -> StudyStatus:
     record = ledger.study()
     frame = load(directory)
     baseline = dense(frame)
+    front = frontier(frame, "selection")
+    plain = front.astype(object).where(front.notna(), None).to_dict("records")
     running_now, driver = ledger.driver()
     now = time.time()
     trials = ledger.trials()
@@ -95,7 +96,7 @@ def study_status(directory: Path) -> StudyStatus:
             for trial in trials if trial.status == "failed"),
         num_candidates=int(frame["key"].nunique()) - (baseline is not None),
         dense_value=None if baseline is None else float(baseline[f"selection/{record.study.objective}"]),
-        frontier=_frontier(frame, record.study.objective),
+        frontier=tuple(_candidate(row, record.study.objective) for row in plain),
         silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)])))
 
 
@@ -130,15 +131,11 @@ def describe_status(status: StudyStatus) -> str:
     return "\n".join([*lines, f"activity    {_ago(status.silent_s)}"])
 
 
-def _frontier(frame: pd.DataFrame, objective: str) -> tuple[FrontierCandidate, ...]:
-    front = frontier(frame, "selection")
-    errors = quality_stderr(front, "selection")
-    return tuple(
-        FrontierCandidate(trial=None if pd.isna(row["trial"]) else int(row["trial"]), round=int(row["round"]),
-                          key=row["key"], sparsity=float(row["sparsity"]), num_nonzero=int(row["num_nonzero"]),
-                          stored_bytes=int(row["stored_bytes"]), value=float(row[f"selection/{objective}"]),
-                          stderr=None if pd.isna(errors[index]) else float(errors[index]))
-        for index, row in front.iterrows())
+def _candidate(row: dict[str, Any], objective: str) -> FrontierCandidate:
+    return FrontierCandidate(
+        trial=row["trial"], round=row["round"], key=row["key"], sparsity=row["sparsity"], num_nonzero=row["num_nonzero"],
+        stored_bytes=row["stored_bytes"], value=row[f"selection/{objective}"],
+        stderr=row[f"selection/{objective}_stderr"])
 
 
 def _ago(seconds: float) -> str:

@@ -12,13 +12,13 @@ DOORS = {
     "deepspeed": {"raysearch/engine.py"},
     "optuna": {"raysearch/search.py"},
     "lm_eval": {"raysearch/evaluation"},
-    "ray": {"raysearch/search.py", "raysearch/trial.py", "raysearch/pretrain.py"},
+    "ray": {"raysearch/search.py", "raysearch/trial.py", "raysearch/pretrain.py", "raysearch/doctor.py"},
     "pandas": {"analysis"},
     "plotly": {"analysis"},
     "datasets": {"raysearch/data.py", "raysearch/evaluation"},
 }
 LAYERS = ["config", "ledger", "pruning model data weights provenance", "engine evaluation", "bench export", "round",
-          "trial prune evaluate pretrain", "search", "demo", "cli __main__"]
+          "trial prune evaluate pretrain", "search", "demo plan status doctor", "cli __main__"]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 

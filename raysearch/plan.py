@@ -1,0 +1,212 @@
+"""What a sweep would cost and write, before anything runs: sampled trials priced with one short measured round.
+
+Measured here, on one rank: the time of an optimizer step on a rank's share of the batch, of a prune, of a few evaluated
+items of each task, and the bytes of one stored candidate. Everything else is those numbers times counts.
+"""
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from analysis.tables import human_bytes
+from raysearch.bench import Bench, Inputs, read_inputs, resolve
+from raysearch.config import Action, Study
+from raysearch.evaluation import evaluate
+from raysearch.ledger import Ledger, round_key
+from raysearch.round import Diverged, finetune, select, store_round
+from raysearch.search import load_space, sample_trials
+
+NUM_DRAWS = 200
+NUM_STEPS = 4
+NUM_ITEMS = 32
+"""Timed optimizer steps, and evaluated items of each task, after one step and FEW_ITEMS to warm up."""
+FEW_ITEMS = 2
+SLOW_S = 5.0
+"""Where warming up took longer than this, fewer are timed."""
+
+Trials = Sequence[tuple[Action, ...]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One short round on one rank in this process."""
+
+    device: str
+    on_gpu: bool
+    start_s: float
+    """Building the engine and its inputs: once per gang."""
+    step_s: float
+    """One optimizer step of batch_tokens / num_ranks tokens; 0 where nothing is fine-tuned."""
+    prune_s: float
+    evaluate_s: float
+    """All of the selection split's items on this rank, from the time of a few of each task."""
+    num_steps: int
+    num_items: int
+    """Timed for `step_s` and `evaluate_s`."""
+    candidate_bytes: int
+    """On disk, at `sparsity`."""
+    sparsity: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    study: Study
+    space: str
+    directory: Path
+    trials: Trials
+    """Resolved draws, a whole number of studies."""
+    root_key: str
+    calibration: Calibration
+
+
+def make_plan(space_name: str, directory: Path) -> Plan:
+    """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
+    study, space = load_space(space_name)
+    study = resolve(study)
+    inputs = read_inputs(study)
+    num_studies = max(1, NUM_DRAWS // study.num_trials)
+    trials = sample_trials(study, space, inputs, num_studies * study.num_trials)
+    return Plan(study, space_name, directory.resolve(), trials, inputs.root_key, calibrate(study, inputs, trials))
+
+
+def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
+    """Prunes to the draws' mean sparsity (stored bytes are linear in it), trains a few steps at learning rate 0,
+    evaluates, stores the candidate in a folder that is deleted."""
+    actions = [action for trial in trials for action in trial]
+    sparsity = statistics.fmean([action.sparsity for action in actions if action.sparsity is not None] or [0.5])
+    one_rank = study.model_copy(update={"num_ranks": 1, "batch_tokens": study.batch_tokens // study.num_ranks})
+    trains = any(action.finetune_tokens for action in actions)
+    if not study.gpus_per_rank:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(max(1, int(study.cpus_per_rank)))
+    with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
+        started = time.perf_counter()
+        bench = Bench(one_rank, Ledger(folder), inputs)
+        start_s = time.perf_counter() - started
+        warm_s = step_s = time_steps(bench, 1) if trains else 0.0
+        started = time.perf_counter()
+        action = Action(sparsity=sparsity)
+        bench.engine.prune(select(bench.engine, action))
+        prune_s = _now(bench) - started
+        num_steps = (NUM_STEPS if warm_s < SLOW_S else 1) * trains
+        if num_steps:
+            step_s = time_steps(bench, num_steps) / num_steps
+        evaluate_s, num_items = time_evaluation(bench)
+        record = store_round(bench, "calibration", None, action, {}, None, [0.0] * 4)
+        candidate_bytes = sum(f.stat().st_size for f in bench.ledger.round_directory(record.key).iterdir())
+        return Calibration(record.provenance.device, bench.engine.device.type == "cuda", start_s, step_s, prune_s,
+                           evaluate_s, num_steps, num_items, candidate_bytes, sparsity)
+
+
+def time_steps(bench: Bench, num_steps: int) -> float:
+    """Seconds of `num_steps` optimizer steps at learning rate 0."""
+    started = time.perf_counter()
+    try:
+        finetune(bench, Action(finetune_tokens=num_steps * bench.study.batch_tokens))
+    except Diverged as error:
+        raise ValueError(f"model {bench.study.model}: {error}, so it is broken; give a model that works") from error
+    return _now(bench) - started
+
+
+def time_evaluation(bench: Bench) -> tuple[float, int]:
+    """(seconds of the whole selection split, timed items): each task's items cost what a few of them did."""
+    total_s, num_items = 0.0, 0
+    bench.engine.model.eval()
+    for task in bench.tasks["selection"]:
+        for limit in (FEW_ITEMS, NUM_ITEMS):
+            num_timed = min(limit, len(task.eval_docs))
+            started = time.perf_counter()
+            evaluate(bench.scorer, [task], limit=num_timed)
+            task_s = _now(bench) - started
+            if task_s > SLOW_S:
+                break
+        total_s += task_s / num_timed * len(task.eval_docs)
+        num_items += num_timed
+    return total_s, num_items
+
+
+def _now(bench: Bench) -> float:
+    if bench.engine.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def rank_seconds(action: Action, study: Study, calibration: Calibration) -> float:
+    """Busy time of one round, summed over its ranks; the evaluation's items are shared out among them."""
+    steps = action.finetune_tokens / study.batch_tokens
+    per_rank = calibration.prune_s + steps * calibration.step_s
+    return per_rank * study.num_ranks + calibration.evaluate_s
+
+
+def distinct_rounds(root_key: str, trials: Trials) -> dict[str, Action]:
+    """Round key -> action: rounds that trials share by a common prefix run once."""
+    found = {}
+    for actions in trials:
+        key = root_key
+        for action in actions:
+            key = round_key(key, action)
+            found[key] = action
+    return found
+
+
+def describe_plan(plan: Plan) -> str:
+    """Plain lines, without a final newline."""
+    study, calibration = plan.study, plan.calibration
+    starts = range(0, len(plan.trials), study.num_trials)
+    studies = [plan.trials[start:start + study.num_trials] for start in starts]
+    rounds = [distinct_rounds(plan.root_key, trials) for trials in studies]
+    dense_s = calibration.evaluate_s
+    busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in found.values())) / 3600
+              for found in rounds]
+    lengths = [len(actions) for actions in plan.trials]
+    num_rounds = statistics.fmean(sum(map(len, trials)) for trials in studies)
+    num_distinct = statistics.fmean(map(len, rounds))
+    at_once = min(study.max_concurrent, study.num_trials)
+    unit, per_rank = ("GPU", study.gpus_per_rank) if study.gpus_per_rank else ("CPU", study.cpus_per_rank)
+    disk_bytes = num_distinct * calibration.candidate_bytes
+    free_bytes = shutil.disk_usage(_existing(plan.directory)).free
+    measured = f"measured on one rank here: {calibration.device}"
+    if study.gpus_per_rank and not calibration.on_gpu:
+        measured += ", NOT on a GPU as the study asks: the hours below are for this processor"
+    thresholds = any(action.threshold is not None for actions in plan.trials for action in actions)
+    return "\n".join([
+        f"study       {plan.space}: {study.num_trials} trials of {study.model}",
+        f"gang        {study.num_ranks} rank{'s' * (study.num_ranks > 1)} of {study.gpus_per_rank:g} GPU and "
+        f"{study.cpus_per_rank:g} CPU, ZeRO-{study.zero_stage}, {study.dtype}",
+        f"at once     at most {at_once} trials: {at_once * study.num_ranks * study.gpus_per_rank:g} GPU and "
+        f"{at_once * study.num_ranks * study.cpus_per_rank:g} CPU; fewer where the cluster has fewer",
+        f"rounds      {statistics.fmean(lengths):.1f} per trial ({min(lengths)} to {max(lengths)}, {len(lengths)} "
+        "random draws)",
+        f"            {num_rounds:.0f} in all, of which {num_rounds - num_distinct:.1f} are shared prefixes, run once",
+        measured,
+        f"            step of {study.batch_tokens // study.num_ranks} tokens {calibration.step_s:.3f} s, prune "
+        f"{calibration.prune_s:.3f} s, evaluation {calibration.evaluate_s:.2f} s "
+        f"(from {calibration.num_steps} steps and {calibration.num_items} items)",
+        f"            start of a gang {calibration.start_s:.0f} s, candidate of sparsity {calibration.sparsity:.2f} "
+        f"{human_bytes(calibration.candidate_bytes)}",
+        "extrapolated from it to random draws of this space:",
+        f"            {_hours(statistics.fmean(busy_h) * per_rank)} {unit}-hours ({_hours(min(busy_h) * per_rank)} to "
+        f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * study.num_ranks))} hours "
+        f"with {at_once} trials at once",
+        f"            {human_bytes(disk_bytes)} of disk, {human_bytes(free_bytes)} are free"
+        + (" (threshold rounds counted at the mean sparsity of the others)" if thresholds else ""),
+        "not in it   starts of gangs, traffic between ranks, sharing of a GPU, the report split of the frontier,",
+        "            and that the sampler moves away from random draws",
+        f"writes to   {plan.directory}:",
+        "            study.json, journal.log, rounds/KEY/ (records and weights), trials/, tune/ (logs)",
+        "            and packed text to RAYSEARCH_CACHE (this command has already written it)"])
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g}"
