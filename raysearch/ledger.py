@@ -28,6 +28,7 @@ from pydantic import ValidationError
 
 from raysearch.config import Action, Frozen, FrozenT, Metric, Study, TrialConfig
 
+FILE_MODE = 0o644  # temporary files begin as 0600, and a study is read by others
 EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "gpus_per_rank", "cpus_per_rank"}
 """Settings of a study that may differ when it is resumed: they change no candidate."""
 
@@ -133,6 +134,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
             json.dump(value, file, indent=1, allow_nan=False)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, FILE_MODE)
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
@@ -151,6 +153,7 @@ def new_directory(path: Path) -> Iterator[Path]:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
+                file.chmod(FILE_MODE)
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
         aside.chmod(0o755)
@@ -204,8 +207,10 @@ class Ledger:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            yield
-            file.truncate(0)
+            try:
+                yield
+            finally:
+                file.truncate(0)
 
     def driver(self) -> tuple[bool, str]:
         """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""

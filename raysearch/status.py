@@ -133,8 +133,8 @@ def describe_status(status: StudyStatus) -> str:
 
 def _candidate(row: dict[str, Any], objective: str) -> FrontierCandidate:
     return FrontierCandidate(
-        trial=row["trial"], round=row["round"], key=row["key"], sparsity=row["sparsity"], num_nonzero=row["num_nonzero"],
-        stored_bytes=row["stored_bytes"], value=row[f"selection/{objective}"],
+        trial=row["trial"], round=row["round"], key=row["key"], sparsity=row["sparsity"],
+        num_nonzero=row["num_nonzero"], stored_bytes=row["stored_bytes"], value=row[f"selection/{objective}"],
         stderr=row[f"selection/{objective}_stderr"])
 
 

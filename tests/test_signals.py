@@ -7,6 +7,8 @@ from pathlib import Path
 
 from test_search import check_whole, finish, sweep, write_space
 
+from raysearch.ledger import Ledger
+
 
 def wait_for_a_round(process: subprocess.Popen, study: Path) -> None:
     """Until one candidate is finished and more are to come."""
@@ -28,6 +30,7 @@ def test_sigterm_ends_the_sweep_in_time_and_it_resumes(tmp_path: Path, tiny_mode
     assert time.monotonic() - told < 3  # what `ray job stop` allows before it kills
     assert "Traceback" not in err
     assert "goes on from the last finished round" in out
+    assert Ledger(tmp_path / "study").driver() == (False, "")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "study" / "rounds").glob("[!.]*/record.json")}
     assert before
     code, out, err = finish(sweep(tmp_path))
