@@ -356,6 +356,7 @@ def _write_array(path: Path, array: NDArray[np.unsignedinteger]) -> None:
             np.save(file, array)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
             os.replace(file.name, path)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)

@@ -4,10 +4,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from analysis.report import write_report
-
 from analysis.load import load
 from analysis.pick import describe_pick, parse_constraints, pick, write_pick
+from analysis.report import write_report
 from analysis.tables import results_table
 from raysearch.export import export
 from raysearch.ledger import Ledger

@@ -36,7 +36,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         trials = ledger.trials()
         number = next((trial.number for trial in trials if trial.actions == actions), len(trials))
         trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
-        for trial in run_trial(bench, trial):
+        for latest in run_trial(bench, trial):
+            trial = latest
             if trial.status == "running":
                 done = ledger.candidate(trial.keys[-1])
                 quality = ", ".join(f"{name} {metric.value:.4f}" for name, metric in done.metrics.items())

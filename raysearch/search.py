@@ -117,7 +117,8 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
                                   verbose=0, log_to_file=True,
-                                  checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False), failure_config=tune.FailureConfig(max_failures=1)),
+                                  checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                                  failure_config=tune.FailureConfig(max_failures=1)),
     )
     try:
         with stopping_on_signals():

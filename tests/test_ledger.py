@@ -74,9 +74,9 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -
     first = context.Process(target=_hold, args=(tmp_path, held, release))
     first.start()
     assert held.wait(20)
-    with pytest.raises(ValueError, match=f"another driver runs this study \\(process {first.pid} on "):
-        with Ledger(tmp_path).lock():
-            pass
+    refusal = pytest.raises(ValueError, match=f"another driver runs this study \\(process {first.pid} on ")
+    with refusal, Ledger(tmp_path).lock():
+        pass
     first.kill()  # a killed driver leaves no lock behind
     first.join()
     with Ledger(tmp_path).lock():
