@@ -77,6 +77,21 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
 
 
+@pytest.mark.parametrize(("content", "sentence"), [
+    ("", "must define STUDY (a dict of settings) and space(trial)"),
+    ("STUDY = {'model': 'm', 'epochs': 3}\ndef space(trial): return {}", ".STUDY: epochs: no such field"),
+    ("STUDY = {'model': 'nowhere'}\ndef space(trial): return {}", "model nowhere: no such folder"),
+    ("import nothing_of_that_name", "cannot be imported"),
+])
+def test_bad_spaces_are_refused(run: Run, tmp_path: Path, content: str, sentence: str) -> None:
+    name = f"space_{abs(hash(content))}"
+    (tmp_path / f"{name}.py").write_text(content)
+    code, out, err = run("sweep", name, "--out", "study")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert sentence in err
+    assert not (tmp_path / "study").exists()
+
+
 def test_an_empty_corpus_is_refused(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     code, _, err = run("prune", tiny_model, "--out", "out", "--sparsity", 0.5, "--corpus", "empty.txt")

@@ -147,20 +147,6 @@ def test_an_edited_study_is_refused(tmp_path: Path, tiny_model: Path, stories: P
     assert "holds another study, which differs in the code of space()" in err
 
 
-@pytest.mark.parametrize(("content", "sentence"), [
-    ("", "must define STUDY (a dict of settings) and space(trial)"),
-    ("STUDY = {'model': 'm', 'epochs': 3}\ndef space(trial): return {}", "space.STUDY: epochs: no such field"),
-    ("STUDY = {'model': 'nowhere'}\ndef space(trial): return {}", "model nowhere: no such folder"),
-    ("import nothing_of_that_name", "cannot be imported"),
-])
-def test_bad_spaces_are_one_sentence(tmp_path: Path, content: str, sentence: str) -> None:
-    (tmp_path / "space.py").write_text(content)
-    code, _, err = finish(sweep(tmp_path))
-    assert (code, err.count("\n")) == (2, 1), err
-    assert sentence in err
-    assert not (tmp_path / "study").exists()
-
-
 def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
     path = tmp_path / "journal.log"
     storage = JournalStorage(JournalFileBackend(str(path)))

@@ -5,6 +5,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from test_search import check_whole, finish, sweep, write_space
 
 from raysearch.ledger import Ledger
@@ -39,6 +41,7 @@ def test_sigterm_ends_the_sweep_in_time_and_it_resumes(tmp_path: Path, tiny_mode
     assert all(p.stat().st_mtime_ns == when for p, when in before.items())
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_130_and_a_second_one_ends_it_at_once(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
     write_space(tmp_path, tiny_model, stories)
     process = sweep(tmp_path)
