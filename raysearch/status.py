@@ -118,8 +118,8 @@ def describe_status(status: StudyStatus) -> str:
         log = f"; log in {trial.log_path}" if trial.log_path else ""
         lines.append(f"failed      trial {trial.number}: {trial.reason}{log}")
     baseline = "not scored yet" if status.dense_value is None else f"{status.dense_value:.4f}"
-    lines += [f"candidates  {status.num_candidates}, of which {len(status.frontier)} on the frontier "
-              f"({status.objective}, selection split; dense {baseline})"]
+    lines += [f"candidates  {status.num_candidates}",
+              f"frontier    {status.objective} on the selection split, dense {baseline}"]
     for row in status.frontier[:MAX_FRONTIER_LINES]:
         what = "dense" if row.trial is None else f"trial {row.trial} round {row.round}"
         value = with_stderr(row.value, float("nan") if row.stderr is None else row.stderr)

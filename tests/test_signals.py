@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-
 from test_search import check_whole, finish, sweep, write_space
 
 from raysearch.ledger import Ledger
@@ -21,6 +20,7 @@ def wait_for_a_round(process: subprocess.Popen, study: Path) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_sigterm_ends_the_sweep_in_time_and_it_resumes(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
     write_space(tmp_path, tiny_model, stories, num_trials=2)
     process = sweep(tmp_path)
