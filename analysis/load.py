@@ -38,11 +38,12 @@ def load(directory: str | Path) -> pd.DataFrame:
     ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
     ledger = Ledger.open(directory)
     record = ledger.study()
+    trials = ledger.trials()  # before the rounds: a running trial then names no round that is not read
     rounds = ledger.rounds()
     rows: list[dict[str, Cell]] = []
     if record.root_key in rounds:
         rows.append({"round": 0, "status": "dense", **_round_cells(ledger, rounds[record.root_key])})
-    for trial in ledger.trials():
+    for trial in trials:
         rows.extend(_trial_rows(ledger, trial, rounds))
     found = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
     found |= {name for row in rows for name in row} - set(COLUMNS)

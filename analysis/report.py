@@ -71,9 +71,9 @@ def headlines(frame: pd.DataFrame) -> list[str]:
                 f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
                 f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
     if (loss < -noise).any():
-        told.append(f"Better than the dense baseline by more than one standard error: {int((loss < -noise).sum())}. Fine-tuning "
-                    "trained them further than the baseline, so this says that the baseline was not trained to its end, not "
-                    "that pruning helps.")
+        told.append(f"Better than the dense baseline by more than one standard error: {int((loss < -noise).sum())}. "
+                    "Fine-tuning trained them further than the baseline, so this says that the baseline was not trained to "
+                    "its end, not that pruning helps.")
     return told
 
 
