@@ -43,13 +43,6 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def single_process_environment() -> None:
-    """torch.distributed's variables for a world of one, unless somebody has set them."""
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=str(free_port()))
-
-
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
@@ -116,8 +109,10 @@ class Engine:
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float) -> None:
         deepspeed = import_deepspeed()
-        single_process_environment()
         cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+        if "RANK" not in os.environ and not dist.is_initialized():  # a world of one needs no port and no environment
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for this one
+            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
         deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = zero_stage
