@@ -1,0 +1,1 @@
+"""Sparse matrix products behind three functions."""

@@ -1,0 +1,149 @@
+"""One sparse weight: which blocks are kept, one bit each, and their values. These are the bytes that the export writes.
+
+Legend: O output units, K input units, b block side (1 for single weights), R = ceil(O / b) and C = ceil(K / b).
+
+A 2:4 weight needs no format of its own: its bitmap takes 4 bits for 4 weights, exactly the two 2-bit indices of the
+hardware's format, and its values half of the dense ones.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PATTERNS = ("unstructured", "2:4", "block")
+BLOCKS = (128, 64, 32, 16)
+"""Block sides that the block kernels take, largest first."""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseWeight:
+    """A weight [O, K] in which only the kept blocks have values; made by `compress`, checked on creation.
+
+    `bits` is uint8 [ceil(R * C / 8)], one bit per block in row-major order, least significant first; `values` is
+    [num_kept, b, b] in the same order, zeros beyond the edge of a ragged weight. Raises ValueError when they do not fit.
+    """
+
+    shape: tuple[int, int]
+    pattern: str
+    block: int
+    bits: Tensor
+    values: Tensor
+
+    def __post_init__(self) -> None:
+        if self.pattern not in PATTERNS:
+            raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {self.pattern!r}")
+        if self.block != 1 and (self.pattern != "block" or self.block not in BLOCKS):
+            raise ValueError(f"block must be 1, or one of {BLOCKS} for pattern block; got {self.block} for {self.pattern}")
+        rows, columns = self.grid
+        if self.bits.dtype != torch.uint8 or self.bits.shape != ((rows * columns + 7) // 8,):
+            raise ValueError(f"bits must be uint8 of {(rows * columns + 7) // 8} bytes for a weight of {self.shape} in "
+                             f"blocks of {self.block}, got {self.bits.dtype} of {tuple(self.bits.shape)}")
+        num_kept = int(self.kept(0, rows).sum())
+        if self.values.shape != (num_kept, self.block, self.block):
+            raise ValueError(f"values must be {(num_kept, self.block, self.block)} for {num_kept} kept blocks of "
+                             f"{self.block}, got {tuple(self.values.shape)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Blocks down and across, (R, C)."""
+        return -(-self.shape[0] // self.block), -(-self.shape[1] // self.block)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes stored: what the export writes and the reports show."""
+        return self.bits.numel() + self.values.numel() * self.values.itemsize
+
+    @property
+    def density(self) -> float:
+        """Kept blocks over all blocks."""
+        return len(self.values) / (self.grid[0] * self.grid[1])
+
+    def kept(self, start: int, stop: int) -> Tensor:
+        """Which blocks of the block rows start..stop are kept: bool [stop - start, C], on the CPU."""
+        columns = self.grid[1]
+        first = start * columns // 8
+        bits = np.unpackbits(self.bits[first:-(-stop * columns // 8)].cpu().numpy(), bitorder="little")
+        offset = start * columns - 8 * first
+        return torch.from_numpy(bits[offset:offset + (stop - start) * columns].reshape(-1, columns).astype(bool))
+
+    def slabs(self, num_rows: int) -> "list[tuple[int, int, int]]":
+        """(first block row, last block row + 1, index of its first value) of slabs of about `num_rows` rows."""
+        step = max(1, num_rows // self.block)
+        slabs, value = [], 0
+        for start in range(0, self.grid[0], step):
+            stop = min(start + step, self.grid[0])
+            slabs.append((start, stop, value))
+            value += int(self.kept(start, stop).sum())
+        return slabs
+
+    def slab(self, start: int, stop: int, value: int) -> Tensor:
+        """Dense rows [min(O, stop * b) - start * b, K] of the block rows start..stop, on the values' device."""
+        kept = self.kept(start, stop).to(self.values.device)
+        b = self.block
+        dense = self.values.new_zeros(*kept.shape, b, b)
+        dense[kept] = self.values[value:value + int(kept.sum())]
+        rows = min(self.shape[0], stop * b) - start * b
+        return dense.transpose(1, 2).reshape(-1, kept.shape[1] * b)[:rows, :self.shape[1]].contiguous()
+
+    def to_dense(self) -> Tensor:
+        """The weight [O, K], bit for bit what was compressed under its mask."""
+        return torch.cat([self.slab(*slab) for slab in self.slabs(1024)])
+
+    def to(self, device: torch.device | str) -> "SparseWeight":
+        return SparseWeight(self.shape, self.pattern, self.block, self.bits, self.values.to(device))
+
+
+def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block: int = 1) -> SparseWeight:
+    """The weight [O, K] under a bool mask [O, K] (True = keep), in blocks of `block` for pattern "block".
+
+    Raises ValueError for a mask of another shape or dtype, one that keeps more than 2 of 4 consecutive inputs under
+    pattern "2:4", and one that cuts through a block under pattern "block".
+    """
+    if weight.ndim != 2 or not weight.is_floating_point() or 0 in weight.shape:
+        raise ValueError(f"weight must be a non-empty floating point matrix, got {weight.dtype} {tuple(weight.shape)}")
+    if mask.dtype != torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+        raise ValueError(f"mask must be bool {tuple(weight.shape)} on {weight.device}, got {mask.dtype} {tuple(mask.shape)} "
+                         f"on {mask.device}")
+    if (pattern == "block") != (block in BLOCKS):
+        raise ValueError(f"pattern block needs a block of {BLOCKS} and no other pattern has one; got {block} for {pattern}")
+    if pattern == "2:4":
+        most = int(_tiles(mask, 1, 4).sum(dim=-1).max())
+        if most > 2:
+            raise ValueError(f"pattern 2:4 keeps at most 2 of 4 consecutive inputs; the mask keeps {most}")
+    tiles = _tiles(mask, block, block).flatten(2)
+    kept = tiles.any(dim=-1)
+    if pattern == "block" and not torch.equal(_tiles(mask, block, block), _tiles(_spread(kept, mask.shape, block), block, block)):
+        raise ValueError(f"pattern block of {block} keeps or drops whole blocks; the mask cuts through one")
+    values = _tiles(weight.detach(), block, block)[kept].contiguous()
+    bits = torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
+    return SparseWeight((weight.shape[0], weight.shape[1]), pattern, block, bits, values)
+
+
+def detect_pattern(mask: Tensor) -> tuple[str, int]:
+    """The most useful (pattern, block) of a bool mask [O, K]: the largest block, then 2:4, then single weights.
+
+    A mask that keeps everything is unstructured: no pattern would help.
+    """
+    if bool(mask.all()):
+        return "unstructured", 1
+    for block in BLOCKS:
+        kept = _tiles(mask, block, block).flatten(2).any(dim=-1)
+        if torch.equal(_spread(kept, mask.shape, block), mask):
+            return "block", block
+    if int(_tiles(mask, 1, 4).sum(dim=-1).max()) <= 2:
+        return "2:4", 1
+    return "unstructured", 1
+
+
+def _tiles(matrix: Tensor, height: int, width: int) -> Tensor:
+    """[ceil(O / height), ceil(K / width), height, width], padded with zeros."""
+    rows, columns = matrix.shape
+    padded = torch.nn.functional.pad(matrix, (0, -columns % width, 0, -rows % height))
+    return padded.reshape(padded.shape[0] // height, height, padded.shape[1] // width, width).transpose(1, 2)
+
+
+def _spread(kept: Tensor, shape: torch.Size, block: int) -> Tensor:
+    """The mask [O, K] that keeps exactly the kept blocks."""
+    return kept.repeat_interleave(block, 0).repeat_interleave(block, 1)[:shape[0], :shape[1]]
