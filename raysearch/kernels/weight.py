@@ -114,7 +114,7 @@ def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block:
             raise ValueError(f"pattern 2:4 keeps at most 2 of 4 consecutive inputs; the mask keeps {most}")
     tiles = _tiles(mask, block, block).flatten(2)
     kept = tiles.any(dim=-1)
-    if pattern == "block" and not torch.equal(_tiles(mask, block, block), _tiles(_spread(kept, mask.shape, block), block, block)):
+    if pattern == "block" and not torch.equal(_spread(kept, mask.shape, block), mask):
         raise ValueError(f"pattern block of {block} keeps or drops whole blocks; the mask cuts through one")
     values = _tiles(weight.detach(), block, block)[kept].contiguous()
     bits = torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
