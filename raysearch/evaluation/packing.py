@@ -37,6 +37,20 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """One batch as the arrays that the device needs; B rows padded to S tokens, N scored positions, n targets."""
+
+    tokens: Ints  # [B, S]
+    depths: Ints  # [B, S], position ids
+    ends: Ints  # [B, S], last position that may attend to this token
+    positions: Ints  # [N], distinct scored positions of the flattened [B * S], ascending
+    owners: Ints  # [n], index into `positions` of each target, ascending
+    targets: Ints  # [n], token ids
+    order: Ints  # [n], where in the batch's requests, one after the other, each target belongs
+    is_chain: bool  # every row is a plain causal sequence
+
+
+@dataclass(frozen=True)
 class Row:
     tokens: Ints  # [s]
     depths: Ints  # [s], position ids
@@ -110,6 +124,25 @@ def split_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
                 continue
         batches.append([row])
     return batches
+
+
+def lay_out(batch: Sequence[Row], multiple: int = 1) -> Layout:
+    """The batch's arrays, S rounded up to a multiple of `multiple`; padding sees itself only."""
+    longest = -(-max(len(row.tokens) for row in batch) // multiple) * multiple
+    tokens, depths = np.zeros((2, len(batch), longest), np.int64)
+    ends = np.tile(np.arange(longest), (len(batch), 1))
+    for b, row in enumerate(batch):
+        tokens[b, :len(row.tokens)] = row.tokens
+        depths[b, :len(row.tokens)] = row.depths
+        ends[b, :len(row.tokens)] = row.ends
+    flat = np.concatenate([b * longest + scored.positions for b, row in enumerate(batch) for scored in row.scored])
+    targets = np.concatenate([scored.targets for row in batch for scored in row.scored])
+    is_scored = np.zeros(tokens.size, bool)
+    is_scored[flat] = True  # endings share the context's last position
+    order = np.argsort(flat, kind="stable")
+    owners = (np.cumsum(is_scored) - 1)[flat[order]]
+    return Layout(tokens, depths, ends, np.flatnonzero(is_scored), owners, targets[order], order,
+                  all(row.is_chain for row in batch))
 
 
 class _RowBuilder:

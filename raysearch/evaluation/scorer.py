@@ -7,12 +7,10 @@ results stay on the device until the last batch. lm-eval keeps tasks, prompts, m
 Legend: B rows, S padded tokens per row, N scored positions, D hidden size, V vocabulary.
 """
 
-import copy
-import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -26,21 +24,24 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
     resolve_max_length,
 )
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from raysearch.evaluation.packing import Request, Row, build_rows, common_prefix, split_batches
+from raysearch.evaluation.attention import additive, attending, own_attention
+from raysearch.evaluation.generation import Slots, shared_prefix
+from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
 
 TREE_FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "mistral")
 """Model types that take a 4-D mask with position ids and whose logits are `head(base_model(...))` and nothing more;
 tested against lm-eval. Any other model is scored by plain right-padded batches and its own logits."""
 
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 """Padded tokens per forward."""
 
-LOGIT_SLICE = {"cpu": 2**20, "cuda": 2**26}
-"""Logits held at once: what fits the cache of a core (4 MiB in fp32), and what keeps a GPU busy (256 MiB)."""
+LOGIT_SLICE = {"cpu": 2**20, "cuda": 2**27}
+"""Logits held at once: what fits the cache of a core (4 MiB in fp32), and what keeps a GPU busy (256 MiB in bf16)."""
 
 MAX_GEN_TOKENS = 256
 """lm-eval's default when a task does not say how many tokens to generate."""
@@ -134,10 +135,16 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         for flag, special in ((False, add_special_tokens), (True, False)):
             group = [text for text, starts in zip(missing, starts_with_bos) if starts is flag]
             if group:
-                options = {} if special is None else {"add_special_tokens": special}
-                encoded = self.tokenizer(group, return_attention_mask=False, verbose=False, **options)["input_ids"]
-                cache.update({(text, add_special_tokens): tuple(ids) for text, ids in zip(group, encoded)})
+                cache.update({(text, add_special_tokens): ids for text, ids in zip(group, self._tokenize(group, special))})
         return [cache[text, add_special_tokens] for text in strings]
+
+    def _tokenize(self, texts: list[str], special: bool | None) -> list[Tokens]:
+        """tokenizer(texts), by the shortest way through a fast tokenizer: on all cores, ids and nothing else."""
+        fast = getattr(self.tokenizer, "backend_tokenizer", None)
+        if fast is not None and fast.padding is None and fast.truncation is None:
+            return [tuple(encoding.ids) for encoding in fast.encode_batch_fast(texts, add_special_tokens=special is not False)]
+        options = {} if special is None else {"add_special_tokens": special}
+        return [tuple(ids) for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]]
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
         """Token ids of (context, continuation) pairs: TemplateLM._encode_pair and its empty-context rule, batched."""
@@ -190,7 +197,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                           share=self.shares_prefixes)
         batches = split_batches(rows, self.batch_tokens)
         rank, world_size = self._deal
-        mine: list[tuple[list[Row], Tensor]] = []
+        mine: list[tuple[list[Row], Layout, Tensor]] = []
         with self._inference():
             for start in self._bar(range(0, len(batches), world_size), "Scoring"):
                 wave = batches[start:start + world_size]
@@ -198,15 +205,18 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                 if rank < len(wave):
                     mine.extend(self._score_or_halve(wave[rank], slices))
                 elif self._lockstep:
-                    self._score_batch(wave[0], slices)
+                    self._score_batch(lay_out(wave[0]), slices)
         own: dict[int, tuple[float, bool]] = {}
         if mine:
-            logprobs, greedy = torch.cat([result for _, result in mine], dim=1).cpu().double().numpy()
-            start = 0
-            for scored in (scored for batch, _ in mine for row in batch for scored in row.scored):
-                stop = start + len(scored.targets)
-                own[scored.request] = (float(logprobs[start:stop].sum()), bool(greedy[start:stop].all()))
-                start = stop
+            results = torch.cat([result for _, _, result in mine], dim=1).cpu().double().numpy()  # the one wait for the GPU
+            bounds = np.cumsum([0] + [len(layout.order) for _, layout, _ in mine])
+            for (batch, layout, _), first, last in zip(mine, bounds, bounds[1:]):
+                logprobs, greedy = np.empty((2, last - first))
+                logprobs[layout.order], greedy[layout.order] = results[:, first:last]
+                scored = [scored for row in batch for scored in row.scored]
+                starts = np.cumsum([0] + [len(part.targets) for part in scored[:-1]])
+                sums, all_greedy = np.add.reduceat(logprobs, starts), np.minimum.reduceat(greedy, starts) > 0
+                own.update(zip((part.request for part in scored), zip(sums.tolist(), all_greedy.tolist())))
         everyone: dict[int, tuple[float, bool]] = {}
         for part in self._gather(own):
             everyone.update(part)
@@ -222,69 +232,63 @@ class Scorer(TemplateLM):  # type: ignore[misc]
             whole = whole[-(self.max_length + 1):]
         return Request(whole[:-1], continuation[-self.max_length:])  # lm-eval refuses the longer continuation
 
-    def _score_or_halve(self, batch: list[Row], slices: int) -> Iterator[tuple[list[Row], Tensor]]:
+    def _score_or_halve(self, batch: list[Row], slices: int) -> Iterator[tuple[list[Row], Layout, Tensor]]:
+        layout = lay_out(batch, 1 if self.device.type == "cpu" else 8)  # masked attention on a GPU needs a multiple of 8
         try:
-            result = self._score_batch(batch, slices)
+            result = self._score_batch(layout, slices)
         except torch.OutOfMemoryError:
             if len(batch) == 1 or self._lockstep:  # in lockstep the other ranks would wait for ever
                 raise
             result = None
         if result is not None:
-            yield batch, result
+            yield batch, layout, result
             return
-        if not self._warned_out_of_memory:
-            warnings.warn(f"out of memory with {len(batch)} rows of {len(batch[0].tokens)} tokens: the batch is halved "
-                          f"(batch_tokens is {self.batch_tokens}; a smaller one avoids this)", stacklevel=2)
-            self._warned_out_of_memory = True
-        self.batch_tokens = max(1, self.batch_tokens // 2)  # for the calls after this one
-        torch.cuda.empty_cache()
+        self._halve(f"{len(batch)} rows of {layout.tokens.shape[1]} tokens")
         for half in (batch[:len(batch) // 2], batch[len(batch) // 2:]):
             yield from self._score_or_halve(half, slices)
 
-    def _score_batch(self, batch: Sequence[Row], slices: int) -> Tensor:
-        """[2, N] fp32 on the device: log-probability of each target, and 1 where it is the argmax."""
-        longest = max(len(row.tokens) for row in batch)
-        tokens = np.zeros((len(batch), longest), np.int64)
-        depths = np.zeros_like(tokens)
-        ends = np.tile(np.arange(longest), (len(batch), 1))  # padding sees itself only
-        for b, row in enumerate(batch):
-            tokens[b, :len(row.tokens)] = row.tokens
-            depths[b, :len(row.tokens)] = row.depths
-            ends[b, :len(row.tokens)] = row.ends
-        flat = np.concatenate([b * longest + scored.positions for b, row in enumerate(batch) for scored in row.scored])
-        positions, owner = np.unique(flat, return_inverse=True)  # endings share the context's last position
-        targets = np.concatenate([scored.targets for row in batch for scored in row.scored])
-        options: dict[str, Tensor] = {}
-        if not all(row.is_chain for row in batch):
-            options = {"attention_mask": self._tree_mask(self._to_device(ends)),
-                       "position_ids": self._to_device(depths)}
-        logits_at = self._logits(self._to_device(tokens), self._to_device(positions), options)
-        order = np.argsort(owner, kind="stable")  # targets in the order of their positions
-        bounds = np.searchsorted(owner[order], np.arange(0, len(positions) + 1))
-        parts = []
-        for start in range(0, len(positions), self._slice):
-            stop = min(start + self._slice, len(positions))
-            chosen = order[bounds[start]:bounds[stop]]
-            parts.append(_target_logprobs(logits_at(start, stop), self._to_device(owner[chosen] - start),
-                                          self._to_device(targets[chosen])))
+    def _halve(self, what: str) -> None:
+        """After running out of memory: half the tokens per batch for what comes, and one warning."""
+        if not self._warned_out_of_memory:
+            warnings.warn(f"out of memory with {what}: the batch is halved "
+                          f"(batch_tokens is {self.batch_tokens}; a smaller one avoids this)", stacklevel=2)
+            self._warned_out_of_memory = True
+        self.batch_tokens = max(1, self.batch_tokens // 2)
+        torch.cuda.empty_cache()
+
+    def _score_batch(self, layout: Layout, slices: int) -> Tensor:
+        """[2, n] fp32 on the device, in the order of layout.targets: log-probability, and 1 where it is the argmax."""
+        tokens, depths, ends, positions, owners, targets = self._to_device(
+            layout.tokens, layout.depths, layout.ends, layout.positions, layout.owners, layout.targets)
+        logits_at = self._logits(tokens, depths, positions, None if layout.is_chain else self._tree_mask(ends))
+        firsts = range(0, len(layout.positions), self._slice)
+        bounds = np.searchsorted(layout.owners, [*firsts, len(layout.positions)])
+        parts = [_target_logprobs(logits_at(first, first + self._slice), owners[start:stop] - first, targets[start:stop])
+                 for first, start, stop in zip(firsts, bounds, bounds[1:])]
         for _ in range(len(parts), slices):
             logits_at(0, 1)
-        return torch.cat(parts, dim=1)[:, self._to_device(np.argsort(order, kind="stable"))]
+        return torch.cat(parts, dim=1)
 
     def _num_slices(self, batch: Sequence[Row]) -> int:
-        positions = sum(len(np.unique(np.concatenate([s.positions for s in row.scored]))) for row in batch)
-        return -(-positions // self._slice)
+        """Vocabulary projections that _score_batch runs for this batch."""
+        return -(-len(lay_out(batch).positions) // self._slice)
 
-    def _logits(self, tokens: Tensor, positions: Tensor, options: dict[str, Tensor]) -> Callable[[int, int], Tensor]:
+    def _logits(self, tokens: Tensor, depths: Tensor, positions: Tensor,
+                mask: Tensor | None) -> Callable[[int, int], Tensor]:
         """Function (start, stop) -> logits [stop - start, V] at positions[start:stop] of the flattened [B * S]."""
         if not self.shares_prefixes:
             logits = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
             return lambda start, stop: logits[positions[start:stop]]
-        with _only_at(positions, self._last_mlp()):
-            hidden = self.model.base_model(input_ids=tokens, use_cache=False, **options).last_hidden_state
-        hidden = hidden.flatten(0, 1)[positions]  # [N, D]
+        with attending(mask), _only_at(positions, self._last_mlp()):
+            hidden = self._hidden(tokens, depths).flatten(0, 1)[positions]  # [N, D]
         head = self.model.get_output_embeddings()
         return lambda start, stop: head(hidden[start:stop])
+
+    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states [B, S, D]. The 4-D mask is not read: it keeps transformers from making and checking one."""
+        mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+        output = self.model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+        return cast(Tensor, output.last_hidden_state)
 
     def _last_mlp(self) -> nn.Module | None:
         """The MLP of the last block, whose other outputs nothing reads; None where it is not a module of its own."""
@@ -294,9 +298,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     def _tree_mask(self, ends: Tensor) -> Tensor:
         """Additive mask [B, 1, S, S] of rows flattened depth-first: q sees k when k <= q <= ends[k]."""
         q = torch.arange(ends.shape[1], device=ends.device)[:, None]
-        visible = (q >= q.T) & (q <= ends[:, None, :])
-        dtype = self.model.get_output_embeddings().weight.dtype
-        return torch.zeros((), dtype=dtype, device=ends.device).masked_fill(~visible, torch.finfo(dtype).min)[:, None]
+        return additive((q >= q.T) & (q <= ends[:, None, :]), self._dtype)[:, None]
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
@@ -327,87 +329,61 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         self.num_truncated += sum(len(context) > room for context in contexts)
         cut = [context[-room:] or (self.prefix_token_id,) for context in contexts]
         order = sorted(range(len(cut)), key=lambda index: (-len(cut[index]), cut[index]))
-        batches: list[list[int]] = []
-        for index in order:
-            longest = len(cut[batches[-1][0]]) if batches else 0
-            if batches and (longest + max_gen_tokens) * (len(batches[-1]) + 1) <= 4 * self.batch_tokens:
-                batches[-1].append(index)
-            else:
-                batches.append([index])
-        prefix = _shared_prefix(cut) if self.shares_prefixes else 0
-        prefix_cache = None
-        if prefix:
-            start_tokens = np.array([cut[0][:prefix]])
-            ones = np.ones_like(start_tokens)
-            prefix_cache = self._forward_cached(start_tokens, np.arange(prefix)[None], None, ones)[1]
-        rank, world_size = self._deal
-        own: dict[int, str] = {}
-        for start in self._bar(range(0, len(batches), world_size), "Generating"):
-            wave = batches[start:start + world_size]
-            batch = wave[rank] if rank < len(wave) else wave[0]
-            if rank >= len(wave) and not self._lockstep:
-                break
-            contexts_here = [cut[index] for index in batch]
-            texts = self._generate_batch(contexts_here, until, max_gen_tokens, prefix, prefix_cache)
-            if rank < len(wave):
-                own.update(zip(batch, texts))
-        return own
+        mine = order[self._deal[0]::self._deal[1]]
+        made: list[list[int]] | None = None
+        while made is None:
+            rows = 4 * self.batch_tokens // (len(cut[order[0]]) + max_gen_tokens)
+            try:
+                made = (self._fill_slots if self.shares_prefixes else self._generate_plain)(
+                    cut, mine, until, max_gen_tokens, max(1, min(rows, len(mine))))
+            except torch.OutOfMemoryError:
+                if rows <= 1 or self._lockstep:
+                    raise
+            if made is None:
+                self._halve(f"{rows} rows of generation")
+        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
+        return {index: postprocess_generated_text(text, list(until), None) for index, text in zip(mine, texts)}
 
-    def _generate_batch(self, contexts: list[Tokens], until: tuple[str, ...], max_gen_tokens: int, prefix: int,
-                        prefix_cache: Any) -> list[str]:
-        cache = None
-        if prefix_cache is not None:
-            cache = copy.deepcopy(prefix_cache)
-            cache.batch_repeat_interleave(len(contexts))
-        longest = max(len(context) for context in contexts) - prefix
-        padding = np.array([longest + prefix - len(context) for context in contexts])
-        tokens = np.zeros((len(contexts), longest), np.int64)
-        for b, context in enumerate(contexts):
-            tokens[b, padding[b]:] = context[prefix:]
-        mask = np.ones((len(contexts), prefix + longest), np.int64)
-        mask[:, prefix:] = np.arange(longest) >= padding[:, None]
-        positions = np.maximum(np.arange(longest) - padding[:, None], 0) + prefix
+    def _fill_slots(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
+                    num_slots: int) -> list[list[int]]:
+        """New tokens of the contexts `mine`, in slots (generation.py)."""
+        graphs = self.device.type == "cuda" and not self._lockstep
+        slots = Slots(self._following, num_slots=num_slots, prefix=cut[0][:shared_prefix(cut)],
+                      longest=max(map(len, cut)), max_new=max_new, device=self.device, dtype=self._dtype, graphs=graphs)
+        window = max((len(text.encode()) for text in until), default=0) + 4 + slots.steps
+
+        def ended(made: list[list[int]]) -> list[bool]:
+            tails = self.tokenizer.batch_decode([tokens[-window:] for tokens in made], skip_special_tokens=True)
+            return [any(text in tail for text in until if text) for tail in tails]
+
+        with self._progress(len(mine), "Generating") as bar:
+            return slots.run([cut[index] for index in mine], ended, self._stop_ids(), agree=self._gather,
+                             lockstep=self._lockstep, on_done=lambda _: bar.update())
+
+    def _following(self, tokens: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
+        hidden = self._hidden(tokens, positions)
+        chosen = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
+        return cast(Tensor, self.model.get_output_embeddings()(chosen).argmax(dim=-1))
+
+    def _generate_plain(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
+                        num_rows: int) -> list[list[int]]:
+        """The same by transformers' own generate, in left-padded batches: for models outside TREE_FAMILIES."""
+        made: list[list[int]] = []
         stop_ids = self._stop_ids()
-        window = max((len(text.encode()) for text in until), default=0) + 4  # a stop string ends in the last token
-        made: list[list[int]] = [[] for _ in contexts]
-        rows = list(range(len(contexts)))  # contexts that still generate, in the order of the cache
-        done: set[int] = set()
-        for step in range(max_gen_tokens):
-            logits, cache = self._forward_cached(tokens, positions, cache, mask)
-            following = logits.argmax(dim=-1).tolist()
-            for row, token in zip(rows, following):
-                if row not in done:
-                    if token in stop_ids:
-                        done.add(row)
-                    else:
-                        made[row].append(token)
-            tails = self.tokenizer.batch_decode([made[row][-window:] for row in rows], skip_special_tokens=True)
-            done.update(row for row, tail in zip(rows, tails) if any(text in tail for text in until if text))
-            if all(self._gather(len(done) == len(contexts))) if self._lockstep else len(done) == len(contexts):
-                break
-            if step + 1 == max_gen_tokens:
-                break
-            mask = np.concatenate([mask, np.ones((len(rows), 1), np.int64)], axis=1)
-            tokens, positions = np.array(following)[:, None], positions[:, -1:] + 1
-            keep = [b for b, row in enumerate(rows) if row not in done]
-            if 0 < len(keep) <= len(rows) // 2:  # a smaller batch pays for copying the cache
-                cache.batch_select_indices(self._to_device(np.array(keep)))
-                mask, tokens, positions = mask[keep], tokens[keep], positions[keep]
-                rows = [rows[b] for b in keep]
-        finished = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return [postprocess_generated_text(text, list(until), None) for text in finished]
-
-    def _forward_cached(self, tokens: Any, positions: Any, cache: Any, mask: Any) -> tuple[Tensor, Any]:
-        """(logits [B, V] after the last token of each row, key-value cache). mask [B, cached + new] of 0 and 1."""
-        options = {"input_ids": self._to_device(tokens), "attention_mask": self._to_device(mask),
-                   "past_key_values": cache, "use_cache": True}
-        if not self.shares_prefixes:
-            if "position_ids" in inspect.signature(self.model.forward).parameters:
-                options["position_ids"] = self._to_device(positions)
-            output = self.model(**options)
-            return output.logits[:, -1], output.past_key_values
-        output = self.model.base_model(position_ids=self._to_device(positions), **options)
-        return self.model.get_output_embeddings()(output.last_hidden_state[:, -1]), output.past_key_values
+        for start in self._bar(range(0, len(mine), num_rows), "Generating"):
+            contexts = [cut[index] for index in mine[start:start + num_rows]]
+            longest = max(map(len, contexts))
+            tokens, mask = np.zeros((2, len(contexts), longest), np.int64)
+            for b, context in enumerate(contexts):
+                tokens[b, longest - len(context):], mask[b, longest - len(context):] = context, 1
+            tokens, mask = self._to_device(tokens, mask)
+            output = self.model.generate(
+                input_ids=tokens, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
+                pad_token_id=min(stop_ids), stopping_criteria=stop_sequences_criteria(
+                    self.tokenizer, [text for text in until if text], longest, len(contexts)))
+            for row in output[:, longest:].tolist():
+                made.append(row[:next((n for n, token in enumerate(row) if token in stop_ids), len(row))])
+        return made
 
     def _stop_ids(self) -> set[int]:
         ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
@@ -422,16 +398,35 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         was_training = self.model.training
         self.model.eval()
         try:
-            with torch.no_grad(), _fused_gelu(self.model if not self._lockstep else nn.Identity()):
+            with torch.no_grad(), ExitStack() as stack:
+                if not self._lockstep:
+                    stack.enter_context(_fused_gelu(self.model))
+                if self.shares_prefixes:
+                    stack.enter_context(own_attention(self.model))
                 yield
         finally:
             self.model.train(was_training)
 
-    def _to_device(self, array: Any) -> Tensor:
-        return torch.as_tensor(array).to(self.device, non_blocking=True)
+    @property
+    def _dtype(self) -> torch.dtype:
+        """What the attention layers compute in."""
+        return cast(torch.dtype, self.model.get_output_embeddings().weight.dtype)
 
-    def _bar(self, steps: Iterable[int], title: str) -> Iterable[int]:
-        yield from tqdm(steps, desc=title, disable=not (self.progress and self._deal[0] == 0))
+    def _to_device(self, *arrays: Any) -> tuple[Tensor, ...]:
+        """int64 arrays on the device, by one copy that does not wait for the work before it."""
+        flat = torch.from_numpy(np.concatenate([array.ravel() for array in arrays]))
+        if self.device.type != "cpu":
+            flat = flat.pin_memory().to(self.device, non_blocking=True)
+        return tuple(part.view(array.shape) for part, array in zip(flat.split([array.size for array in arrays]), arrays))
+
+    def _progress(self, total: int, title: str) -> Any:
+        return tqdm(total=total, desc=title, disable=not (self.progress and self._deal[0] == 0))
+
+    def _bar(self, steps: Sequence[int], title: str) -> Iterator[int]:
+        with self._progress(len(steps), title) as bar:
+            for step in steps:
+                yield step
+                bar.update()
 
 
 class _TanhGelu(nn.Module):
@@ -487,14 +482,6 @@ def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
     best = logits.argmax(dim=-1)
     logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[owner, targets]
     return torch.stack([logprobs, (best[owner] == targets).float()])
-
-
-def _shared_prefix(contexts: Sequence[Tokens]) -> int:
-    """Tokens that all contexts start with, leaving each at least one of its own; 0 where computing it once is not
-    worth a forward of its own (under 16 tokens)."""
-    first, last = min(contexts), max(contexts)  # the two that differ earliest
-    shared = min(common_prefix(first, last), min(len(context) for context in contexts) - 1)
-    return shared if shared >= 16 else 0
 
 
 _ENCODED: "WeakKeyDictionary[Any, dict[tuple[str, bool | None], Tokens]]" = WeakKeyDictionary()

@@ -14,7 +14,7 @@ from tiny_models import CONTEXT, VOCAB, story, tiny_model
 from transformers import MistralConfig, MistralForCausalLM
 
 from raysearch.evaluation import Scorer
-from raysearch.evaluation.packing import Row
+from raysearch.evaluation.packing import Layout
 
 TOLERANCE = 1e-4
 """Sums of up to 96 fp32 log-probabilities of about -7 each: 1e-4 is 1e-7 relative, a rounding."""
@@ -49,14 +49,14 @@ def test_loglikelihood_equals_lm_eval(family_model: Any, tokenizer: Any, num_sho
 def test_prefixes_are_shared(gpt2: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = choices(1)
     scorer = Scorer(gpt2, tokenizer)
-    rows: list[Row] = []
+    layouts: list[Layout] = []
     score_batch = Scorer._score_batch
-    monkeypatch.setattr(Scorer, "_score_batch", lambda self, batch, slices: (
-        rows.extend(batch), score_batch(self, batch, slices))[1])
+    monkeypatch.setattr(Scorer, "_score_batch", lambda self, layout, slices: (
+        layouts.append(layout), score_batch(self, layout, slices))[1])
     scorer.loglikelihood(requests)
     plain = sum(len(context) + len(continuation) - 1 for context, continuation in scorer.encode_pairs(
         [request.args for request in requests]))
-    assert sum(len(row.tokens) for row in rows) < 0.6 * plain
+    assert sum(layout.tokens.size for layout in layouts) < 0.6 * plain
 
 
 def test_logits_only_at_scored_positions(gpt2: Any, tokenizer: Any) -> None:
@@ -218,10 +218,10 @@ def test_out_of_memory_halves_the_batch_and_warns_once(gpt2: Any, tokenizer: Any
     expected = reference(gpt2, tokenizer).loglikelihood(requests, disable_tqdm=True)
     score_batch = Scorer._score_batch
 
-    def small_memory(self: Scorer, batch: list[Row], slices: int) -> torch.Tensor:
-        if len(batch) > 2:
+    def small_memory(self: Scorer, layout: Layout, slices: int) -> torch.Tensor:
+        if len(layout.tokens) > 2:
             raise torch.OutOfMemoryError("too many rows")
-        return score_batch(self, batch, slices)
+        return score_batch(self, layout, slices)
 
     monkeypatch.setattr(Scorer, "_score_batch", small_memory)
     with warnings.catch_warnings(record=True) as caught:
