@@ -11,7 +11,6 @@ from torch import Tensor
 
 from raysearch.kernels.weight import SparseWeight
 
-
 ALGORITHMS = (17, 12, 20, 0)
 """The fastest of cuSPARSELt 0.8.0's 21 on every shape tried (H200, 2026-11-25), and its default."""
 
