@@ -22,6 +22,9 @@ MLPS = ((("c_fc",), "c_proj", "act"), (("dense_h_to_4h",), "dense_4h_to_h", "act
 """Names of an MLP's first matrices, its second one and its activation: GPT-2, GPT-NeoX, OPT, Llama and its like."""
 
 
+PLAIN = (nn.Linear, Conv1D)
+
+
 class Compaction(NamedTuple):
     """What was cut out of a model."""
 
@@ -41,7 +44,7 @@ def compact(model: nn.Module) -> Compaction:
     num_units = num_heads = 0
     for module in model.modules():
         for names, last, activation in MLPS:
-            if all(hasattr(module, name) for name in (*names, last, activation)):
+            if hasattr(module, activation) and all(isinstance(getattr(module, name, None), PLAIN) for name in (*names, last)):
                 num_units += _compact_mlp([getattr(module, name) for name in names], getattr(module, last),
                                           getattr(module, activation))
         num_heads += _compact_attention(module)
@@ -70,7 +73,7 @@ def _compact_mlp(firsts: Sequence[nn.Module], last: nn.Module, activation: nn.Mo
 
 def _compact_attention(module: Any) -> int:
     last = next((getattr(module, name) for name in ("c_proj", "dense", "out_proj", "o_proj") if hasattr(module, name)), None)
-    if last is None:
+    if not isinstance(last, PLAIN):
         return 0
     width = _weight(last).shape[1]  # H * G * E
     if hasattr(module, "c_attn") and hasattr(module, "split_size"):  # GPT-2: [queries, keys, values], heads inside
@@ -83,6 +86,8 @@ def _compact_attention(module: Any) -> int:
         size, firsts = module.head_dim, [(module.k_proj, [0]), (module.v_proj, [0])]
         strides, groups = module.head_dim, getattr(module, "num_key_value_groups", 1)
     else:
+        return 0
+    if not all(isinstance(linear, PLAIN) for linear, _ in firsts):
         return 0
     num_heads = width // size // groups
     within = torch.arange(size, device=last.weight.device)

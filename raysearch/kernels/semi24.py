@@ -29,7 +29,7 @@ def fits_semi24(weight: SparseWeight, dtype: torch.dtype) -> bool:
 
 def pack_semi24(weight: SparseWeight, device: torch.device | str) -> Semi24Packed:
     """The weight as cuSPARSELt stores it; its dense form exists while it is packed."""
-    return Semi24Packed(weight.shape, torch._cslt_compress(weight.to(device).to_dense()))
+    return Semi24Packed(weight.shape, torch._cslt_compress(weight.to_dense().to(device)))
 
 
 def semi24_linear(x: Tensor, packed: Semi24Packed, bias: Tensor | None, algorithm: int) -> Tensor:

@@ -1,0 +1,205 @@
+"""Which backend a layer runs on: dense unless a sparse one has won on this GPU, this shape and this number of tokens.
+
+Dense and the candidates are timed in turn, as CUDA graphs over buffers larger than the L2 cache, on the layer's own mask.
+A candidate wins when its median ratio to dense is 1.03 or more and its lower quartile above 1. Decisions are kept on disk.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysearch.config import Frozen
+from raysearch.data import default_cache_dir
+from raysearch.kernels.backends import BACKENDS
+from raysearch.kernels.weight import SparseWeight
+from raysearch.ledger import write_json
+
+WIN = 1.03
+NUM_PAIRS = 15
+L2_BYTES = 120e6
+"""Weights that a timing walks through, two L2 caches of an H200; at most MAX_COPIES of them."""
+MAX_COPIES = 12
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+"""Largest relative error, norm by norm, of a backend whose answer counts."""
+
+
+class Choice(Frozen):
+    """The decision for one layer and number of tokens."""
+
+    backend: str
+    """"dense", or a name of BACKENDS."""
+    variant: Any = 0
+    dense_us: float | None = None
+    """None where nothing was timed."""
+    sparse_us: float | None = None
+    """Of the best candidate, also where it lost; None where there was none."""
+    tuning_s: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than dense the chosen backend is."""
+        timed = self.backend != "dense" and self.dense_us is not None and self.sparse_us is not None
+        return self.dense_us / self.sparse_us if timed else 1.0  # type: ignore[operator]
+
+
+def token_bucket(num_tokens: int) -> int:
+    """The power of two that a number of tokens is decided at: the next one, and the nearest from 4096 on."""
+    return 1 << (num_tokens - 1).bit_length() if num_tokens < 4096 else 1 << round(math.log2(num_tokens))
+
+
+def best_backend(weight: SparseWeight, num_tokens: int, cache: Path | None = None) -> Choice:
+    """The fastest way to multiply `num_tokens` tokens with this weight, on the device and in the dtype of its values.
+
+    `cache`: the file of decisions; by default one in the cache directory. ValueError for less than 1 token.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    num_tokens = token_bucket(num_tokens)
+    path = cache or default_cache_dir() / "kernels" / "decisions.json"
+    known = _read(path)
+    key = decision_key(weight, num_tokens)
+    if key not in known:
+        known = {**_read(path), key: decide(weight, num_tokens).model_dump()}
+        write_json(path, known)
+    choice = Choice.model_validate(known[key])
+    return choice if not isinstance(choice.variant, list) else choice.model_copy(update={"variant": tuple(choice.variant)})
+
+
+def decision_key(weight: SparseWeight, num_tokens: int) -> str:
+    """What a decision depends on: device, versions, kernels, shape, tokens, dtype, pattern and density to 5 %."""
+    device = weight.values.device
+    return " ".join([device_name(device), torch.__version__, kernels_hash(), f"{weight.shape[0]}x{weight.shape[1]}",
+                     f"{num_tokens} tokens", str(weight.values.dtype).removeprefix("torch."),
+                     f"{weight.pattern}/{weight.block}", f"density {round(weight.density * 20) / 20:.2f}",
+                     *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else [])])
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """First 8 hex digits of a hash of the kernels' sources: a changed kernel is timed again."""
+    folder = Path(__file__).parent
+    texts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".py", ".cu", ".cpp")]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
+
+
+def decide(weight: SparseWeight, num_tokens: int) -> Choice:
+    """Times dense and every variant of every backend that takes the weight."""
+    started = time.perf_counter()
+    device, dtype = weight.values.device, weight.values.dtype
+    candidates = [(name, variant) for name, backend in BACKENDS.items()
+                  for variant in backend.variants(weight, dtype, device, num_tokens)]
+    dense = weight.to_dense()
+    copies = max(1, min(MAX_COPIES, math.ceil(L2_BYTES / dense.nbytes))) if device.type == "cuda" else 1
+    xs = [torch.randn(num_tokens, weight.shape[1], device=device).to(dtype) for _ in range(copies)]
+    denses = [dense, *(dense.clone() for _ in range(copies - 1))]
+    packs = {name: [BACKENDS[name].pack(weight, device)] for name, _ in candidates}
+    for name in packs:
+        packs[name] += [_clone(packs[name][0]) for _ in range(copies - 1)]
+    reference = torch.nn.functional.linear(xs[0], dense)
+    runs: list[tuple[str, Any, Callable[[], None]]] = []
+    for name, variant in candidates:
+        product = _bound(name, variant)
+        if _is_right(lambda product=product, name=name: product(xs[0], packs[name][0]), reference, name, variant):
+            runs.append((name, variant, lambda product=product, name=name: [  # type: ignore[misc]
+                product(x, packed) for x, packed in zip(xs, packs[name])]))
+    del reference
+    times = time_in_turn([lambda: [torch.nn.functional.linear(x, w) for x, w in zip(xs, denses)], *(run for *_, run in runs)],
+                         device, NUM_PAIRS)
+    dense_us = statistics.median(times[0]) / copies
+    best: tuple[str, Any, float] | None = None
+    winner = ("dense", 0)
+    for (name, variant, _), mine in zip(runs, times[1:]):
+        sparse_us = statistics.median(mine) / copies
+        if best is None or sparse_us < best[2]:
+            best = (name, variant, sparse_us)
+            ratios = sorted(d / s for d, s in zip(times[0], mine))
+            wins = statistics.median(ratios) >= WIN and ratios[len(ratios) // 4] > 1
+            winner = (name, variant) if wins else ("dense", 0)
+    return Choice(backend=winner[0], variant=winner[1], dense_us=dense_us, sparse_us=best[2] if best else None,
+                  tuning_s=time.perf_counter() - started)
+
+
+def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
+    """Microseconds of each run in each round; all runs take turns within a round. On a GPU they are CUDA graphs."""
+    if device.type == "cuda":
+        runs = [_graph(run) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for index in range(num_rounds + 1):
+        for mine, run in zip(times, runs):
+            if device.type == "cuda":
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                stop.record()
+                stop.synchronize()
+                elapsed_us = start.elapsed_time(stop) * 1e3
+            else:
+                begin = time.perf_counter()
+                run()
+                elapsed_us = (time.perf_counter() - begin) * 1e6
+            if index:  # the first round warms up
+                mine.append(elapsed_us)
+    return times
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles and warms up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _bound(name: str, variant: Any) -> Callable[[Tensor, Any], Tensor]:
+    run = BACKENDS[name].run
+    return lambda x, packed: run(x, packed, None, variant)
+
+
+def _is_right(product: Callable[[], Tensor], reference: Tensor, name: str, variant: Any) -> bool:
+    """Whether the backend runs here and gives dense's answer; a warning and False otherwise."""
+    try:
+        answer = product()
+        if answer.is_cuda:
+            torch.cuda.synchronize()
+    except RuntimeError as error:  # what CUDA, Triton and cuSPARSELt raise for a shape that they do not take
+        warnings.warn(f"backend {name} {variant} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+        return False
+    error = float((answer.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
+    if not error < TOLERANCE[reference.dtype]:
+        warnings.warn(f"backend {name} {variant} is left out: its answer differs from dense by {error:.1e} at "
+                      f"{tuple(reference.shape)}", stacklevel=2)
+        return False
+    return True
+
+
+def _clone(packed: Any) -> Any:
+    return type(packed)(*(value.clone() if isinstance(value, Tensor) else value for value in packed))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: what it held is timed again
+        return {}
+    return known if isinstance(known, dict) else {}
