@@ -20,7 +20,7 @@ from torch import Tensor
 
 from raysearch.config import Frozen
 from raysearch.data import default_cache_dir
-from raysearch.kernels.backends import BACKENDS
+from raysearch.kernels.backends import BACKENDS, Backend
 from raysearch.kernels.weight import SparseWeight
 from raysearch.ledger import write_json
 
@@ -99,41 +99,69 @@ def device_name(device: torch.device) -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
 
 
+Run = Callable[[Tensor], Tensor]
+"""x [T, K] -> [T, O], with the weight inside."""
+
+
 def decide(weight: SparseWeight, num_tokens: int) -> Choice:
     """Times dense and every variant of every backend that takes the weight."""
     started = time.perf_counter()
-    device, dtype = weight.values.device, weight.values.dtype
-    candidates = [(name, variant) for name, backend in BACKENDS.items()
-                  for variant in backend.variants(weight, dtype, device, num_tokens)]
-    dense = weight.to_dense()
-    copies = max(1, min(MAX_COPIES, math.ceil(L2_BYTES / dense.nbytes))) if device.type == "cuda" else 1
-    xs = [torch.randn(num_tokens, weight.shape[1], device=device).to(dtype) for _ in range(copies)]
-    denses = [dense, *(dense.clone() for _ in range(copies - 1))]
-    packs = {name: [BACKENDS[name].pack(weight, device)] for name, _ in candidates}
-    for name in packs:
-        packs[name] += [_clone(packs[name][0]) for _ in range(copies - 1)]
-    reference = torch.nn.functional.linear(xs[0], dense)
-    runs: list[tuple[str, Any, Callable[[], None]]] = []
-    for name, variant in candidates:
-        product = _bound(name, variant)
-        if _is_right(lambda product=product, name=name: product(xs[0], packs[name][0]), reference, name, variant):
-            runs.append((name, variant, lambda product=product, name=name: [  # type: ignore[misc]
-                product(x, packed) for x, packed in zip(xs, packs[name])]))
-    del reference
-    times = time_in_turn([lambda: [torch.nn.functional.linear(x, w) for x, w in zip(xs, denses)], *(run for *_, run in runs)],
-                         device, NUM_PAIRS)
-    dense_us = statistics.median(times[0]) / copies
-    best: tuple[str, Any, float] | None = None
-    winner = ("dense", 0)
-    for (name, variant, _), mine in zip(runs, times[1:]):
-        sparse_us = statistics.median(mine) / copies
-        if best is None or sparse_us < best[2]:
-            best = (name, variant, sparse_us)
-            ratios = sorted(d / s for d, s in zip(times[0], mine))
-            wins = statistics.median(ratios) >= WIN and ratios[len(ratios) // 4] > 1
-            winner = (name, variant) if wins else ("dense", 0)
-    return Choice(backend=winner[0], variant=winner[1], dense_us=dense_us, sparse_us=best[2] if best else None,
+    layer = Copies(weight)
+    x, dense = layer.inputs(num_tokens), layer.dense()
+    reference = dense[0](x[0])
+    candidates = [(name, variant, runs) for name, variant, runs in layer.candidates(num_tokens)
+                  if _is_right(lambda runs=runs: runs[0](x[0]), reference, name, variant)]
+    every = [dense, *(runs for *_, runs in candidates)]
+    times = time_in_turn([layer.bound(runs, x) for runs in every], layer.device, NUM_PAIRS)
+    winner, sparse_us = pick([(name, variant) for name, variant, _ in candidates], times)
+    return Choice(backend=winner[0], variant=winner[1], dense_us=statistics.median(times[0]) / layer.num_copies,
+                  sparse_us=None if sparse_us is None else sparse_us / layer.num_copies,
                   tuning_s=time.perf_counter() - started)
+
+
+def pick(candidates: Sequence[tuple[str, Any]], times: Sequence[Sequence[float]]) -> tuple[tuple[str, Any], float | None]:
+    """(the fastest candidate where it wins by the rule above, else dense; its median time). times: dense's, then theirs."""
+    if not candidates:
+        return ("dense", 0), None
+    medians = [statistics.median(mine) for mine in times[1:]]
+    best = medians.index(min(medians))
+    ratios = sorted(dense / sparse for dense, sparse in zip(times[0], times[1 + best]))
+    wins = statistics.median(ratios) >= WIN and ratios[len(ratios) // 4] > 1
+    return (candidates[best] if wins else ("dense", 0)), medians[best]
+
+
+class Copies:
+    """One layer several times, so that a timing that walks through all copies does not find its weights in the L2 cache."""
+
+    def __init__(self, weight: SparseWeight) -> None:
+        self.weight, self.device, self.dtype = weight, weight.values.device, weight.values.dtype
+        dense_bytes = weight.shape[0] * weight.shape[1] * weight.values.itemsize
+        self.num_copies = max(1, min(MAX_COPIES, math.ceil(L2_BYTES / dense_bytes))) if self.device.type == "cuda" else 1
+        self._packed: dict[str, list[Any]] = {}
+
+    def inputs(self, num_tokens: int) -> list[Tensor]:
+        return [torch.randn(num_tokens, self.weight.shape[1], device=self.device).to(self.dtype)
+                for _ in range(self.num_copies)]
+
+    def dense(self) -> list[Run]:
+        first = self.weight.to_dense()
+        copies = [first, *(first.clone() for _ in range(self.num_copies - 1))]
+        return [functools.partial(torch.nn.functional.linear, weight=copy) for copy in copies]
+
+    def candidates(self, num_tokens: int) -> list[tuple[str, Any, list[Run]]]:
+        """(backend, variant, one run per copy) of all that take the weight and so many tokens."""
+        found = []
+        for name, backend in BACKENDS.items():
+            for variant in backend.variants(self.weight, self.dtype, self.device, num_tokens):
+                if name not in self._packed:
+                    first = backend.pack(self.weight, self.device)
+                    self._packed[name] = [first, *(_clone(first) for _ in range(self.num_copies - 1))]
+                found.append((name, variant, [_bind(backend, packed, variant) for packed in self._packed[name]]))
+        return found
+
+    def bound(self, runs: Sequence[Run], xs: Sequence[Tensor]) -> Callable[[], object]:
+        """All copies, one after the other."""
+        return lambda: [run(x) for run, x in zip(runs, xs)]
 
 
 def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
@@ -171,9 +199,8 @@ def _graph(run: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def _bound(name: str, variant: Any) -> Callable[[Tensor, Any], Tensor]:
-    run = BACKENDS[name].run
-    return lambda x, packed: run(x, packed, None, variant)
+def _bind(backend: Backend, packed: Any, variant: Any) -> Run:
+    return lambda x: backend.run(x, packed, None, variant)
 
 
 def _is_right(product: Callable[[], Tensor], reference: Tensor, name: str, variant: Any) -> bool:

@@ -143,7 +143,7 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
     ratios = dict.fromkeys(map(token_bucket, counts), 1.0)
     if swaps:
         for count in counts:
-            ratio = _model_ratio(model, swaps, count, forward or _own_forward(model))
+            ratio = _model_ratio(model, swaps, count, forward or own_forward(model))
             ratios[token_bucket(count)] = ratio
         _install(model, swaps, ratios)
     return Report(compaction, layers, ratios, time.perf_counter() - started)
@@ -208,7 +208,9 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
         setattr(parent, attribute, layer if layer.packed else module)
 
 
-def _own_forward(model: Any) -> Callable[[int], object]:
+def own_forward(model: Any) -> Callable[[int], object]:
+    """The body of a transformers model as a function of a number of tokens, in sequences of 512 at most, that a CUDA graph
+    can hold."""
     limit = getattr(model.config, "max_position_embeddings", None) or 1024
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
 

@@ -53,9 +53,9 @@ def test_a_faster_backend_wins_and_is_remembered(monkeypatch: pytest.MonkeyPatch
     real = torch.nn.functional.linear
     slow = {"on": True}
 
-    def slower(*arguments: Any) -> torch.Tensor:
+    def slower(*arguments: Any, **options: Any) -> torch.Tensor:
         time.sleep(0.002 if slow["on"] else 0)
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(torch.nn.functional, "linear", slower)  # dense
     use(monkeypatch, lambda x, packed, bias, variant: real(x, packed[0], bias))
