@@ -1,6 +1,6 @@
 """The whole GPU table of evaluation, about 200 s on one H200: speed in bf16, equality in fp32, graphs, memory.
 
-    python benchmarks/evaluation_gpu.py --data-dir data --models models --out docs/results/evaluation.md
+    python benchmarks/evaluation_gpu.py --data-dir data --models models --out docs/results/evaluation_gpu.md
 
 DATA_DIR holds the tasks' files and gpt2_tokenizer/, MODELS holds books-30m/. Prints one JSON line a case as it ends and
 writes them as Markdown tables. A case that fails is a line with its error, and the exit code is 1.
