@@ -36,9 +36,10 @@ def frontier_split(frame: pd.DataFrame) -> str:
 
 
 def quality(frame: pd.DataFrame, split: str) -> pd.Series:
-    """The objective on `split` with the sign that makes higher better; NaN where it was not scored."""
+    """The objective on `split` with the sign that makes higher better; NaN where it was not scored, or on some
+    items only because a race stopped it."""
     objective = setting(frame, "objective")
-    values = frame[f"{split}/{objective}"]
+    values = frame[f"{split}/{objective}"].where(frame["dominated_by"].isna())
     return values if higher_is_better(objective) else -values
 
 
@@ -51,8 +52,8 @@ def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = N
     """The non-dominated candidates on `split`, smallest first, with a column `front_probability`.
 
     `split` None is `frontier_split(frame)`, `size` None is the study's. The dense baseline takes part, so a candidate
-    must be smaller or better than it. On the report split only candidates that were scored there take part: those
-    that the sweep found on the frontier of the selection split."""
+    must be smaller or better than it; one whose scoring a race stopped does not. On the report split only candidates
+    that were scored there take part: those that the sweep found on the frontier of the selection split."""
     split = split or frontier_split(frame)
     pool = candidates(frame)
     sizes = pool[size or setting(frame, "size")].to_numpy(dtype=float)

@@ -18,7 +18,7 @@ _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambd
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
            "finetune_s", "evaluate_s", "seconds", "trial_seconds")
 COLUMNS = ("trial", "round", "key", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
-           "model_sparsity", "stored_bytes", "resident_bytes", *HYPERPARAMETERS, "action_sparsity",
+           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *HYPERPARAMETERS, "action_sparsity",
            "action_threshold", "finetune_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds", "trial_seconds")
 
 
@@ -31,6 +31,7 @@ def load(directory: str | Path) -> pd.DataFrame:
     * `status` and `reason` are those of the trial; a finished round of a failed trial is a valid candidate.
     * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
+    * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "device" and "created_at" of the study.
@@ -49,7 +50,8 @@ def load(directory: str | Path) -> pd.DataFrame:
     found |= {name for row in rows for name in row} - set(COLUMNS)
     metrics = sorted(found, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
-    frame = frame.astype({**dict.fromkeys(_INTEGERS, "Int64"), **dict.fromkeys((*_FLOATS, *metrics), "float64")})
+    frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
+                          **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model, objective=record.study.objective,
                        size=record.study.size, device=record.provenance.device,
@@ -79,7 +81,8 @@ def _round_cells(ledger: Ledger, record: RoundRecord) -> dict[str, Cell]:
     cells: dict[str, Cell] = {
         "key": record.key, "num_nonzero": record.num_nonzero, "num_parameters": record.num_parameters,
         "sparsity": record.sparsity, "model_sparsity": record.model_sparsity, "stored_bytes": record.stored_bytes,
-        "resident_bytes": record.resident_bytes, "prune_s": record.prune_s, "finetune_s": record.finetune_s,
+        "resident_bytes": record.resident_bytes, "dominated_by": record.dominated_by,
+        "prune_s": record.prune_s, "finetune_s": record.finetune_s,
         "evaluate_s": record.evaluate_s, "seconds": record.prune_s + record.finetune_s + record.evaluate_s}
     if record.action is not None:
         cells |= {"action_sparsity": record.action.sparsity, "action_threshold": record.action.threshold,

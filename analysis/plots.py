@@ -47,7 +47,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     """The objective on the selection split along the rounds of every trial, from the dense baseline on; one colour
     per trial, and at its last finished round a marker for its status. Buttons: against sparsity, or rounds."""
     objective = setting(frame, "objective")
-    rows = frame[frame[f"selection/{objective}"].notna()].sort_values(["trial", "round"])
+    rows = frame[quality(frame, "selection").notna()].sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
     start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
     numbers = sorted({int(trial) for trial in rows["trial"]})

@@ -96,12 +96,15 @@ def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     legend = (f"* on the frontier of the {frontier_split(frame)} split; = same model as an earlier row; selection and "
               f"report: {objective} ± stderr\n{num_models} candidates, {len(rows)} rows shown\n")
     lines = (aligned(header, cells, left=("status", "how")) + legend).splitlines()
+    if rows["dominated_by"].notna().any():
+        lines.append("~ dominated: scoring stopped early, its selection is of some items only and not final")
     return "".join(f"{line if len(line) <= MAX_WIDTH else line[:MAX_WIDTH - 1] + '…'}\n" for line in lines)
 
 
 def _terminal_row(row: pd.Series, objective: str) -> list[str]:
     mark = "*" if row["on_frontier"] else ""
     mark += "=" if row["is_alias"] else ""
+    mark += "~" if pd.notna(row["dominated_by"]) else ""
     trial = "-" if pd.isna(row["trial"]) else str(row["trial"])
     how = describe_config(row)
     if pd.isna(row["key"]):

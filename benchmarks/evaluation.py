@@ -56,7 +56,7 @@ class Recorder:
         return respond
 
 
-def main() -> None:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="../shared/models/books-30m")
     parser.add_argument("--tokenizer", default=None, help="folder of the tokenizer; default: the model's")
@@ -65,22 +65,32 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500)
     parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--chunk", type=int, default=100, help="items between alternations")
+    parser.add_argument("--baseline-s", type=float, default=None,
+                        help="seconds that lm-eval may take after its trials; lowers --limit, in two chunks")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=None, help="lm-eval's, to choose from")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch-tokens", type=int, default=None)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return parser.parse_args(argv)
+
+
+def load(options: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, tokenizer) of the options, on their device and in their dtype."""
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or options.model)
-    dtype = getattr(torch, options.dtype)
     if options.model in SHAPES:
         torch.manual_seed(0)
         with torch.device(options.device):
             model: Any = GPT2LMHeadModel(GPT2Config(**SHAPES[options.model]))
     else:
         model = AutoModelForCausalLM.from_pretrained(options.model)
-    model = model.to(options.device, dtype).eval()
+    return model.to(options.device, getattr(torch, options.dtype)).eval(), tokenizer
+
+
+def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """One row of results; SystemExit where fp32 answers are not equal."""
+    torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     is_cuda = model.device.type == "cuda"
     scorer = Scorer(model, tokenizer, batch_tokens=options.batch_tokens)
 
@@ -95,9 +105,15 @@ def main() -> None:
         return evaluate(recorder, [task], num_fewshot=options.num_fewshot), recorder
 
     run(scorer, 0, 4)
-    trials = {size: run(backend(size), 0, NUM_TRIAL_ITEMS[model.device.type])[1] for size in BATCH_SIZES[model.device.type]}
+    num_trial_items = NUM_TRIAL_ITEMS[model.device.type]
+    trials = {size: run(backend(size), 0, num_trial_items)[1]
+              for size in options.batch_sizes or BATCH_SIZES[model.device.type]}
     batch_size = min(trials, key=lambda size: trials[size].seconds)
     noise = [difference(trials[batch_size].answers, trial.answers) for trial in trials.values()]
+    if options.baseline_s is not None:
+        affordable = int(options.baseline_s * num_trial_items / trials[batch_size].seconds)
+        options.limit = max(2, min(options.limit, affordable))
+        options.chunk = -(-options.limit // 2)
     seconds = {"lm_eval": 0.0, "raysearch": 0.0}
     cpu_seconds, peak_bytes = dict(seconds), {"lm_eval": 0, "raysearch": 0}
     worst, num_different = 0.0, 0
@@ -121,7 +137,9 @@ def main() -> None:
         worst, num_different = max(worst, chunk_worst), num_different + chunk_different
     num_flips = sum(a != b for a, b in zip(totals["lm_eval"], totals["raysearch"], strict=True))
     device = torch.cuda.get_device_name() if is_cuda else platform.processor() or platform.machine()
-    print(json.dumps({
+    if options.dtype == "float32" and (num_flips or worst > 1e-4):
+        raise SystemExit(f"not equal to lm-eval: {num_flips} items judged differently, log-likelihoods {worst} apart")
+    return {
         "benchmark": "evaluation", "task": options.task, "num_fewshot": options.num_fewshot,
         "num_items": len(totals["raysearch"]), "model": Path(options.model).name,
         "random_weights": options.model in SHAPES, "dtype": options.dtype,
@@ -139,9 +157,7 @@ def main() -> None:
         "device": device, "threads": options.threads, "torch": torch.__version__,
         "transformers": transformers.__version__, "lm_eval": lm_eval.__version__,
         "date": datetime.date.today().isoformat(),
-    }))
-    if options.dtype == "float32" and (num_flips or worst > 1e-4):
-        raise SystemExit(f"not equal to lm-eval: {num_flips} items judged differently, log-likelihoods {worst} apart")
+    }
 
 
 def difference(left: Sequence[Any], right: Sequence[Any]) -> tuple[float, int]:
@@ -153,4 +169,5 @@ def difference(left: Sequence[Any], right: Sequence[Any]) -> tuple[float, int]:
 
 
 if __name__ == "__main__":
-    main()
+    given = arguments()
+    print(json.dumps(compare(given, *load(given))))

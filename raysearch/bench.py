@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raysearch.config import Metric, Study
+from raysearch.config import Study, higher_is_better
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
-from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
-from raysearch.ledger import Ledger, hash_json
+from raysearch.evaluation import Evaluation, Race, Scorer, evaluate, heldout_tasks, load_tasks
+from raysearch.evaluation.racing import is_dominated, item_order
+from raysearch.ledger import Ledger, RoundRecord, hash_json
 from raysearch.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
@@ -55,7 +56,8 @@ def read_inputs(study: Study) -> Inputs:
     if missing := [task for task in study.tasks if task in HELDOUT_TASKS and not heldout.get("report")]:
         raise ValueError(f"tasks {', '.join(missing)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")
-    key = hash_json([study.model_dump(exclude=NOT_IN_KEY, mode="json"), model_hash, corpus_hash])
+    unused = NOT_IN_KEY if study.racing_level else NOT_IN_KEY | {"racing_level"}
+    key = hash_json([study.model_dump(exclude=unused, mode="json"), model_hash, corpus_hash])
     return Inputs(key, blocks.num_tokens if blocks else 0, heldout, blocks)
 
 
@@ -81,7 +83,34 @@ class Bench:
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
-    def evaluate(self, split: str) -> dict[str, Metric]:
-        """Metrics by "task/metric" of the engine's current weights, on "selection" or "report"."""
+    def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
+        """Of the engine's current weights, on "selection" or "report"."""
         self.engine.model.eval()
-        return evaluate(self.scorer, self.tasks[split]).metrics if self.tasks[split] else {}
+        return evaluate(self.scorer, self.tasks[split], race=race)
+
+    def race(self, size: int | None) -> tuple[Race | None, str | None]:
+        """(the race of a candidate of this size, key of its rival, the best finished one that is no larger); without
+        racing (None, None). With no size or no rival the items still come in the same parts, which rounding depends on.
+        """
+        study = self.study
+        if study.racing_level is None or not self.tasks["selection"]:
+            return None, None
+        level = study.racing_level
+        key, losses = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, [])
+        rival = [losses[item] for item in item_order(len(losses), study.seed)]
+
+        def is_lost(own: list[float]) -> bool:
+            return key is not None and self.engine.from_rank_0(lambda: is_dominated(own, rival, level))
+
+        return Race(study.objective, study.seed, is_lost), key
+
+    def _rival(self, size: int) -> tuple[str | None, list[float]]:
+        sign = 1 if higher_is_better(self.study.objective) else -1
+
+        def quality(record: RoundRecord) -> float:
+            return sign * record.metrics[self.study.objective].value
+
+        finished = [record for record in self.ledger.rounds().values()
+                    if record.dominated_by is None and getattr(record, self.study.size) <= size]
+        best = max(finished, key=quality, default=None)
+        return (best.key, self.ledger.losses(best.key)) if best else (None, [])

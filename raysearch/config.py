@@ -155,6 +155,10 @@ class Study(Frozen):
     """Share of each round's steps in which the learning rate rises; it falls to a tenth along a half cosine after."""
     eval_items: int | None = Field(None, ge=1)
     """Items of each task and split; None is all."""
+    racing_level: float | None = Field(None, gt=0, lt=1)
+    """Stop scoring a candidate on the selection split when a finished one that is no larger has the better objective;
+    each such stop is wrong with at most this probability. None scores every candidate in full, and is the default:
+    how many items a dominated candidate is scored on depends on what was finished before it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
     zero_stage: Literal[0, 1, 2, 3] = 0

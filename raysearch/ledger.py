@@ -4,6 +4,7 @@
     journal.log              Optuna's journal (search.py)
     rounds/KEY/record.json   RoundRecord: one candidate on the selection split
     rounds/KEY/weights.safetensors   its weights, bitmap-compressed (weights.py)
+    rounds/KEY/losses.json   in a study with racing: its loss on each selection item of the objective
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
     lock                     held by the driver that runs the study
@@ -82,6 +83,9 @@ class RoundRecord(Frozen):
     """Tensor bytes of the dense export, which transformers keeps in memory when it serves the model."""
     metrics: dict[str, Metric]
     """On the selection split, by "task/metric"."""
+    dominated_by: str | None = None
+    """Key of a candidate that is no larger and better, as a race on the objective found before all items were scored
+    (Study.racing_level). The metrics are then those of the first items only and never final."""
     train_loss: float | None
     """Mean loss of the last tenth of the fine-tuning steps, nats per token; None without fine-tuning."""
     prune_s: float
@@ -267,6 +271,10 @@ class Ledger:
         """All candidates by key, the dense baseline included."""
         paths = sorted((self.directory / "rounds").glob("[!.]*/record.json"))
         return {path.parent.name: self._read(path, RoundRecord) for path in paths}
+
+    def losses(self, key: str) -> list[float]:
+        """Of each selection item of the objective, in the order of the task; only in a study with racing."""
+        return list(json.loads((self.round_directory(key) / "losses.json").read_text())["losses"])
 
     def report_metrics(self, key: str) -> dict[str, Metric] | None:
         """Metrics on the report split, or None while they are not scored."""

@@ -99,7 +99,7 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
         if num_steps:
             step_s = time_steps(bench, num_steps) / num_steps
         evaluate_s, num_items = time_evaluation(bench)
-        record = store_round(bench, "calibration", None, action, {}, None, [0.0] * 4)
+        record = store_round(bench, "calibration", None, action, None, None, [0.0] * 4)
         candidate_bytes = sum(f.stat().st_size for f in bench.ledger.round_directory(record.key).iterdir())
         return Calibration(record.provenance.device, bench.engine.device.type == "cuda", start_s, step_s, prune_s,
                            evaluate_s, num_steps, num_items, candidate_bytes, sparsity)

@@ -8,6 +8,7 @@ import math
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from raysearch.bench import Bench
 from raysearch.config import Action, Metric, Study, TrialConfig
 from raysearch.engine import Engine, learning_rate_at
+from raysearch.evaluation import Evaluation
 from raysearch.ledger import RoundRecord, TrialRecord, new_directory, round_key, write_json
 from raysearch.provenance import provenance, utc_now
 from raysearch.pruning.criteria import moments, std_threshold
@@ -105,11 +107,12 @@ def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
     times.append(time.perf_counter())
     train_loss = finetune(bench, action)
     times.append(time.perf_counter())
-    metrics = bench.evaluate("selection")
-    check_quality(metrics, bench.vocab_size)
+    race, rival = bench.race(getattr(weigh(bench), bench.study.size))
+    evaluation = bench.evaluate("selection", race)
+    check_quality(evaluation.metrics, bench.vocab_size)
     times.append(time.perf_counter())
     bench.loaded_key = key
-    return store_round(bench, key, parent, action, metrics, train_loss, times)
+    return store_round(bench, key, parent, action, evaluation, train_loss, times, rival if evaluation.was_stopped else None)
 
 
 def dense_round(bench: Bench) -> RoundRecord:
@@ -120,9 +123,9 @@ def dense_round(bench: Bench) -> RoundRecord:
     bench.engine.load_base()
     bench.loaded_key = key
     started = time.perf_counter()
-    metrics = bench.evaluate("selection")
-    check_quality(metrics, bench.vocab_size)
-    return store_round(bench, key, None, None, metrics, None, [started] * 3 + [time.perf_counter()])
+    evaluation = bench.evaluate("selection", bench.race(None)[0])
+    check_quality(evaluation.metrics, bench.vocab_size)
+    return store_round(bench, key, None, None, evaluation, None, [started] * 3 + [time.perf_counter()])
 
 
 def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
@@ -130,7 +133,7 @@ def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
     metrics = bench.engine.from_rank_0(lambda: bench.ledger.report_metrics(record.key))
     if metrics is None:
         load_candidate(bench, record)
-        metrics = bench.evaluate("report")
+        metrics = bench.evaluate("report").metrics
         bench.engine.from_rank_0(lambda: bench.ledger.write_report_metrics(record.key, metrics))
     return metrics
 
@@ -224,31 +227,49 @@ def stored_round(bench: Bench, key: str) -> RoundRecord | None:
     return bench.engine.from_rank_0(lambda: bench.ledger.round(key))
 
 
-def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, metrics: dict[str, Metric],
-                train_loss: float | None, times: list[float]) -> RoundRecord:
-    """Counts the engine's weights and writes the round's folder, weights and record together."""
-    engine = bench.engine
-    nonzero = engine.nonzero_counts()
+@dataclass(frozen=True)
+class Weighed:
+    """The engine's weights, counted."""
+
+    nonzero: dict[str, int]
+    """By parameter."""
+    num_nonzero: int
+    stored_bytes: int
+
+
+def weigh(bench: Bench) -> Weighed:
+    engine, itemsize = bench.engine, EXPORT_ITEMSIZE[bench.study.dtype]
+    nonzero, prunable = engine.nonzero_counts(), {p.name for p in engine.prunables}
+    total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+    return Weighed(nonzero, sum(nonzero.values()), sum(
+        stored_bytes(total[name], nonzero[name], itemsize) if name in prunable else total[name] * itemsize for name in total))
+
+
+def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, evaluation: Evaluation | None,
+                train_loss: float | None, times: list[float], dominated_by: str | None = None) -> RoundRecord:
+    """Counts the engine's weights and writes the round's folder: weights, record and, for later races, losses."""
+    engine, weighed = bench.engine, weigh(bench)
+    nonzero = weighed.nonzero
     weights = {name: engine.full(name).cpu() for name in engine.shapes} if action else {}
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     prunable = {p.name for p in engine.prunables}
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
-    itemsize = EXPORT_ITEMSIZE[bench.study.dtype]
 
     def write() -> RoundRecord:
         with new_directory(bench.ledger.round_directory(key)) as folder:
             sha256 = write_weights(folder / "weights.safetensors", weights, prunable) if action else None
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
-                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=sum(nonzero.values()),
+                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,
                 sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
-                model_sparsity=(num_parameters - sum(nonzero.values())) / num_parameters,
+                model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
-                stored_bytes=sum(stored_bytes(total[name], nonzero[name], itemsize) if name in prunable
-                                 else total[name] * itemsize for name in total),
-                resident_bytes=num_parameters * itemsize, metrics=metrics, train_loss=train_loss,
+                stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[bench.study.dtype],
+                metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[3] - times[2],
                 weights_sha256=sha256, provenance=provenance(str(engine.device)))
+            if evaluation and evaluation.losses and dominated_by is None:
+                write_json(folder / "losses.json", {"objective": bench.study.objective, "losses": evaluation.losses})
             write_json(folder / "record.json", record.model_dump(mode="json"))
         return bench.ledger.candidate(key)  # the other's record, where two trials made this round at once
 

@@ -347,8 +347,9 @@ class StudySearcher(Searcher):
 
 
 def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
-    """Keys of the candidates that no other one beats in both size and objective on the selection split."""
-    rounds = [r for r in ledger.rounds().values() if study.objective in r.metrics]
+    """Keys of the candidates that no other one beats in both size and objective on the selection split; never one that
+    a race stopped, whose metrics (which the sampler does learn from) are of some items only."""
+    rounds = [r for r in ledger.rounds().values() if study.objective in r.metrics and r.dominated_by is None]
     sign = 1 if higher_is_better(study.objective) else -1
     on_front = pareto_front([getattr(r, study.size) for r in rounds],
                             [sign * r.metrics[study.objective].value for r in rounds])

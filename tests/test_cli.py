@@ -193,3 +193,25 @@ def test_help_names_every_command(run: Run) -> None:
     assert code == 0
     for name in ("demo", "pretrain", "prune", "sweep", "results", "report", "pick", "export", "evaluate", "tasks"):
         assert f" {name} " in out
+
+
+def test_evaluate_takes_sparse_kernels_when_asked(run: Run, tiny_model: Path, stories: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def sparsify(model: torch.nn.Module, *, num_tokens: int) -> str:
+        seen.append(num_tokens)
+        return "all dense"
+
+    monkeypatch.setattr("raysearch.kernels.sparsify_for_inference", sparsify, raising=False)
+    command = ("evaluate", tiny_model, "--tasks", "text", "--corpus", stories, "--limit", "2", "--json")
+    found = {}
+    for backend in ("auto", "dense"):
+        code, out, err = run(*command, "--backend", backend)
+        assert code == 0, err
+        found[backend] = json.loads(out)
+    assert seen == [1024]
+    assert (found["auto"]["kernels"], found["dense"]["kernels"]) == ("all dense", "dense")
+    assert found["auto"]["results"] == found["dense"]["results"]
+    code, _, err = run(*command, "--backend", "sparse")
+    assert (code, err.strip().splitlines()[-1].endswith("backend must be auto or dense, got 'sparse'")) == (2, True)

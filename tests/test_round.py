@@ -20,6 +20,7 @@ from raysearch.round import (
     run_round,
     run_trial,
 )
+from raysearch.search import frontier_keys
 from raysearch.weights import read_weights
 
 TOKENS = 64 * 16
@@ -180,3 +181,37 @@ def test_scopes_cut_where_they_say(bench: Bench) -> None:
     weight = bench.engine.full("transformer.h.0.mlp.c_fc.weight")  # Conv1D keeps [inputs, outputs]
     zeros = (weight == 0).sum(0)
     assert zeros.min() == zeros.max() == round(0.35 * weight.shape[0])
+
+
+def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
+        study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
+    racing = study.model_copy(update={"racing_level": 0.01})
+    inputs = read_inputs(racing)
+    assert inputs.root_key != read_inputs(study).root_key
+    bench = Bench(racing, Ledger(tmp_path), inputs)
+    dense = dense_round(bench)
+    small = run_round(bench, dense, Action(sparsity=0.9))
+    asked: list[tuple[list[float], list[float], float]] = []
+    monkeypatch.setattr("raysearch.bench.is_dominated", lambda *args: (asked.append(args), True)[1])
+    larger = run_round(bench, dense, Action(sparsity=0.5))
+    assert (dense.dominated_by, small.dominated_by, larger.dominated_by) == (None, None, small.key)
+    assert dense.metrics[racing.objective].num_items > 2
+    assert larger.metrics[racing.objective].num_items == 2
+    assert {name.partition("/")[0] for name in larger.metrics} == {"text"}
+    (own, rival, level), = asked
+    assert len(own) == 2
+    assert sorted(rival) == sorted(bench.ledger.losses(small.key))
+    assert level == 0.01
+    assert larger.key not in frontier_keys(bench.ledger, racing)
+    assert not (bench.ledger.round_directory(larger.key) / "losses.json").exists()
+
+
+def test_racing_changes_no_number_of_a_candidate_that_is_scored_in_full(bench: Bench, study: Study, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
+    racing = study.model_copy(update={"racing_level": 0.01})
+    raced = dense_round(Bench(racing, Ledger(tmp_path), read_inputs(racing))).metrics
+    for name, metric in dense_round(bench).metrics.items():
+        assert raced[name].num_items == metric.num_items
+        assert raced[name].value == pytest.approx(metric.value, rel=1e-5)

@@ -2,8 +2,8 @@
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,12 +13,13 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 
-from raysearch.config import Metric
+from raysearch.config import Metric, higher_is_better
+from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
-from raysearch.evaluation.statistics import summarise
+from raysearch.evaluation.statistics import losses, summarise
 from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
 
-__all__ = ["Evaluation", "Scorer", "describe_tasks", "evaluate", "heldout_tasks", "load_tasks"]
+__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "heldout_tasks", "load_tasks"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -32,30 +33,82 @@ class Evaluation:
     items: dict[str, list[float]]
     """Per item, in the order of the task: contributions whose mean is the metric (for perplexities, its logarithm), so
     that the difference of two models on equal tasks can be tested item by item."""
+    losses: list[float]
+    """In a race: the objective's loss of each item, in the order of the task, or in `item_order` when it was stopped."""
+    was_stopped: bool
+    """The race was lost: only the objective's task was scored, and only its first items."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """Scores the objective's task first, in growing parts of a random order, and stops when `is_lost` says so."""
+
+    objective: str
+    """As "task/metric"."""
+    seed: int
+    """Of the order (racing.item_order)."""
+    is_lost: Callable[[list[float]], bool]
+    """Given the losses of the items so far, in that order."""
 
 
 def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None,
-             samples_path: Path | None = None) -> Evaluation:
+             samples_path: Path | None = None, race: Race | None = None) -> Evaluation:
     """Scores every task. Metrics and their values are lm-eval's; each has a standard error over the items.
 
     limit: the first items of each task only; num_fewshot: examples in the prompt (None: the task's own number);
     samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text get
     token_perplexity as well. Touches no global random state, and prepares the prompts of a task only once: keep the
-    task objects for the next call. ValueError for a limit below 1 or more shots than the task has examples.
+    task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1 or more shots than the
+    task has examples.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 item; got {limit}")
     prepared = [_requests(task, limit, num_fewshot) for task in tasks]
-    _respond(scorer, [request for requests in prepared for request in requests])
+    answered: list[Instance] = []
+    if race is not None:
+        stopped = _race(scorer, tasks, prepared, race, answered)
+        if stopped is not None:
+            return stopped
+    done = set(map(id, answered))
+    _respond(scorer, [request for requests in prepared for request in requests if id(request) not in done])
+    return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
+
+
+def _race(scorer: LM, tasks: Sequence[Task], prepared: list[list[Instance]], race: Race,
+          answered: list[Instance]) -> Evaluation | None:
+    """The evaluation of the items so far once the race is lost, else None; extends `answered`."""
+    name = race.objective.rpartition("/")[0]
+    task, requests = next((task, requests) for task, requests in zip(tasks, prepared) if task.config.task == name)
+    by_item: dict[Any, list[Instance]] = {}
+    for request in requests:
+        by_item.setdefault(request.doc_id, []).append(request)
+    groups = list(by_item.values())
+    order, first = item_order(len(groups), race.seed), 0
+    for look in looks(len(groups)):
+        part = [request for item in order[first:look] for request in groups[item]]
+        _respond(scorer, part)
+        answered.extend(part)
+        first = look
+        evaluation = _summarised(scorer, [(task, list(answered))], None, race)
+        if race.is_lost(evaluation.losses):
+            return replace(evaluation, was_stopped=True)
+    return None
+
+
+def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samples_path: Path | None,
+                race: Race | None) -> Evaluation:
     metrics: dict[str, Metric] = {}
     items: dict[str, list[float]] = {}
     samples: list[str] = []
-    for task, requests in zip(tasks, prepared):
+    objective_losses: list[float] = []
+    for task, requests in answered:
         name = task.config.task
         values, identities = _process(scorer, task, requests)
         for metric, column in values.items():
             aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)
             value, stderr, items[f"{name}/{metric}"] = summarise(column, aggregation)
+            if race is not None and race.objective == f"{name}/{metric}":
+                objective_losses = losses(column, aggregation, higher_is_better(race.objective))
             metrics[f"{name}/{metric}"] = Metric(value=value, stderr=stderr, num_items=len(column))
         for index, identity in enumerate(identities):
             row = {"task": name, "item_id": identity, "metrics": {key: column[index] for key, column in values.items()}}
@@ -64,7 +117,7 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
         aside = samples_path.with_name(samples_path.name + ".partial")
         aside.write_text("".join(samples))
         os.replace(aside, samples_path)
-    return Evaluation(metrics, items)
+    return Evaluation(metrics, items, objective_losses, False)
 
 
 def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:

@@ -110,8 +110,9 @@ def build_rows(requests: Sequence[Request], *, width: int, max_row_tokens: int, 
     return rows
 
 
-def split_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
-    """Batches of rows of similar length with at most `batch_tokens` padded tokens each; chains and trees stay apart.
+def split_batches(rows: Sequence[Row], batch_tokens: int, multiple: int = 1) -> list[list[Row]]:
+    """Batches of rows of similar length with at most `batch_tokens` tokens each, padded as `lay_out` pads them; chains
+    and trees stay apart.
 
     Longest first, so that memory peaks at the start and a time estimate errs on the safe side.
     """
@@ -119,7 +120,8 @@ def split_batches(rows: Sequence[Row], batch_tokens: int) -> list[list[Row]]:
     for row in sorted(rows, key=lambda row: (row.is_chain, -len(row.tokens))):
         if batches:
             first = batches[-1][0]
-            if first.is_chain == row.is_chain and len(first.tokens) * (len(batches[-1]) + 1) <= batch_tokens:
+            longest = -(-len(first.tokens) // multiple) * multiple
+            if first.is_chain == row.is_chain and longest * (len(batches[-1]) + 1) <= batch_tokens:
                 batches[-1].append(row)
                 continue
         batches.append([row])

@@ -7,7 +7,6 @@ results stay on the device until the last batch. lm-eval keeps tasks, prompts, m
 Legend: B rows, S padded tokens per row, N scored positions, D hidden size, V vocabulary.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,7 +29,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from raysearch.evaluation.attention import additive, attending, own_attention
+from raysearch.evaluation.forward import fused_gelu, only_at
 from raysearch.evaluation.generation import Slots, shared_prefix
+from raysearch.evaluation.graphs import Graphs, bucket
 from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
 
 TREE_FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "mistral")
@@ -57,6 +58,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     come together through `gather` (like all_gather_object: one object in, the list over ranks out), so that every rank
     returns the full list. `lockstep` is for models whose forward is a collective (ZeRO-3): all ranks then run the same
     number of forwards, on dummy batches where they have no own. An out-of-memory batch is halved, with one warning.
+    `graphs` allows CUDA graphs on a GPU (never in lockstep): scoring takes one where it pays (graphs.py).
     `num_truncated` counts the requests that were cut on the left to fit the context, as lm-eval cuts them.
     """
 
@@ -72,6 +74,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         lockstep: bool = False,
         max_length: int | None = None,
         progress: bool = False,
+        graphs: bool = True,
     ) -> None:
         super().__init__()
         if batch_tokens is not None and batch_tokens < 1:
@@ -93,6 +96,10 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         self._deal = (rank, world_size)
         self._gather: Gather = gather or (lambda result: [result])
         self._lockstep = lockstep
+        takes_graphs = graphs and device_type == "cuda" and not lockstep
+        self._graphs = Graphs(self._hidden_at) if takes_graphs and self.shares_prefixes else None
+        # masked attention on a GPU needs a multiple of 8
+        self._multiple = 1 if device_type == "cpu" else 8
         self._warned_out_of_memory = False
 
     @property
@@ -195,7 +202,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         requests = [self._request(context, continuation) for context, continuation in pairs]
         rows = build_rows(requests, width=self.config.hidden_size, max_row_tokens=self.batch_tokens,
                           share=self.shares_prefixes)
-        batches = split_batches(rows, self.batch_tokens)
+        batches = split_batches(rows, self.batch_tokens, self._multiple)
         rank, world_size = self._deal
         mine: list[tuple[list[Row], Layout, Tensor]] = []
         with self._inference():
@@ -233,7 +240,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         return Request(whole[:-1], continuation[-self.max_length:])  # lm-eval refuses the longer continuation
 
     def _score_or_halve(self, batch: list[Row], slices: int) -> Iterator[tuple[list[Row], Layout, Tensor]]:
-        layout = lay_out(batch, 1 if self.device.type == "cpu" else 8)  # masked attention on a GPU needs a multiple of 8
+        layout = lay_out(batch, self._multiple)
         try:
             result = self._score_batch(layout, slices)
         except torch.OutOfMemoryError:
@@ -254,13 +261,16 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                           f"(batch_tokens is {self.batch_tokens}; a smaller one avoids this)", stacklevel=2)
             self._warned_out_of_memory = True
         self.batch_tokens = max(1, self.batch_tokens // 2)
+        if self._graphs is not None:
+            self._graphs.clear()
         torch.cuda.empty_cache()
 
     def _score_batch(self, layout: Layout, slices: int) -> Tensor:
         """[2, n] fp32 on the device, in the order of layout.targets: log-probability, and 1 where it is the argmax."""
+        spare = 0 if self._graphs is None else bucket(len(layout.positions)) - len(layout.positions)
         tokens, depths, ends, positions, owners, targets = self._to_device(
-            layout.tokens, layout.depths, layout.ends, layout.positions, layout.owners, layout.targets)
-        logits_at = self._logits(tokens, depths, positions, None if layout.is_chain else self._tree_mask(ends))
+            layout.tokens, layout.depths, layout.ends, np.pad(layout.positions, (0, spare)), layout.owners, layout.targets)
+        logits_at = self._logits(layout.is_chain, tokens, depths, ends, positions)
         firsts = range(0, len(layout.positions), self._slice)
         bounds = np.searchsorted(layout.owners, [*firsts, len(layout.positions)])
         parts = [_target_logprobs(logits_at(first, first + self._slice), owners[start:stop] - first, targets[start:stop])
@@ -273,16 +283,20 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         """Vocabulary projections that _score_batch runs for this batch."""
         return -(-len(lay_out(batch).positions) // self._slice)
 
-    def _logits(self, tokens: Tensor, depths: Tensor, positions: Tensor,
-                mask: Tensor | None) -> Callable[[int, int], Tensor]:
+    def _logits(self, is_chain: bool, tokens: Tensor, depths: Tensor, ends: Tensor,
+                positions: Tensor) -> Callable[[int, int], Tensor]:
         """Function (start, stop) -> logits [stop - start, V] at positions[start:stop] of the flattened [B * S]."""
         if not self.shares_prefixes:
             logits = self.model(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
             return lambda start, stop: logits[positions[start:stop]]
-        with attending(mask), _only_at(positions, self._last_mlp()):
-            hidden = self._hidden(tokens, depths).flatten(0, 1)[positions]  # [N, D]
+        hidden = (self._graphs or self._hidden_at)(is_chain, tokens, depths, ends, positions)
         head = self.model.get_output_embeddings()
         return lambda start, stop: head(hidden[start:stop])
+
+    def _hidden_at(self, is_chain: bool, tokens: Tensor, depths: Tensor, ends: Tensor, positions: Tensor) -> Tensor:
+        """Last hidden states [N, D] at positions of the flattened [B * S]."""
+        with attending(None if is_chain else self._tree_mask(ends)), only_at(positions, self._last_mlp()):
+            return self._hidden(tokens, depths).flatten(0, 1)[positions]
 
     def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states [B, S, D]. The 4-D mask is not read: it keeps transformers from making and checking one."""
@@ -347,9 +361,9 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     def _fill_slots(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
                     num_slots: int) -> list[list[int]]:
         """New tokens of the contexts `mine`, in slots (generation.py)."""
-        graphs = self.device.type == "cuda" and not self._lockstep
         slots = Slots(self._following, num_slots=num_slots, prefix=cut[0][:shared_prefix(cut)],
-                      longest=max(map(len, cut)), max_new=max_new, device=self.device, dtype=self._dtype, graphs=graphs)
+                      longest=max(map(len, cut)), max_new=max_new, device=self.device, dtype=self._dtype,
+                      graphs=self._graphs is not None)
         window = max((len(text.encode()) for text in until), default=0) + 4 + slots.steps
 
         def ended(made: list[list[int]]) -> list[bool]:
@@ -397,10 +411,12 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     def _inference(self) -> Iterator[None]:
         was_training = self.model.training
         self.model.eval()
+        if self._graphs is not None:
+            self._graphs.check(self.model)
         try:
             with torch.no_grad(), ExitStack() as stack:
                 if not self._lockstep:
-                    stack.enter_context(_fused_gelu(self.model))
+                    stack.enter_context(fused_gelu(self.model))
                 if self.shares_prefixes:
                     stack.enter_context(own_attention(self.model))
                 yield
@@ -427,54 +443,6 @@ class Scorer(TemplateLM):  # type: ignore[misc]
             for step in steps:
                 yield step
                 bar.update()
-
-
-class _TanhGelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        """x * (1 + tanh(u)) / 2 = x * sigmoid(2u). On a CPU torch's sigmoid takes a fifth of its tanh (2026-11-23)."""
-        if x.device.type != "cpu" or x.dtype != torch.float32:
-            return nn.functional.gelu(x, approximate="tanh")
-        double_u = x.square().mul_(0.044715).add_(1).mul_(x).mul_(2 * math.sqrt(2 / math.pi))
-        return double_u.sigmoid_().mul_(x)
-
-
-@contextmanager
-def _only_at(positions: Tensor, module: nn.Module | None) -> Iterator[None]:
-    """Runs a position-wise module [B, S, D] -> [B, S, D] at these positions of [B * S] only; zeros elsewhere."""
-    if module is None:
-        yield
-        return
-    shapes: list[torch.Size] = []
-
-    def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shapes.append(inputs[0].shape)
-        return (inputs[0].flatten(0, 1)[positions][None],)
-
-    def spread(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        full = output.new_zeros(shapes.pop())
-        full.view(-1, full.shape[-1])[positions] = output[0]
-        return full
-
-    hooks = [module.register_forward_pre_hook(select), module.register_forward_hook(spread)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def _fused_gelu(model: nn.Module) -> Iterator[None]:
-    """GPT-2's tanh-GELU with fewer and cheaper kernels than transformers' eight element-wise ones, 1e-7 apart."""
-    swapped = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
-               if type(child).__name__ == "NewGELUActivation"]
-    for parent, name, _ in swapped:
-        setattr(parent, name, _TanhGelu())
-    try:
-        yield
-    finally:
-        for parent, name, child in swapped:
-            setattr(parent, name, child)
 
 
 def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:

@@ -42,6 +42,18 @@ def summarise(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tup
     return value, _jackknife(values, aggregation), [float(x) for x in values if isinstance(x, (int, float))]
 
 
+def losses(values: Sequence[Any], aggregation: Callable[[Any], float], higher_is_better: bool) -> list[float]:
+    """Per item, a number of 0 or more whose sum orders models on equal items as the metric does, lower is better:
+    nats of a perplexity, 1 - x of an accuracy. ValueError where a metric is no mean over its items."""
+    if aggregation in (lm_eval_metrics.weighted_perplexity, lm_eval_metrics.bits_per_byte):
+        return [-float(x) for x, _ in values]
+    if aggregation is lm_eval_metrics.perplexity:
+        return [-float(x) for x in values]
+    if aggregation is not lm_eval_metrics.mean:
+        raise ValueError(f"racing needs a metric that is a mean over items, got the aggregation {aggregation}")
+    return [1 - float(x) if higher_is_better else float(x) for x in values]
+
+
 def _stderr(values: Sequence[float]) -> float | None:
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 

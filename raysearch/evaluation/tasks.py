@@ -277,7 +277,7 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Item]]:
                 row = json.loads(line.strip())
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number}: not JSON, {error.msg} at column {error.colno}; got "
-                                 f"{line.strip()!r:.80}") from error
+                                 f"{line.strip()!r:.80}; mend or remove the line") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: must be a JSON object; got {line.strip()!r:.80}")
             yield number, row

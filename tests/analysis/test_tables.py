@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from synthetic_study import SyntheticStudy
 
+from analysis.candidates import frontier
 from analysis.load import load
 from analysis.tables import aligned, describe_config, human_bytes, human_count, results_table, with_stderr
 
@@ -76,3 +77,15 @@ def test_words(frame: pd.DataFrame) -> None:
 def test_unknown_format(frame: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match="format must be table, json or csv, got 'xml'"):
         results_table(frame, "xml")
+
+
+def test_a_raced_candidate_is_marked_and_never_on_the_frontier(frame: pd.DataFrame) -> None:
+    best = frontier(frame, "selection").iloc[0]
+    raced = frame.copy()
+    raced.loc[raced["key"] == best["key"], "dominated_by"] = "rival"
+    raced.attrs = frame.attrs
+    assert best["key"] not in set(frontier(raced, "selection")["key"])
+    assert len(frontier(raced, "selection"))
+    text = results_table(raced)
+    assert "~ dominated: scoring stopped early" in text
+    assert "~ dominated" not in results_table(frame)

@@ -11,7 +11,7 @@ from test_scorer import assert_same, choices, pair
 from tiny_models import story, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.evaluation import Scorer
+from raysearch.evaluation import Scorer, graphs
 from raysearch.evaluation.generation import Slots
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -43,6 +43,45 @@ def test_scores_equal_lm_eval_and_the_cpu(family: str, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
+def test_graphs_score_what_eager_batches_score(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "HOST_BOUND", 0.0)  # every shape is captured at its second batch
+    model = tiny_model(family).cuda()
+    requests = choices(0) + choices(1) + [pair(story(n)[:50], story(n)[50:52]) for n in range(6)]
+    eager = Scorer(model, tokenizer, batch_tokens=512, graphs=False)
+    scorer = Scorer(model, tokenizer, batch_tokens=512)
+    assert scorer._graphs is not None
+    for _ in range(4):
+        assert_same(scorer.loglikelihood(requests), eager.loglikelihood(requests))
+    num_captured = scorer._graphs.num_captured
+    assert num_captured == len(scorer._graphs._seen)
+    assert num_captured > 1
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.7)  # in place, as the engine does: the graphs stay
+    assert_same(scorer.loglikelihood(requests), eager.loglikelihood(requests))
+    assert scorer._graphs.num_captured == num_captured
+
+
+def test_replaced_modules_and_moved_weights_drop_the_graphs(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "HOST_BOUND", 0.0)
+    model = tiny_model("gpt2").cuda()
+    scorer, requests = Scorer(model, tokenizer, batch_tokens=512), choices(0)
+    before = [scorer.loglikelihood(requests) for _ in range(2)]
+    assert scorer._graphs is not None
+    assert scorer._graphs.num_captured
+    wide = model.transformer.h[0].mlp.c_fc
+    replaced = torch.nn.Linear(32, 128).cuda()
+    replaced.weight.data, replaced.bias.data = wide.weight.data.T.contiguous(), wide.bias.data.clone()
+    model.transformer.h[0].mlp.c_fc = replaced  # what sparsify_for_inference does
+    for _ in range(3):
+        assert_same(scorer.loglikelihood(requests), before[0])
+    replaced.weight.data = replaced.weight.data * 2
+    changed = Scorer(model, tokenizer, batch_tokens=512, graphs=False).loglikelihood(requests)
+    assert max(abs(a[0] - b[0]) for a, b in zip(changed, before[0])) > 1e-3
+    assert_same(scorer.loglikelihood(requests), changed)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
 def test_graphs_generate_what_eager_steps_and_lm_eval_generate(family: str, tokenizer: Any,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family).cuda()
@@ -60,7 +99,7 @@ def test_graphs_generate_what_eager_steps_and_lm_eval_generate(family: str, toke
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
 def test_a_batch_never_waits_for_the_gpu(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    scorer = Scorer(tiny_model(family).cuda(), tokenizer, batch_tokens=512)
+    scorer = Scorer(tiny_model(family).cuda(), tokenizer, batch_tokens=512, graphs=False)  # a capture may wait
     expected = scorer.loglikelihood(choices(0))  # kernels are loaded
     score_batch: Callable[..., torch.Tensor] = Scorer._score_batch
 
