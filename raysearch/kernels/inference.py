@@ -40,9 +40,9 @@ def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tenso
 class SparseLinear(nn.Module):
     """A linear layer [O, K] that runs, for each number of tokens, on the backend that was chosen for it.
 
-    The choice depends on shapes alone and nothing waits for the device, so CUDA graphs can hold it. Where dense won, it
-    keeps the dense weight too; without one it multiplies slab by slab. Without `choices` it takes, untimed, the first
-    backend that fits, anew on every device that it is moved to.
+    The choice depends on shapes alone and nothing waits for the device, so CUDA graphs can hold it. Where dense won, or a
+    chosen backend does not take every number of tokens, it keeps the dense weight too; without one it multiplies slab by
+    slab. Without `choices` it takes, untimed, the first backend that fits, anew on every device that it is moved to.
     """
 
     def __init__(self, weight: SparseWeight, bias: Tensor | None, choices: dict[int, Choice] | None = None,
@@ -81,7 +81,16 @@ class SparseLinear(nn.Module):
     def _choice(self, num_tokens: int) -> Choice:
         """Of the smallest decided number of tokens that is not exceeded, else of the largest."""
         bucket = token_bucket(num_tokens)
-        return next((choice for tokens, choice in self.choices.items() if bucket <= tokens), [*self.choices.values()][-1])
+        choice = next((choice for tokens, choice in self.choices.items() if bucket <= tokens), [*self.choices.values()][-1])
+        if bucket in self.choices or self.dense is None or takes(choice, self.sparse, bucket):
+            return choice
+        return Choice(backend="dense")  # nobody timed so many tokens, and the backend or its variant is not for them
+
+
+def takes(choice: Choice, weight: SparseWeight, num_tokens: int) -> bool:
+    """Whether the chosen backend has this variant for so many tokens."""
+    return choice.backend == "dense" or choice.variant in BACKENDS[choice.backend].variants(
+        weight, weight.values.dtype, weight.values.device, num_tokens)
 
 
 def untimed(weight: SparseWeight) -> dict[int, Choice]:
@@ -203,7 +212,8 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
                 layer.choices[tokens] = choice.model_copy(update={"backend": "dense", "variant": 0})
         used = {choice.backend for choice in layer.choices.values()}
         layer.packed = {name: packed for name, packed in layer.packed.items() if name in used}
-        if "dense" not in used:
+        if "dense" not in used and all(takes(choice, layer.sparse, tokens) for choice in layer.choices.values()
+                                       for tokens in (1, FEW_TOKENS, MANY_TOKENS)):
             layer.dense = None
         setattr(parent, attribute, layer if layer.packed else module)
 
