@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +18,16 @@ from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
 MIN_SPARSITY = 0.3
 """Below it no layout is smaller than the dense one, and nothing is timed."""
 FEW_TOKENS, MANY_TOKENS = 16, 4096
-SLAB_ROWS = 1024
-"""Outputs that a product without a sparse kernel makes dense at a time."""
 
 
 def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times W[O, K]^T plus bias, by dense products of SLAB_ROWS outputs at a time: exact, anywhere, and without
+    """x [..., K] times W[O, K]^T plus bias, by dense products of 1,024 outputs at a time: exact, anywhere, and without
     the whole dense matrix. What `sparsify_for_inference` puts into a model is faster. ValueError for other inputs."""
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.values.dtype or x.device != weight.values.device:
         raise ValueError(f"x must be [..., {weight.shape[1]}] in {weight.values.dtype} on {weight.values.device} for this "
                          f"weight, got {tuple(x.shape)} in {x.dtype} on {x.device}")
     parts = []
-    for start, stop, value in weight.slabs(SLAB_ROWS):
+    for start, stop, value in weight.slabs:
         slab = weight.slab(start, stop, value)
         first = start * weight.block
         parts.append(nn.functional.linear(x, slab, None if bias is None else bias[first:first + len(slab)]))
@@ -62,9 +59,9 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         """What `.to()`, `.cuda()` and `.float()` do: the kept weights move, and are packed again."""
         super()._apply(fn, recurse)
-        values = fn(self.sparse.values)
-        if values.device != self.sparse.values.device or values.dtype != self.sparse.values.dtype:
-            self._use(replace(self.sparse, values=values), None)
+        moved = self.sparse.moved(fn)
+        if moved.values.device != self.sparse.values.device or moved.values.dtype != self.sparse.values.dtype:
+            self._use(moved, None)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

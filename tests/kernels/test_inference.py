@@ -37,7 +37,7 @@ def sparse_layers(model: Any) -> list[SparseLinear]:
 
 @pytest.mark.parametrize("pattern", [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 64)])
 def test_linear_multiplies_slab_by_slab(pattern: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "SLAB_ROWS", 64)
+    monkeypatch.setattr("raysearch.kernels.weight.SLAB_ROWS", 64)
     mask = mask_of(*pattern, (300, 200), 0.5)
     dense, bias, x = torch.where(mask, torch.randn(300, 200), 0), torch.randn(300), torch.randn(7, 200)
     weight = compress(dense, mask, *pattern)
