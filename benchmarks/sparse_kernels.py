@@ -1,8 +1,8 @@
 """The sparse kernels against dense and torch's own, on a grid of layers.
 
-    python benchmarks/kernels.py --cases must --out kernels.json      # the rows of issue 5, on a GPU
-    python benchmarks/kernels.py --cases grid --out kernels.json
-    python benchmarks/kernels.py --cases cpu --out kernels_cpu.json   # one core
+    python benchmarks/sparse_kernels.py --cases must --out kernels.json      # the rows of issue 5, on a GPU
+    python benchmarks/sparse_kernels.py --cases grid --out kernels.json
+    python benchmarks/sparse_kernels.py --cases cpu --out kernels_cpu.json   # one core
 
 Progress goes to stderr; prints one JSON line, and writes all records to --out.
 """
@@ -29,20 +29,20 @@ def main() -> None:
     def echo(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    found = {"benchmark": "kernels", "cases": options.cases}
+    dtype = torch.float32 if options.cases == "cpu" else torch.bfloat16
+    found = {"benchmark": "kernels", "cases": options.cases, **benchmark.header(device, dtype)}
     if options.cases == "model":
-        found |= benchmark.header(device, torch.bfloat16) | benchmark.whole_model(device)
-    elif options.cases == "cpu":
-        torch.set_num_threads(1)
-        records = []
-        for case in benchmark.CPU:
-            dtype = torch.float32 if case.block == 1 else torch.bfloat16
-            records += benchmark.run_grid([case], device, dtype, echo)
-        found |= benchmark.header(device, torch.float32) | {"records": records}
+        found |= benchmark.whole_model(device)
     else:
-        cases = benchmark.MUST if options.cases == "must" else benchmark.GRID
-        records = benchmark.run_grid(cases, device, torch.bfloat16, echo)
-        found |= benchmark.header(device, torch.bfloat16) | {"records": records}
+        torch.set_num_threads(1 if options.cases == "cpu" else torch.get_num_threads())
+        cases = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}[options.cases]
+        records: list[dict[str, object]] = []
+        for case in cases:
+            kind = torch.float32 if options.cases == "cpu" and case.block == 1 else torch.bfloat16
+            records += benchmark.run_grid([case], device, kind, echo)
+            found["records"] = records
+            if options.out:  # after every case, for a run that is cut off
+                options.out.write_text(json.dumps(found, indent=1))
     if options.out:
         options.out.write_text(json.dumps(found, indent=1))
     if "records" in found:

@@ -47,10 +47,10 @@ MUST = (
 """The cases of issue 5."""
 GRID = tuple(
     Case(shape, pattern, block, sparsity, (1, 4, 16, 256, 4096, 32768) if shape[0] * shape[1] < 4e7 else (1, 4, 16, 256, 4096))
-    for shape in SIZES
     for pattern, block, sparsity in (("unstructured", 1, 0.5), ("unstructured", 1, 0.7), ("unstructured", 1, 0.9),
-                                     ("2:4", 1, 0.5), ("block", 16, 0.9), ("block", 32, 0.9), ("block", 64, 0.8),
-                                     ("block", 64, 0.9), ("block", 128, 0.9)))
+                                     ("2:4", 1, 0.5), ("block", 64, 0.9), ("block", 32, 0.9), ("block", 128, 0.9),
+                                     ("block", 64, 0.8), ("block", 16, 0.9))
+    for shape in SIZES)
 CPU = (Case((3072, 768), "unstructured", 1, 0.9, (64,)), Case((4096, 4096), "unstructured", 1, 0.9, (64, 512)),
        Case((3072, 768), "block", 32, 0.9, (512,)), Case((4096, 4096), "block", 32, 0.9, (512,)))
 
