@@ -13,6 +13,8 @@ from raysearch.ledger import Ledger, RoundRecord, hash_json
 from raysearch.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
+START_LIMIT_S = 600.0
+"""Shortest timeout of the process group: its ranks also wait for each other's imports."""
 # what changes no number of a candidate: where things lie, and how many run at once on what
 NOT_IN_KEY = {"model", "corpus", "data_dir", "objective", "size", "num_trials", "max_concurrent", "time_budget_s",
               "round_limit_s", "zero_stage", "num_ranks", "gpus_per_rank", "cpus_per_rank"}
@@ -68,7 +70,7 @@ class Bench:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
                              batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
-                             weight_decay=study.weight_decay, timeout_s=study.round_limit_s)
+                             weight_decay=study.weight_decay, timeout_s=max(study.round_limit_s, START_LIMIT_S))
         tokenizer = load_tokenizer(study.model)
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,

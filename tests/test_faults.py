@@ -211,7 +211,7 @@ finetune = round.finetune
 def wait_for_godot():
     time.sleep(3600)
 def stuck(bench, action):
-    if bench.engine.rank == bench.engine.world_size - 1 and action.sparsity == 0.5:  # only trial 1's
+    if bench.engine.rank == bench.engine.world_size - 1 and action.sparsity == 0.25:  # only trial 1's
         wait_for_godot()
     return finetune(bench, action)
 round.finetune = stuck
@@ -236,7 +236,7 @@ OUT_OF_MEMORY = """
 import torch
 finetune = round.finetune
 def greedy(bench, action):
-    if action.sparsity == 0.5:
+    if action.sparsity == 0.25:
         torch.empty(1 << 50)  # a petabyte: the allocator refuses for real
     return finetune(bench, action)
 round.finetune = greedy
