@@ -16,13 +16,6 @@ constexpr int WARPS = 32;
 __device__ float low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ float high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 
-// Starts to bring [from, to) from device memory into L2; both ends are rounded down to 16 bytes.
-__device__ void prefetch(const void* from, const void* to) {
-  const uintptr_t start = reinterpret_cast<uintptr_t>(from) & ~uintptr_t(15);
-  const uint32_t bytes = (reinterpret_cast<uintptr_t>(to) - start) & ~uintptr_t(15);
-  if (bytes) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(start), "r"(bytes) : "memory");
-}
-
 // T tokens: 1 (as fp32), 2, 4, 8 (as pairs of bf16), or 16 (two planes of 8).
 template <int T>
 __global__ void __launch_bounds__(32 * WARPS, 1)
@@ -36,24 +29,6 @@ decode(const int* __restrict__ starts, const uint4* __restrict__ values, const u
   const int span = chunk * chunks_per_block, first = blockIdx.x * span;
   const int* at = starts + (blockIdx.y * gridDim.x + blockIdx.x) * chunks_per_block;
   const int begin = at[0], end = at[chunks_per_block];
-  if (threadIdx.x == 0) prefetch(values + size_t(begin) * 32, values + size_t(end) * 32);
-  if (threadIdx.x == 32) prefetch(offsets + size_t(begin) * 32, offsets + size_t(end) * 32);
-  if (threadIdx.x == 64) prefetch(bases + size_t(begin) * 32, bases + size_t(end) * 32);
-  constexpr int AHEAD = T <= 2 ? 2 : 1;  // octets that a lane holds while the next ones are on their way
-  uint4 v[AHEAD];
-  uint2 offset[AHEAD];
-  int base[AHEAD], octet = begin + warp;
-  auto read = [&]() {
-#pragma unroll
-    for (int a = 0; a < AHEAD; a++) {
-      v[a] = make_uint4(0, 0, 0, 0), offset[a] = make_uint2(0, 0), base[a] = first;
-      if (octet + a * WARPS < end) {
-        const size_t index = size_t(octet + a * WARPS) * 32 + lane;
-        v[a] = __ldcs(values + index), offset[a] = __ldcs(offsets + index), base[a] = __ldcs(bases + index);
-      }
-    }
-  };
-  read();
   for (int j = threadIdx.x; j < span / 8 * PLANES; j += 32 * WARPS) {  // 8 inputs of the tokens of one plane
     const int plane = j / (span / 8), k = j % (span / 8) * 8;
     uint4 token[PER_PLANE];
@@ -104,16 +79,21 @@ decode(const int* __restrict__ starts, const uint4* __restrict__ values, const u
       add(i % 2 ? high(pairs[i / 2]) : low(pairs[i / 2]), from + place * WORDS);
     }
   };
-  while (octet < end) {
-    uint4 v_now[AHEAD];
-    uint2 offset_now[AHEAD];
-    int base_now[AHEAD];
+  constexpr int AHEAD = T <= 2 ? 4 : 2;  // octets of a lane on their way at once
+  for (int i = begin + warp; i < end; i += AHEAD * WARPS) {
+    uint4 v[AHEAD];
+    uint2 offset[AHEAD];
+    int base[AHEAD];
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++) v_now[a] = v[a], offset_now[a] = offset[a], base_now[a] = base[a];
-    octet += AHEAD * WARPS;
-    read();
+    for (int a = 0; a < AHEAD; a++) {
+      v[a] = make_uint4(0, 0, 0, 0), offset[a] = make_uint2(0, 0), base[a] = first;
+      if (i + a * WARPS < end) {
+        const size_t index = size_t(i + a * WARPS) * 32 + lane;
+        v[a] = __ldcs(values + index), offset[a] = __ldcs(offsets + index), base[a] = __ldcs(bases + index);
+      }
+    }
 #pragma unroll
-    for (int a = 0; a < AHEAD; a++) add_octet(v_now[a], offset_now[a], base_now[a]);
+    for (int a = 0; a < AHEAD; a++) add_octet(v[a], offset[a], base[a]);
   }
 
   __syncthreads();
