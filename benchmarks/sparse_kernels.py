@@ -29,8 +29,7 @@ def main() -> None:
     def echo(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    dtype = torch.float32 if options.cases == "cpu" else torch.bfloat16
-    found = {"benchmark": "kernels", "cases": options.cases, **benchmark.header(device, dtype)}
+    found = {"benchmark": "kernels", "cases": options.cases, **benchmark.header(device)}
     if options.cases == "model":
         found |= benchmark.whole_model(device)
     else:
@@ -38,8 +37,7 @@ def main() -> None:
         cases = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}[options.cases]
         records: list[dict[str, object]] = []
         for case in cases:
-            kind = torch.float32 if options.cases == "cpu" and case.block == 1 else torch.bfloat16
-            records += benchmark.run_grid([case], device, kind, echo)
+            records += benchmark.run_grid([case], device, echo)
             found["records"] = records
             if options.out:  # after every case, for a run that is cut off
                 options.out.write_text(json.dumps(found, indent=1))

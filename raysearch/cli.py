@@ -260,6 +260,56 @@ def evaluate(
 
 
 @app.command()
+def kernels(
+    model: Annotated[str, typer.Argument(help="Model or deployment folder.")],
+    tokens: Annotated[str, typer.Option(help="Tokens per forward, comma-separated.")] = "1,4096",
+) -> None:
+    """Which sparse kernel each layer runs on, how much faster than dense, and what the whole model gains."""
+    from analysis.tables import aligned
+    from raysearch.export import open_model
+    from raysearch.kernels import sparsify_for_inference
+
+    if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
+        raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
+    found = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")])
+    header = ["layer", "shape", "pattern", "sparsity", "tokens", "backend", "dense us", "sparse us", "ratio", "share of time"]
+    dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in found.layers) for count in found.model_ratio}
+    rows = [[layer.name, f"{layer.shape[0]}x{layer.shape[1]}", layer.pattern, f"{layer.sparsity:.3f}", str(count),
+             f"{choice.backend} {choice.variant}" if choice.variant else choice.backend, f"{choice.dense_us:.1f}",
+             "" if choice.sparse_us is None else f"{choice.sparse_us:.1f}", f"{choice.ratio:.2f}",
+             f"{(choice.dense_us or 0) / dense_us[count]:.1%}"]
+            for layer in found.layers for count, choice in sorted(layer.choices.items())]
+    cut = found.compaction
+    echo(f"compaction: {cut.num_units} MLP units and {cut.num_heads} heads were dead, {cut.num_parameters:,} parameters")
+    echo(aligned(header, rows, left=["layer", "pattern", "backend"]).rstrip() if rows else "no layer is sparse enough to try")
+    for count, ratio in found.model_ratio.items():
+        echo(f"whole forward, {count} tokens: " + (f"{ratio:.2f} times dense" if ratio > 1 else "stays dense"))
+    echo(f"tuning took {found.tuning_s:.1f} s; decisions are kept")
+
+
+@app.command()
+def bench_kernels(
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    cases: Annotated[str, typer.Option(help="must, grid or cpu.")] = "must",
+) -> None:
+    """Time every sparse kernel against dense, and against torch's own, on this machine."""
+    from json import dumps
+
+    import torch
+
+    from raysearch.kernels import benchmark
+
+    groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
+    if cases not in groups:
+        raise ValueError(f"--cases must be one of {', '.join(groups)}, got {cases!r}")
+    if cases != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--cases {cases} needs a CUDA GPU, and torch sees none here; --cases cpu needs none")
+    device = torch.device("cpu" if cases == "cpu" else "cuda")
+    found = benchmark.header(device) | {"records": benchmark.run_grid(groups[cases], device, echo)}
+    out.write_text(dumps(found, indent=1))
+
+
+@app.command()
 def tasks() -> None:
     """The tasks, with everything that is pinned: prompt, target, shots, metrics, normalisation."""
     from raysearch.evaluation import describe_tasks

@@ -215,3 +215,30 @@ def test_evaluate_takes_sparse_kernels_when_asked(run: Run, tiny_model: Path, st
     assert found["auto"]["results"] == found["dense"]["results"]
     code, _, err = run(*command, "--backend", "sparse")
     assert (code, err.strip().splitlines()[-1].endswith("backend must be auto or dense, got 'sparse'")) == (2, True)
+
+
+def test_kernels_shows_what_every_layer_runs_on(run: Run, tiny_model: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".h." in name:
+            parameter.data[parameter.abs() < parameter.abs().flatten().quantile(0.9)] = 0
+    model.save_pretrained(tmp_path / "given")
+    code, out, err = run("kernels", tmp_path / "given", "--tokens", "16,64")
+    assert code == 0, err
+    assert out.count("transformer.h.") == 2 * 4 * 2  # layers of 2 blocks, each at 16 and at 64 tokens
+    assert "whole forward, 16 tokens: " in out
+    assert "ratio" in out
+    assert len(json.loads((tmp_path / "cache" / "kernels" / "decisions.json").read_text())) >= 4
+    code, out, err = run("kernels", tiny_model)
+    assert (code, "no layer is sparse enough to try" in out) == (0, True), err
+    assert "--tokens must be whole numbers of 1 or more, comma-separated, got '4,x'" in run(
+        "kernels", tiny_model, "--tokens", "4,x")[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
+def test_bench_kernels_needs_a_gpu_or_asks_for_none(run: Run, tmp_path: Path) -> None:
+    refused(run("bench-kernels", "--out", "x.json"), "--cases must needs a CUDA GPU, and torch sees none here", tmp_path)
+    refused(run("bench-kernels", "--out", "x.json", "--cases", "all"), "--cases must be one of must, grid, cpu, got 'all'",
+            tmp_path)

@@ -65,9 +65,9 @@ def random_mask(case: Case, device: torch.device) -> Tensor:
     return kept.repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)[:rows, :columns].contiguous()
 
 
-def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+def run_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """One record for each number of tokens; times in microseconds, ratios to dense."""
-    mask = random_mask(case, device)
+    mask, dtype = random_mask(case, device), torch.float32 if device.type == "cpu" and case.block == 1 else torch.bfloat16
     weight = torch.where(mask, torch.randn(case.shape, device=device) / case.shape[1] ** 0.5, 0).to(dtype)
     layer = Copies(compress(weight, mask, case.pattern, case.block))
     dense = layer.dense()
@@ -93,7 +93,8 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[d
         peer_us = {name: us for (name, _), us in zip(peers, medians[1 + len(candidates):])}
         yield {
             "outputs": case.shape[0], "inputs": case.shape[1], "pattern": case.pattern, "block": case.block,
-            "sparsity": case.sparsity, "num_tokens": num_tokens, "dense_us": medians[0],
+            "sparsity": case.sparsity, "dtype": str(dtype).removeprefix("torch."), "num_tokens": num_tokens,
+            "dense_us": medians[0],
             "best": None if best is None else f"{candidates[best][0]} {candidates[best][1]}",
             "sparse_us": None if best is None else ours[best], "ratio": None if best is None else medians[0] / ours[best],
             "error": max(errors, default=None), "dispatched": winner,
@@ -119,10 +120,9 @@ def whole_model(device: torch.device, num_tokens: int = 16384) -> dict[str, Any]
             "compact_us": times[1], "ratio": times[0] / times[1]}
 
 
-def header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def header(device: torch.device) -> dict[str, Any]:
     """What every number depends on."""
-    found = {"date": datetime.date.today().isoformat(), "device": device_name(device), "torch": torch.__version__,
-             "dtype": str(dtype).removeprefix("torch.")}
+    found = {"date": datetime.date.today().isoformat(), "device": device_name(device), "torch": torch.__version__}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
     else:
@@ -182,13 +182,13 @@ def _peers(case: Case, weight: Tensor, num_tokens: int) -> Iterator[tuple[str, C
                 yield f"torch BSR {meta}", functools.partial(product, **meta)
 
 
-def run_grid(cases: Sequence[Case], device: torch.device, dtype: torch.dtype,
-             echo: Callable[[str], None]) -> list[dict[str, Any]]:
-    """All records, each echoed as one line when it is there."""
+def run_grid(cases: Sequence[Case], device: torch.device, echo: Callable[[str], None]) -> list[dict[str, Any]]:
+    """All records, each echoed as one line when it is there: bf16 on a GPU; on a CPU bf16 blocks and fp32 weights, with as
+    many threads as torch uses."""
     records = []
     warnings.filterwarnings("ignore", message=".*semi.structured.*")
     for case in cases:
-        for record in run_case(case, device, dtype):
+        for record in run_case(case, device):
             records.append(record)
             best = "no backend" if record["ratio"] is None else f"{record['best']} {record['ratio']:.2f}x"
             peers = ", ".join(f"{name.partition('{')[0].strip()} {record['dense_us'] / us:.2f}x"
