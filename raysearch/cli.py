@@ -144,7 +144,7 @@ def plan(
     from raysearch.plan import describe_plan, make_plan
 
     echo("measuring one short round on this machine ...")
-    echo(describe_plan(make_plan(space, out or default_directory(space))))
+    echo(describe_plan(make_plan(space, out or default_directory(space), echo)))
 
 
 @app.command()

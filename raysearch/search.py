@@ -28,6 +28,7 @@ from typing import Any
 
 import optuna
 import ray
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -38,6 +39,8 @@ from analysis.frontier import pareto_front
 from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json
+from raysearch.model import model_size
+from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
 from raysearch.trial import Job, PruneTrial, gang_resources
@@ -88,6 +91,8 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
     sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     ledger = Ledger(directory)
     started = time.monotonic()
+    recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
+    study = placed(study, recorded, echo)
     with ledger.lock():
         attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance("cpu")))
@@ -154,10 +159,46 @@ def stopping_on_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def start_ray(study: Study) -> None:
-    """Connects to the cluster of RAY_ADDRESS or starts a local one, and checks that one gang fits into it."""
+def placed(study: Study, recorded: Study | None, echo: Callable[[str], None]) -> Study:
+    """The study with `auto` ranks and stage decided: as in its record, where it has one, else by what fits the GPUs."""
+    auto = [name for name in ("num_ranks", "zero_stage") if getattr(study, name) == "auto"]
+    if not auto:
+        return study
+    if recorded is not None:
+        chosen = {name: getattr(recorded, name) for name in auto}
+    elif not study.gpus_per_rank:
+        chosen = {name: {"num_ranks": 1, "zero_stage": 0}[name] for name in auto}
+        echo("placement   on processors auto is one rank at ZeRO-0")
+    else:
+        placement = place(study, model_size(study.model), *gpu_memory())
+        chosen = {name: getattr(placement, name) for name in auto}
+        echo("placement   " + placement.arithmetic.replace("\n", "\n          "))
+    return study.model_copy(update=chosen)
+
+
+def gpu_memory() -> tuple[int, int]:
+    """(bytes of one GPU, number of GPUs): of the cluster of RAY_ADDRESS, else of this machine."""
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS") or not torch.cuda.is_available():
+        connect_ray()
+    if not ray.is_initialized():
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not num_gpus:
+        raise ValueError("num_ranks and zero_stage: auto needs a GPU to measure while gpus_per_rank is above 0, and there is "
+                         "none; give both as numbers, or gpus_per_rank 0")
+    measure = ray.remote(num_gpus=1, num_cpus=0)(lambda: torch.cuda.get_device_properties(0).total_memory)
+    return ray.get(measure.remote()), num_gpus
+
+
+def connect_ray() -> None:
+    """Connects to the cluster of RAY_ADDRESS or starts a local one."""
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True)
+
+
+def start_ray(study: Study) -> None:
+    """Connects, and checks that one gang fits into the cluster."""
+    connect_ray()
     have = ray.cluster_resources()
     for name, need in (("CPU", study.cpus_per_rank), ("GPU", study.gpus_per_rank)):
         if need * study.num_ranks > have.get(name, 0):
