@@ -112,7 +112,8 @@ def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str
     noise = [difference(trials[batch_size].answers, trial.answers) for trial in trials.values()]
     if options.baseline_s is not None:
         affordable = int(options.baseline_s * num_trial_items / trials[batch_size].seconds)
-        options.limit = max(2, min(options.limit, affordable))
+        task, = load_tasks([options.task], data_dir=options.data_dir, limit=options.limit)
+        options.limit = max(2, min(options.limit, affordable, len(task.dataset["test"])))
         options.chunk = -(-options.limit // 2)
     seconds = {"lm_eval": 0.0, "raysearch": 0.0}
     cpu_seconds, peak_bytes = dict(seconds), {"lm_eval": 0, "raysearch": 0}

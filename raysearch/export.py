@@ -19,7 +19,7 @@ from raysearch.kernels import SparseLinear, SparseWeight
 from raysearch.kernels.inference import linear_layers
 from raysearch.ledger import Ledger, RoundRecord, StudyRecord, TrialRecord, file_sha256, new_directory, write_json
 from raysearch.model import from_config, load_model, load_tokenizer, prunable_parameters
-from raysearch.weights import read_sparse, read_weights, write_weights
+from raysearch.weights import read_sparse, read_weights, to_store, write_weights
 
 COMPRESSED = "compressed.safetensors"
 
@@ -52,7 +52,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
             model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-            write_weights(folder / COMPRESSED, dict(model.named_parameters()), prunable)
+            write_weights(folder / COMPRESSED, {name: to_store(parameter, name in prunable)
+                                                for name, parameter in model.named_parameters()})
         trial = next((t for t in ledger.trials() if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
                                                      ledger.report_metrics(study.root_key), format))

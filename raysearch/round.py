@@ -18,6 +18,7 @@ from raysearch.bench import Bench
 from raysearch.config import Action, Metric, Study, TrialConfig
 from raysearch.engine import Engine, learning_rate_at
 from raysearch.evaluation import Evaluation
+from raysearch.kernels import SparseWeight
 from raysearch.ledger import (
     FILE_MODE,
     Ledger,
@@ -33,7 +34,7 @@ from raysearch.provenance import provenance, utc_now
 from raysearch.pruning.criteria import moments, std_threshold
 from raysearch.pruning.schedule import resolve_schedule
 from raysearch.pruning.selection import keep_masks, num_to_prune, row_masks, threshold_masks
-from raysearch.weights import read_weights, stored_bytes, write_weights
+from raysearch.weights import read_weights, stored_bytes, to_store, write_weights
 
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 LOSS_CHECK_STEPS = 50
@@ -186,12 +187,11 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
 
 def store_weights(bench: Bench, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
-    weights = {name: bench.engine.full(name).cpu() for name in bench.engine.shapes}
-    path, prunable = bench.ledger.weights_path(record.key), {p.name for p in bench.engine.prunables}
+    weights, path = candidate_weights(bench), bench.ledger.weights_path(record.key)
 
     def write() -> None:
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        sha256 = write_weights(aside, weights, prunable)
+        sha256 = write_weights(aside, weights)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
         aside.chmod(FILE_MODE)
@@ -199,6 +199,17 @@ def store_weights(bench: Bench, record: RoundRecord) -> None:
         write_json(path.parent / "record.json", record.model_copy(update={"weights_sha256": sha256}).model_dump(mode="json"))
 
     bench.engine.from_rank_0(lambda: persist(path, write))
+
+
+def candidate_weights(bench: Bench) -> dict[str, Tensor | SparseWeight]:
+    """The engine's weights as they are stored, on rank 0: gathered and compressed one by one, on the engine's device."""
+    engine, prunable = bench.engine, {p.name for p in bench.engine.prunables}
+    weights = {}
+    for name in engine.shapes:
+        whole = engine.full(name)  # collective
+        if engine.rank == 0:
+            weights[name] = to_store(whole, name in prunable)
+    return weights
 
 
 def train_candidate(bench: Bench, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
@@ -309,14 +320,14 @@ def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Acti
     """Counts the engine's weights and writes the round's folder: weights, record and, for later races, losses."""
     engine, weighed = bench.engine, weigh(bench)
     nonzero = weighed.nonzero
-    weights = {name: engine.full(name).cpu() for name in engine.shapes} if action else {}
+    weights = candidate_weights(bench) if action else {}
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     prunable = {p.name for p in engine.prunables}
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
 
     def write() -> RoundRecord:
         with new_directory(bench.ledger.round_directory(key)) as folder:
-            sha256 = write_weights(folder / "weights.safetensors", weights, prunable) if action else None
+            sha256 = write_weights(folder / "weights.safetensors", weights) if action else None
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
                 num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,

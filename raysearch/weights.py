@@ -5,7 +5,7 @@ dense above 1 / (8 * itemsize) sparsity (6.25 % in 16 bits, 3.125 % in 32). Wher
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,22 +23,25 @@ def stored_bytes(num_weights: int, num_nonzero: int, itemsize: int) -> int:
     return min(num_weights * itemsize, (num_weights + 7) // 8 + num_nonzero * itemsize)
 
 
-def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[str]) -> str:
-    """Writes `tensors` to `path`, those named in `sparse` as bitmap and values, and returns the file's sha256.
+def to_store(tensor: Tensor, sparse: bool) -> Tensor | SparseWeight:
+    """What `write_weights` takes: on the CPU, and compressed, on the tensor's own device, where `sparse` and smaller."""
+    whole = tensor.detach().contiguous()
+    keep = whole != 0
+    if sparse and stored_bytes(whole.numel(), int(keep.sum()), whole.itemsize) < whole.nbytes:
+        return compress(whole, keep).moved(Tensor.cpu)
+    return whole.cpu()
 
-    Raises OSError when the disk refuses.
-    """
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> str:
+    """Writes what `to_store` made to `path` and returns the file's sha256. Raises OSError when the disk refuses."""
     out: dict[str, Tensor] = {}
-    shapes: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        keep = whole != 0
-        if name in sparse and stored_bytes(whole.numel(), int(keep.sum()), whole.itemsize) < whole.nbytes:
-            weight = compress(whole, keep)
-            out[f"{name}.bitmap"], out[f"{name}.values"] = weight.bits, weight.values.view(-1)
-            shapes[name] = list(whole.shape)
+        if isinstance(tensor, SparseWeight):
+            out[f"{name}.bitmap"], out[f"{name}.values"] = tensor.bits, tensor.values.view(-1)
+            shapes[name] = tensor.shape
         else:
-            out[name] = whole
+            out[name] = tensor
     try:
         save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
     except SafetensorError as error:
