@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import ray
@@ -36,9 +36,10 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
+from analysis.tables import human_bytes
 from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
-from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json, round_key
 from raysearch.model import model_size
 from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
@@ -46,6 +47,8 @@ from raysearch.round import resolve_actions
 from raysearch.trial import Job, PruneTrial, gang_resources
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
+Keep = Literal["frontier", "all", "none"]
+"""Whose weights stay when a study has ended: the frontier's on the selection split, everybody's, nobody's."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,10 @@ def space_hash(space: Space) -> str:
     return hash_json(ast.dump(tree))
 
 
-def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None]) -> SweepResult:
-    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent.
+def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None], *,
+          keep: Keep = "all") -> SweepResult:
+    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
+    weights that `keep` does not name.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
@@ -103,6 +108,8 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
         if searcher.has_work():
             start_ray(study)
             interrupted = run_tune(ledger, study, searcher)
+        if keep != "all" and not interrupted:
+            delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
     keys = {key for trial in trials for key in trial.keys}
     return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
@@ -417,6 +424,29 @@ def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
     on_front = pareto_front([getattr(r, study.size) for r in rounds],
                             [sign * r.metrics[study.objective].value for r in rounds])
     return [r.key for r, front in zip(rounds, on_front) if front]
+
+
+def delete_unneeded(ledger: Ledger, study: Study, keep: Keep, echo: Callable[[str], None]) -> None:
+    """Deletes the weights of candidates that `keep` does not name and from which no unfinished trial goes on."""
+    needed = set(frontier_keys(ledger, study)) if keep == "frontier" else set()
+    root_key = ledger.study().root_key
+    for trial in ledger.trials():
+        if trial.status == "running":
+            needed.add(last_finished(ledger, root_key, trial))
+    num_files, num_bytes = ledger.delete_weights(sorted(set(ledger.rounds()) - needed))
+    echo(f"--keep {keep}: deleted {num_files} files of weights, {human_bytes(num_bytes)}; records stay, and export computes "
+         "weights again")
+
+
+def last_finished(ledger: Ledger, root_key: str, trial: TrialRecord) -> str:
+    """Key of the candidate from which a trial that runs again goes on."""
+    key = root_key
+    for action in trial.actions:
+        following = round_key(key, action)
+        if ledger.round(following) is None:
+            return key
+        key = following
+    return key
 
 
 class Progress:

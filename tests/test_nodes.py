@@ -1,6 +1,8 @@
 """A cluster of several nodes on this machine, one raylet each: gangs across nodes, and a node that is killed."""
 
 import os
+import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,18 +18,23 @@ from test_search import ROOT, finish, sweep, write_space
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head without CPUs and three nodes of one CPU each; a gang of two ranks leaves one node free."""
+    """A head without CPUs and three nodes of one CPU each; a gang of two ranks leaves one node free.
+
+    Its files lie apart from /tmp/ray, where other processes would find it as this machine's latest cluster.
+    """
     inject(tmp_path, SLOW_ROUNDS, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short: it holds sockets
+    started = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": folder})
     for _ in range(3):
         started.add_node(num_cpus=1)
     yield started
     ray.shutdown()
     started.shutdown()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def node_of(cluster: Cluster, name: str) -> ray._private.node.Node | None:
