@@ -119,16 +119,19 @@ def sweep(
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total; a larger number extends.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
+    keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
     from raysearch.search import load_space
     from raysearch.search import sweep as run
 
+    if keep not in ("frontier", "all", "none"):
+        raise ValueError(f"--keep must be frontier, all or none, got {keep!r}")
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    result = run(space, out or default_directory(space), study, sample, echo)
+    result = run(space, out or default_directory(space), study, sample, echo, keep=keep)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:
@@ -144,7 +147,7 @@ def plan(
     from raysearch.plan import describe_plan, make_plan
 
     echo("measuring one short round on this machine ...")
-    echo(describe_plan(make_plan(space, out or default_directory(space))))
+    echo(describe_plan(make_plan(space, out or default_directory(space), echo)))
 
 
 @app.command()
@@ -222,9 +225,12 @@ def export(
     from analysis.pick import read_pick
     from raysearch.export import export as run
     from raysearch.ledger import Ledger
+    from raysearch.round import recover_weights
 
     picked = read_pick(pick_file)
-    echo(str(run(Ledger.open(picked.study_directory), picked.key, out, format)))
+    ledger = Ledger.open(picked.study_directory)
+    recover_weights(ledger, picked.key, echo)
+    echo(str(run(ledger, picked.key, out, format)))
 
 
 @app.command()

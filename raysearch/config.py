@@ -28,9 +28,11 @@ def parse(cls: type[FrozenT], data: dict[str, Any], where: str) -> FrozenT:
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
+        first, *others = error.errors()
         field = ".".join(str(part) for part in first["loc"])
         rule = first["msg"].removeprefix("Value error, ")
+        if alternatives := [other["msg"] for other in others if other["loc"][:1] == first["loc"][:1]]:  # of a union
+            field, rule = str(first["loc"][0]), " or ".join([rule, *alternatives])
         if first["type"] == "extra_forbidden":
             rule = f"no such field; the fields are {', '.join(cls.model_fields)}"
         given = f" (got {first['input']!r})" if field else ""
@@ -161,9 +163,10 @@ class Study(Frozen):
     how many items a dominated candidate is scored on depends on what was finished before it."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    num_ranks: int = Field(1, ge=1)
-    """Processes of one trial."""
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 0
+    num_ranks: int | Literal["auto"] = 1
+    """Processes of one trial. `auto`, here and for zero_stage: the smallest that fit the GPUs' memory (placement.py);
+    one rank at stage 0 on a CPU."""
     round_limit_s: float = Field(3600.0, gt=0)
     """A round that takes longer is taken for stuck: its gang is ended and started again, once, and then its trial fails
     with the stack of every rank."""
@@ -177,11 +180,14 @@ class Study(Frozen):
         if self.tasks and self.objective.partition("/")[0] not in self.tasks:
             raise ValueError(f"objective must be a metric of one of the tasks {', '.join(self.tasks)}, "
                              f"got {self.objective!r}")
-        per_step = self.context_tokens * self.num_ranks
+        num_ranks = 1 if self.num_ranks == "auto" else self.num_ranks
+        if num_ranks < 1:
+            raise ValueError(f"num_ranks must be at least 1, or auto, got {num_ranks}")
+        per_step = self.context_tokens * num_ranks
         if self.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "
                              f"got {self.batch_tokens}")
-        if self.num_ranks > 1 and 0 < self.gpus_per_rank < 1:
+        if num_ranks > 1 and 0 < self.gpus_per_rank < 1:
             raise ValueError("gpus_per_rank below 1 needs num_ranks 1 (NCCL refuses two ranks on one GPU), "
                              f"got {self.gpus_per_rank} and {self.num_ranks}")
         return self

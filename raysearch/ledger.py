@@ -23,7 +23,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -283,6 +283,16 @@ class Ledger:
 
     def weights_path(self, key: str) -> Path:
         return self.round_directory(key) / "weights.safetensors"
+
+    def delete_weights(self, keys: Iterable[str]) -> tuple[int, int]:
+        """Deletes the weights of these candidates, damaged copies too, and never a record; (files, bytes) deleted."""
+        num_files = num_bytes = 0
+        for key in keys:
+            for path in self.round_directory(key).glob("weights.*"):
+                num_bytes += path.stat().st_size
+                path.unlink()
+                num_files += 1
+        return num_files, num_bytes
 
     def round(self, key: str) -> RoundRecord | None:
         path = self.round_directory(key) / "record.json"

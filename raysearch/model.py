@@ -25,6 +25,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.ledger import file_sha256
+from raysearch.placement import ModelSize
 
 transformers.logging.disable_progress_bar()  # of a second at most, in every log
 
@@ -69,6 +70,15 @@ def from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """A model whose parameters have shapes and no memory ("meta"), for a caller that puts its own in."""
     with init_empty_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
+def model_size(path: str) -> ModelSize:
+    """Counted on the folder's configuration; its weights are not read."""
+    config = load_config(path)
+    model = from_config(config, torch.float32)
+    model.tie_weights()
+    return ModelSize(sum(parameter.numel() for parameter in model.parameters()), config.hidden_size,
+                     config.num_hidden_layers, config.vocab_size)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

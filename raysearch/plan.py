@@ -9,7 +9,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.ledger import Ledger, round_key
 from raysearch.round import Diverged, finetune, select, store_round
-from raysearch.search import load_space, sample_trials
+from raysearch.search import load_space, placed, sample_trials
 
 NUM_DRAWS = 200
 NUM_STEPS = 4
@@ -66,10 +66,10 @@ class Plan:
     calibration: Calibration
 
 
-def make_plan(space_name: str, directory: Path) -> Plan:
+def make_plan(space_name: str, directory: Path, echo: Callable[[str], None]) -> Plan:
     """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
     study, space = load_space(space_name)
-    study = resolve(study)
+    study = placed(resolve(study), None, echo)
     inputs = read_inputs(study)
     num_studies = max(1, NUM_DRAWS // study.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.num_trials)

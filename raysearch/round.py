@@ -8,13 +8,13 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from raysearch.bench import Bench
+from raysearch.bench import Bench, read_inputs
 from raysearch.config import Action, Metric, Study, TrialConfig
 from raysearch.engine import Engine, learning_rate_at
 from raysearch.evaluation import Evaluation
@@ -172,6 +172,26 @@ def load_candidate(bench: Bench, record: RoundRecord) -> None:
         train_candidate(bench, bench.engine.from_rank_0(lambda: bench.ledger.candidate(record.parent)), record.action)
         store_weights(bench, record)
     bench.loaded_key = record.key
+
+
+def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> None:
+    """Computes a candidate's weights again, on one rank in this process, where their file is gone or damaged.
+
+    Equal in every bit to those of a gang of one on the same device; other gangs add in another order.
+    """
+    record = ledger.candidate(key)
+    if record.action is None or intact(ledger, record):
+        return
+    described = ledger.study()
+    if not described.study.gpus_per_rank:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    inputs = read_inputs(described.study)
+    if inputs.root_key != described.root_key:
+        raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
+                         "model or the corpus are not the study's; put those back")
+    echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
+    study = described.study.model_copy(update={"num_ranks": 1, "zero_stage": 0})
+    load_candidate(Bench(study, ledger, inputs), record)
 
 
 def intact(ledger: Ledger, record: RoundRecord) -> bool:

@@ -24,10 +24,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import ray
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -35,14 +36,19 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
+from analysis.tables import human_bytes
 from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
-from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json, round_key
+from raysearch.model import model_size
+from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
 from raysearch.trial import Job, PruneTrial, gang_resources
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
+Keep = Literal["frontier", "all", "none"]
+"""Whose weights stay when a study has ended: the frontier's on the selection split, everybody's, nobody's."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +84,10 @@ def space_hash(space: Space) -> str:
     return hash_json(ast.dump(tree))
 
 
-def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None]) -> SweepResult:
-    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent.
+def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None], *,
+          keep: Keep = "all") -> SweepResult:
+    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
+    weights that `keep` does not name.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
@@ -88,6 +96,8 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
     sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     ledger = Ledger(directory)
     started = time.monotonic()
+    recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
+    study = placed(study, recorded, echo)
     with ledger.lock():
         attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance("cpu")))
@@ -98,6 +108,8 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
         if searcher.has_work():
             start_ray(study)
             interrupted = run_tune(ledger, study, searcher)
+        if keep != "all" and not interrupted:
+            delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
     keys = {key for trial in trials for key in trial.keys}
     return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
@@ -154,10 +166,46 @@ def stopping_on_signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-def start_ray(study: Study) -> None:
-    """Connects to the cluster of RAY_ADDRESS or starts a local one, and checks that one gang fits into it."""
+def placed(study: Study, recorded: Study | None, echo: Callable[[str], None]) -> Study:
+    """The study with `auto` ranks and stage decided: as in its record, where it has one, else by what fits the GPUs."""
+    auto = [name for name in ("num_ranks", "zero_stage") if getattr(study, name) == "auto"]
+    if not auto:
+        return study
+    if recorded is not None:
+        chosen = {name: getattr(recorded, name) for name in auto}
+    elif not study.gpus_per_rank:
+        chosen = {name: {"num_ranks": 1, "zero_stage": 0}[name] for name in auto}
+        echo("placement   on processors auto is one rank at ZeRO-0")
+    else:
+        placement = place(study, model_size(study.model), *gpu_memory())
+        chosen = {name: getattr(placement, name) for name in auto}
+        echo("placement   " + placement.arithmetic.replace("\n", "\n          "))
+    return study.model_copy(update=chosen)
+
+
+def gpu_memory() -> tuple[int, int]:
+    """(bytes of one GPU, number of GPUs): of the cluster of RAY_ADDRESS, else of this machine."""
+    if ray.is_initialized() or os.environ.get("RAY_ADDRESS") or not torch.cuda.is_available():
+        connect_ray()
+    if not ray.is_initialized():
+        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+    num_gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not num_gpus:
+        raise ValueError("num_ranks and zero_stage: auto needs a GPU to measure while gpus_per_rank is above 0, and there is "
+                         "none; give both as numbers, or gpus_per_rank 0")
+    measure = ray.remote(num_gpus=1, num_cpus=0)(lambda: torch.cuda.get_device_properties(0).total_memory)
+    return ray.get(measure.remote()), num_gpus
+
+
+def connect_ray() -> None:
+    """Connects to the cluster of RAY_ADDRESS or starts a local one."""
     if not ray.is_initialized():
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True)
+
+
+def start_ray(study: Study) -> None:
+    """Connects, and checks that one gang fits into the cluster."""
+    connect_ray()
     have = ray.cluster_resources()
     for name, need in (("CPU", study.cpus_per_rank), ("GPU", study.gpus_per_rank)):
         if need * study.num_ranks > have.get(name, 0):
@@ -376,6 +424,29 @@ def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
     on_front = pareto_front([getattr(r, study.size) for r in rounds],
                             [sign * r.metrics[study.objective].value for r in rounds])
     return [r.key for r, front in zip(rounds, on_front) if front]
+
+
+def delete_unneeded(ledger: Ledger, study: Study, keep: Keep, echo: Callable[[str], None]) -> None:
+    """Deletes the weights of candidates that `keep` does not name and from which no unfinished trial goes on."""
+    needed = set(frontier_keys(ledger, study)) if keep == "frontier" else set()
+    root_key = ledger.study().root_key
+    for trial in ledger.trials():
+        if trial.status == "running":
+            needed.add(last_finished(ledger, root_key, trial))
+    num_files, num_bytes = ledger.delete_weights(sorted(set(ledger.rounds()) - needed))
+    echo(f"--keep {keep}: deleted {num_files} files of weights, {human_bytes(num_bytes)}; records stay, and export computes "
+         "weights again")
+
+
+def last_finished(ledger: Ledger, root_key: str, trial: TrialRecord) -> str:
+    """Key of the candidate from which a trial that runs again goes on."""
+    key = root_key
+    for action in trial.actions:
+        following = round_key(key, action)
+        if ledger.round(following) is None:
+            return key
+        key = following
+    return key
 
 
 class Progress:
