@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check install
+.PHONY: demo test chaos check install
 
 install: $(VENV)/installed
 
@@ -19,6 +19,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -q
+
+chaos: install
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_faults.py tests/test_signals.py tests/test_jobs.py tests/test_search.py
 
 check: install
 	$(BIN)/ruff check .

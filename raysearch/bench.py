@@ -15,7 +15,7 @@ from raysearch.model import context_limit, fingerprint, load_config, load_tokeni
 HELDOUT_TASKS = ("text", "last_word", "choice")
 # what changes no number of a candidate: where things lie, and how many run at once on what
 NOT_IN_KEY = {"model", "corpus", "data_dir", "objective", "size", "num_trials", "max_concurrent", "time_budget_s",
-              "zero_stage", "num_ranks", "gpus_per_rank", "cpus_per_rank"}
+              "round_limit_s", "zero_stage", "num_ranks", "gpus_per_rank", "cpus_per_rank"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Bench:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
                              batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
-                             weight_decay=study.weight_decay)
+                             weight_decay=study.weight_decay, timeout_s=study.round_limit_s)
         tokenizer = load_tokenizer(study.model)
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,

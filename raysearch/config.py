@@ -164,6 +164,9 @@ class Study(Frozen):
     zero_stage: Literal[0, 1, 2, 3] = 0
     num_ranks: int = Field(1, ge=1)
     """Processes of one trial."""
+    round_limit_s: float = Field(3600.0, gt=0)
+    """A round that takes longer is taken for stuck: its gang is ended and started again, once, and then its trial fails
+    with the stack of every rank."""
     gpus_per_rank: float = Field(0.0, ge=0)
     cpus_per_rank: float = Field(1.0, gt=0)
     seed: int = 0

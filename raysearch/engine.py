@@ -16,6 +16,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from types import ModuleType
 from typing import Any, TypeVar, cast
 
@@ -107,13 +108,13 @@ class Engine:
     """
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
-                 context_tokens: int, weight_decay: float) -> None:
+                 context_tokens: int, weight_decay: float, timeout_s: float = 1800.0) -> None:
         deepspeed = import_deepspeed()
         cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         if "RANK" not in os.environ and not dist.is_initialized():  # a world of one needs no port and no environment
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for this one
             dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage = zero_stage
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size

@@ -10,12 +10,16 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from raysearch.config import Metric
+from raysearch.kernels import SparseLinear, SparseWeight
+from raysearch.kernels.inference import linear_layers
 from raysearch.ledger import Ledger, RoundRecord, StudyRecord, TrialRecord, file_sha256, new_directory, write_json
-from raysearch.model import load_model, load_tokenizer, prunable_parameters
-from raysearch.weights import read_weights, write_weights
+from raysearch.model import from_config, load_model, load_tokenizer, prunable_parameters
+from raysearch.weights import read_sparse, read_weights, write_weights
 
 COMPRESSED = "compressed.safetensors"
 
@@ -60,8 +64,14 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     return out.resolve()
 
 
-def load(folder: str | Path) -> PreTrainedModel:
-    """The model of an exported folder of either format, every file checked against its recorded sha256."""
+def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
+    """The model of an exported folder of either format, every file checked against its recorded sha256.
+
+    A compressed one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
+    matrices are never made. `backend="dense"` makes them, as transformers would serve the model.
+    """
+    if backend not in ("sparse", "dense"):
+        raise ValueError(f"backend must be sparse or dense, got {backend!r}")
     folder = Path(folder)
     manifest = folder / "raysearch.json"
     if not manifest.is_file():
@@ -72,12 +82,23 @@ def load(folder: str | Path) -> PreTrainedModel:
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
     if described["format"] == "dense":
         return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
-    weights = read_weights(folder / COMPRESSED, described["sha256"][COMPRESSED])
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_config(config, dtype=next(iter(weights.values())).dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(weights[name])
+    weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
+    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
+    model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
+    for name, parent, attribute, module in linear_layers(model):
+        weight = weights.get(f"{name}.weight")
+        if backend == "sparse" and isinstance(weight, SparseWeight):
+            bias = weights.get(f"{name}.bias")
+            weight = weight.transposed() if isinstance(module, Conv1D) else weight
+            setattr(parent, attribute, SparseLinear(weight, bias if isinstance(bias, Tensor) else None))
+    for name, parameter in list(model.named_parameters()):
+        parent, _, attribute = name.rpartition(".")
+        if (weight := weights.get(name)) is not None:  # else it is tied to another
+            whole = weight.to_dense() if isinstance(weight, SparseWeight) else weight
+            setattr(model.get_submodule(parent), attribute, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")
     return model.eval()
 
 
@@ -107,7 +128,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
         "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
-        format == "dense" else "The file is small; `raysearch.load` makes dense tensors of it in memory.", ""])
+        format == "dense" else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
 
 
 def _cell(metric: Metric | None) -> str:

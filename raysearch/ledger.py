@@ -7,6 +7,7 @@
     rounds/KEY/losses.json   in a study with racing: its loss on each selection item of the objective
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
+    trials/NUMBER.rank-R.stack   where rank R was when its round took too long
     lock                     held by the driver that runs the study
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
@@ -21,16 +22,20 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from raysearch.config import Action, Frozen, FrozenT, Metric, Study, TrialConfig
 
+T = TypeVar("T")
+
+WRITE_RETRY_S = 3.0
 FILE_MODE = 0o644  # temporary files begin as 0600, and a study is read by others
-EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "gpus_per_rank", "cpus_per_rank"}
+EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "round_limit_s", "gpus_per_rank", "cpus_per_rank"}
 """Settings of a study that may differ when it is resumed: they change no candidate."""
 
 
@@ -128,6 +133,19 @@ def round_key(parent_key: str, action: Action) -> str:
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def persist(path: Path, write: Callable[[], T]) -> T:
+    """What `write` returns; where the storage refuses, it is tried again once, and then OSError names `path`."""
+    try:
+        return write()
+    except OSError:
+        time.sleep(WRITE_RETRY_S)
+    try:
+        return write()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error}); free or mend the storage, "
+                      "and the same sweep goes on") from error
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -263,6 +281,9 @@ class Ledger:
     def round_directory(self, key: str) -> Path:
         return self.directory / "rounds" / key
 
+    def weights_path(self, key: str) -> Path:
+        return self.round_directory(key) / "weights.safetensors"
+
     def round(self, key: str) -> RoundRecord | None:
         path = self.round_directory(key) / "record.json"
         return self._read(path, RoundRecord) if path.is_file() else None
@@ -285,7 +306,8 @@ class Ledger:
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric]) -> None:
         values = {name: metric.model_dump(mode="json") for name, metric in metrics.items()}
-        write_json(self.round_directory(key) / "report.json", values)
+        path = self.round_directory(key) / "report.json"
+        persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:
         paths = (self.directory / "trials").glob("[0-9]*.json")
@@ -299,7 +321,17 @@ class Ledger:
         return self._read(self.directory / "trials" / f"{number:05d}.json", TrialRecord)
 
     def write_trial(self, trial: TrialRecord) -> None:
-        write_json(self.directory / "trials" / f"{trial.number:05d}.json", trial.model_dump(mode="json"))
+        path = self.directory / "trials" / f"{trial.number:05d}.json"
+        persist(path, lambda: write_json(path, trial.model_dump(mode="json")))
+
+    def stack_path(self, number: int, rank: int) -> Path:
+        """Of a trial; -1 is every other job."""
+        return self.directory / "trials" / f"{number:05d}.rank-{rank}.stack"
+
+    def stacks(self, number: int) -> dict[str, str]:
+        """Stack of each rank that found its round of this trial too long, by "rank 0", ..."""
+        found = {path: path.read_text() for path in sorted((self.directory / "trials").glob(f"{number:05d}.rank-*.stack"))}
+        return {path.suffixes[0][1:].replace("-", " "): text for path, text in found.items() if text}
 
     @staticmethod
     def _read(path: Path, cls: type[FrozenT]) -> FrozenT:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from transformers import (
@@ -62,6 +63,12 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
         raise ValueError(f"model {path}: cannot be loaded ({_first_line(error)}); "
                          "the folder must hold a causal language model in safetensors") from error
     return model.eval()
+
+
+def from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model whose parameters have shapes and no memory ("meta"), for a caller that puts its own in."""
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:

@@ -5,6 +5,7 @@ influence it, and its key (ledger.round_key) names it for ever: resuming, extend
 """
 
 import math
+import os
 import time
 import traceback
 from collections.abc import Iterator
@@ -17,7 +18,17 @@ from raysearch.bench import Bench
 from raysearch.config import Action, Metric, Study, TrialConfig
 from raysearch.engine import Engine, learning_rate_at
 from raysearch.evaluation import Evaluation
-from raysearch.ledger import RoundRecord, TrialRecord, new_directory, round_key, write_json
+from raysearch.ledger import (
+    FILE_MODE,
+    Ledger,
+    RoundRecord,
+    TrialRecord,
+    file_sha256,
+    new_directory,
+    persist,
+    round_key,
+    write_json,
+)
 from raysearch.provenance import provenance, utc_now
 from raysearch.pruning.criteria import moments, std_threshold
 from raysearch.pruning.schedule import resolve_schedule
@@ -87,9 +98,17 @@ def run_trial(bench: Bench, trial: TrialRecord) -> Iterator[TrialRecord]:
     except Diverged as error:
         yield update(status="failed", reason=f"round {len(trial.keys) + 1}: {error}", ended_at=utc_now())
     except Exception as error:
-        update(status="failed", reason=f"round {len(trial.keys) + 1}: {type(error).__name__}: {error}",
+        update(status="failed", reason=f"round {len(trial.keys) + 1}: {type(error).__name__}: {error}{advice(error)}",
                traceback=traceback.format_exc(), ended_at=utc_now())
         raise
+
+
+def advice(error: Exception) -> str:
+    """What to do about an error of a trial, where we know."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return ("; the trial needs more memory than there is: lower batch_tokens, or shard it over more ranks with "
+                "num_ranks and zero_stage")
+    return ""
 
 
 def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
@@ -100,13 +119,7 @@ def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
     key = round_key(parent.key, action)
     if (done := stored_round(bench, key)) is not None:
         return done
-    load_candidate(bench, parent)
-    bench.loaded_key = None
-    times = [time.perf_counter()]
-    bench.engine.prune(select(bench.engine, action))
-    times.append(time.perf_counter())
-    train_loss = finetune(bench, action)
-    times.append(time.perf_counter())
+    train_loss, times = train_candidate(bench, parent, action)
     race, rival = bench.race(getattr(weigh(bench), bench.study.size))
     evaluation = bench.evaluate("selection", race)
     check_quality(evaluation.metrics, bench.vocab_size)
@@ -142,16 +155,62 @@ def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
 
 
 def load_candidate(bench: Bench, record: RoundRecord) -> None:
-    """Brings the engine to the candidate's weights, unless it holds them already."""
+    """Brings the engine to the candidate's weights, unless it holds them already.
+
+    Where the file is damaged or gone, the weights are computed again from the parent's: a round is pure.
+    """
     if bench.loaded_key == record.key:
         return
     bench.loaded_key = None
     if record.action is None:
         bench.engine.load_base()
+    elif bench.engine.from_rank_0(lambda: intact(bench.ledger, record)):
+        bench.engine.load(read_weights(bench.ledger.weights_path(record.key), None))
     else:
-        path = bench.ledger.round_directory(record.key) / "weights.safetensors"
-        bench.engine.load(read_weights(path, record.weights_sha256))
+        assert record.parent is not None
+        train_candidate(bench, bench.engine.from_rank_0(lambda: bench.ledger.candidate(record.parent)), record.action)
+        store_weights(bench, record)
     bench.loaded_key = record.key
+
+
+def intact(ledger: Ledger, record: RoundRecord) -> bool:
+    """Whether the candidate's weights are as they were written; a damaged file is moved aside."""
+    path = ledger.weights_path(record.key)
+    if not path.is_file():
+        return False
+    if file_sha256(path) == record.weights_sha256:
+        return True
+    os.replace(path, path.with_suffix(".damaged"))
+    return False
+
+
+def store_weights(bench: Bench, record: RoundRecord) -> None:
+    """The engine's weights as those of a candidate that has lost its file."""
+    weights = {name: bench.engine.full(name).cpu() for name in bench.engine.shapes}
+    path, prunable = bench.ledger.weights_path(record.key), {p.name for p in bench.engine.prunables}
+
+    def write() -> None:
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        sha256 = write_weights(aside, weights, prunable)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        aside.chmod(FILE_MODE)
+        os.replace(aside, path)
+        write_json(path.parent / "record.json", record.model_copy(update={"weights_sha256": sha256}).model_dump(mode="json"))
+
+    bench.engine.from_rank_0(lambda: persist(path, write))
+
+
+def train_candidate(bench: Bench, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
+    """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after)."""
+    load_candidate(bench, parent)
+    bench.loaded_key = None
+    times = [time.perf_counter()]
+    bench.engine.prune(select(bench.engine, action))
+    times.append(time.perf_counter())
+    train_loss = finetune(bench, action)
+    times.append(time.perf_counter())
+    return train_loss, times
 
 
 def select(engine: Engine, action: Action) -> list[Tensor]:
@@ -273,4 +332,4 @@ def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Acti
             write_json(folder / "record.json", record.model_dump(mode="json"))
         return bench.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
-    return engine.from_rank_0(write)
+    return engine.from_rank_0(lambda: persist(bench.ledger.round_directory(key), write))

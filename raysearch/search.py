@@ -14,13 +14,14 @@ import importlib
 import inspect
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -315,11 +316,17 @@ class StudySearcher(Searcher):
         """Tells Optuna the trial's last candidate. A diverged trial is complete but infeasible, so the sampler learns
         from it; a crashed one is FAIL, which says nothing about its configuration."""
         trial = self.ledger.trial(number)
-        if trial.status == "running":
-            if not error:
-                return  # Tune was interrupted; the next sweep goes on
+        stacks = self.ledger.stacks(number) if error else {}
+        if trial.status == "running" and not error:
+            return  # Tune was interrupted; the next sweep goes on
+        if stacks:
+            trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason": stuck(
+                trial, self.study.round_limit_s, stacks), "traceback": "\n".join(
+                    f"{rank}: {stack}" for rank, stack in stacks.items())})
+            self.ledger.write_trial(trial)
+        elif trial.status == "running":
             trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason":
-                                             "its process died; the log is in log_path"})
+                                             "its process died twice, killed or out of memory; the log is in log_path"})
             self.ledger.write_trial(trial)
         handle = optuna.Trial(self.optuna, self._trial_id(number))
         handle.set_user_attr("keys", list(trial.keys))
@@ -344,6 +351,21 @@ class StudySearcher(Searcher):
 
     def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
         """As `save`."""
+
+
+NUM_FRAMES = 4
+
+
+def stuck(trial: TrialRecord, limit_s: float, stacks: Mapping[str, str]) -> str:
+    """One sentence: which round took too long, and the innermost frames of every rank that told."""
+    where = []
+    for rank, stack in stacks.items():
+        main_thread = stack.rstrip().split("\n\n")[-1]  # faulthandler writes the oldest thread last
+        frames = re.findall(r'File "([^"]*)", line (\d+) in (\S+)', main_thread)[:NUM_FRAMES]
+        where.append(f"{rank} in " + ", called by ".join(
+            f"{name} ({Path(file).name}:{line})" for file, line, name in frames))
+    return (f"round {len(trial.keys) + 1} took longer than round_limit_s = {limit_s:g} s, twice: {'; '.join(where)}; raise "
+            "round_limit_s if it was only slow")
 
 
 def frontier_keys(ledger: Ledger, study: Study) -> list[str]:

@@ -7,13 +7,19 @@ A job is the `config` that the searcher suggests: {"kind": "dense"} scores the b
 runs the trial of that number in the ledger, {"kind": "report", "key": k} scores a candidate on the report split.
 """
 
+import contextlib
+import faulthandler
 import os
+import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysearch.bench import Bench, read_inputs
@@ -23,6 +29,11 @@ from raysearch.ledger import Ledger
 from raysearch.round import dense_round, report_round, run_trial
 
 Job = dict[str, Any]
+
+RANK_0_EXTRA_S = 2.0
+"""Its clock for a round runs longer, so that its peers have written their stacks when its death ends them."""
+GRACE_S = 5.0
+"""For rank 0 to find by itself that a peer died; over NCCL it would wait until the round's limit."""
 
 
 class Rank:
@@ -42,10 +53,13 @@ class Rank:
 
     def begin(self, job: Job, log_path: str) -> None:
         self._results = self._run(job, log_path)
+        self._stack_path = self.bench.ledger.stack_path(job.get("number", -1), self.bench.engine.rank)
 
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
-        return next(self._results)
+        limit_s = self.bench.study.round_limit_s + RANK_0_EXTRA_S * (self.bench.engine.rank == 0)
+        with ended_when_stuck(limit_s, self._stack_path):
+            return next(self._results)
 
     def _run(self, job: Job, log_path: str) -> Iterator[dict[str, Any]]:
         ledger = self.bench.ledger
@@ -58,6 +72,32 @@ class Rank:
             dense = dense_round(self.bench)
             report_round(self.bench, dense if job["kind"] == "dense" else ledger.candidate(job["key"]))
             yield {"done": True, "status": "done", "key": job.get("key", dense.key)}
+
+
+@contextlib.contextmanager
+def ended_when_stuck(limit_s: float, stack_path: Path) -> Iterator[None]:
+    """Where the block takes longer, writes the stacks of this process to `stack_path` and ends it, whatever it waits for:
+    the clock is a C thread that needs no interpreter lock."""
+    stack_path.parent.mkdir(exist_ok=True)
+    with open(stack_path, "w") as file:
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=file)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    stack_path.unlink()
+
+
+def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:
+    """Ends this process when the actor of one of `others` dies, unless `done` is set soon after."""
+    try:
+        ray.get(others)
+    except RayActorError as error:
+        if not done.wait(GRACE_S):
+            print(f"a rank of this gang died: {error}", file=sys.stderr, flush=True)
+            os._exit(1)
+    except ray.exceptions.RayTaskError:
+        pass  # an error of the peer's own, which `step` raises
 
 
 class PruneTrial(tune.Trainable):
@@ -81,7 +121,12 @@ class PruneTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         others = [peer.step.remote() for peer in self.peers]
-        result = self.rank_0.step()
+        done = threading.Event()
+        threading.Thread(target=exit_when_lost, args=(others, done), daemon=True).start()
+        try:
+            result = self.rank_0.step()
+        finally:
+            done.set()
         ray.get(others)
         return result
 

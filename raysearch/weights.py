@@ -8,12 +8,11 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from raysearch.kernels.weight import SparseWeight, compress
 from raysearch.ledger import file_sha256
 
 FORMAT = "raysearch-bitmap-1"
@@ -32,15 +31,14 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[
     out: dict[str, Tensor] = {}
     shapes: dict[str, list[int]] = {}
     for name, tensor in tensors.items():
-        flat = tensor.detach().cpu().reshape(-1)
-        keep = flat != 0
-        num_nonzero = int(keep.sum())
-        if name in sparse and stored_bytes(flat.numel(), num_nonzero, flat.itemsize) < flat.numel() * flat.itemsize:
-            out[f"{name}.bitmap"] = torch.from_numpy(np.packbits(keep.numpy(), bitorder="little"))
-            out[f"{name}.values"] = flat[keep]
-            shapes[name] = list(tensor.shape)
+        whole = tensor.detach().cpu().contiguous()
+        keep = whole != 0
+        if name in sparse and stored_bytes(whole.numel(), int(keep.sum()), whole.itemsize) < whole.nbytes:
+            weight = compress(whole, keep)
+            out[f"{name}.bitmap"], out[f"{name}.values"] = weight.bits, weight.values.view(-1)
+            shapes[name] = list(whole.shape)
         else:
-            out[name] = tensor.detach().cpu().contiguous()
+            out[name] = whole
     try:
         save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
     except SafetensorError as error:
@@ -50,6 +48,12 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], sparse: Collection[
 
 def read_weights(path: Path, sha256: str | None) -> dict[str, Tensor]:
     """The dense tensors of a file of `write_weights`; ValueError when it is damaged or its checksum differs."""
+    return {name: weight.to_dense() if isinstance(weight, SparseWeight) else weight
+            for name, weight in read_sparse(path, sha256).items()}
+
+
+def read_sparse(path: Path, sha256: str | None) -> dict[str, Tensor | SparseWeight]:
+    """The tensors of a file of `write_weights` as they are stored; ValueError as in `read_weights`."""
     try:
         actual = file_sha256(path)
         if sha256 is not None and actual != sha256:
@@ -62,13 +66,7 @@ def read_weights(path: Path, sha256: str | None) -> dict[str, Tensor]:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: its format must be {FORMAT}, got {metadata.get('format')}")
-    tensors = {}
-    for name, shape in json.loads(metadata["shapes"]).items():
-        bits = stored.pop(f"{name}.bitmap").numpy()
-        values = stored.pop(f"{name}.values")
-        num_weights = int(np.prod(shape))
-        keep = torch.from_numpy(np.unpackbits(bits, count=num_weights, bitorder="little").astype(bool))
-        flat = torch.zeros(num_weights, dtype=values.dtype)
-        flat[keep] = values
-        tensors[name] = flat.reshape(shape)
-    return {**stored, **tensors}
+    sparse = {name: SparseWeight((rows, columns), "unstructured", 1, stored.pop(f"{name}.bitmap"),
+                                 stored.pop(f"{name}.values").view(-1, 1, 1))
+              for name, (rows, columns) in json.loads(metadata["shapes"]).items()}
+    return {**stored, **sparse}

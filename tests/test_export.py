@@ -9,8 +9,10 @@ import raysearch
 from raysearch.bench import Bench
 from raysearch.config import Action
 from raysearch.export import export
+from raysearch.kernels import SparseLinear
 from raysearch.ledger import RoundRecord
 from raysearch.round import dense_round, load_candidate, report_round, run_round
+from raysearch.weights import stored_bytes
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def test_both_formats_hold_the_candidate(bench: Bench, candidate: RoundRecord, t
     dense = export(bench.ledger, candidate.key, tmp_path / "dense")
     small = export(bench.ledger, candidate.key, tmp_path / "small", "compressed")
     plain = AutoModelForCausalLM.from_pretrained(dense)  # no raysearch needed
-    models = [plain, raysearch.load(dense), raysearch.load(small)]
+    models = [plain, raysearch.load(dense), raysearch.load(small, backend="dense")]
     tokens = AutoTokenizer.from_pretrained(dense)("The red dog of house 7 saw", return_tensors="pt")["input_ids"]
     for model in models:
         assert zeros(model, bench) == round(0.7 * candidate.num_prunable)
@@ -53,6 +55,23 @@ def test_both_formats_hold_the_candidate(bench: Bench, candidate: RoundRecord, t
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert file.stat().st_size - header == candidate.stored_bytes
     assert (dense / "model.safetensors").stat().st_size > candidate.resident_bytes > candidate.stored_bytes
+
+
+def test_a_compressed_model_runs_from_its_kept_weights(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:
+    small = export(bench.ledger, candidate.key, tmp_path / "small", "compressed")
+    model, dense = raysearch.load(small), raysearch.load(small, backend="dense")
+    names = {p.name for p in bench.engine.prunables}
+    assert names.isdisjoint(dict(model.named_parameters()))
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    assert len(layers) == len(names)
+    assert sum(layer.sparse.num_bytes for layer in layers) == sum(
+        stored_bytes(p.numel(), int(p.count_nonzero()), 4) for name, p in dense.named_parameters() if name in names)
+    tokens = torch.arange(40).view(2, 20)
+    assert torch.allclose(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+    half = model.to(torch.bfloat16)  # another dtype: packed again
+    assert torch.allclose(half(tokens).logits.float(), dense(tokens).logits, rtol=0.1, atol=0.1)
+    with pytest.raises(ValueError, match="backend must be sparse or dense, got 'fast'"):
+        raysearch.load(small, backend="fast")
 
 
 def test_the_card_says_how_it_was_made_and_measured(bench: Bench, candidate: RoundRecord, tmp_path: Path) -> None:

@@ -17,9 +17,11 @@ from optuna.storages.journal import JournalFileBackend
 from raysearch.ledger import Ledger
 from raysearch.search import repair_journal
 
+ROOT = Path(__file__).parent.parent
 SPACE = '''
 STUDY = {{"model": {model!r}, "corpus": {corpus!r}, "num_trials": {num_trials}, "max_concurrent": {max_concurrent},
          "num_ranks": {num_ranks}, "zero_stage": {zero_stage}, "cpus_per_rank": {cpus_per_rank}, "context_tokens": 64,
+         "round_limit_s": {round_limit_s},
          "batch_tokens": 256, "epoch_tokens": 1024, "eval_items": 6, "tasks": ("text", "last_word")}}
 
 
@@ -34,13 +36,15 @@ def space(trial):
 
 
 def write_space(folder: Path, model: Path, corpus: Path, **settings: object) -> None:
-    defaults = {"num_trials": 4, "max_concurrent": 2, "num_ranks": 1, "zero_stage": 0, "cpus_per_rank": 0.5}
+    defaults = {"num_trials": 4, "max_concurrent": 2, "num_ranks": 1, "zero_stage": 0, "cpus_per_rank": 0.5,
+                "round_limit_s": 600.0}
     text = SPACE.format(model=str(model), corpus=str(corpus), **{**defaults, **settings})
     (folder / "space.py").write_text(text)
 
 
 def sweep(folder: Path, *options: str) -> subprocess.Popen:
-    environment = {**os.environ, "RAYSEARCH_CACHE": str(folder / "cache"), "PYTHONPATH": str(folder)}
+    environment = {**os.environ, "RAYSEARCH_CACHE": str(folder / "cache"),
+                   "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "raysearch", "sweep", "space", "--out", str(folder / "study"), *options]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

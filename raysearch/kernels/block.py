@@ -45,6 +45,13 @@ class Tile(NamedTuple):
     """Loads through the tensor memory accelerator (TMA) instead of per-thread pointers."""
 
 
+FEW = 128
+FEW_TOKENS = (Tile(16, 32, 4, 5, False), Tile(32, 64, 4, 5, False), Tile(64, 64, 4, 4, False), Tile(128, 64, 4, 4, True))
+MANY_TOKENS = (Tile(128, 128, 4, 5, True), Tile(128, 128, 8, 5, True), Tile(256, 128, 4, 5, True),
+               Tile(256, 128, 4, 3, False), Tile(256, 128, 8, 5, False))
+"""Variants for at most FEW tokens and for more: the best of each block side (H200, 2026-11-25) in first place."""
+
+
 def blocks_per_step(block: int) -> int:
     """Blocks whose inputs make one product of 64 inputs."""
     return max(1, 64 // block)

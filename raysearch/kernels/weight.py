@@ -91,8 +91,15 @@ class SparseWeight:
         """The weight [O, K], bit for bit what was compressed under its mask."""
         return torch.cat([self.slab(*slab) for slab in self.slabs(1024)])
 
-    def to(self, device: torch.device | str) -> "SparseWeight":
-        return SparseWeight(self.shape, self.pattern, self.block, self.bits, self.values.to(device))
+    def transposed(self) -> "SparseWeight":
+        """The weight [K, O], unstructured or in blocks, made without its dense form."""
+        rows, columns = self.kept(0, self.grid[0]).nonzero(as_tuple=True)
+        order = (columns * self.grid[0] + rows).argsort()
+        kept = torch.zeros(self.grid[1], self.grid[0], dtype=torch.bool)
+        kept[columns, rows] = True
+        pattern = "block" if self.pattern == "block" else "unstructured"
+        return SparseWeight((self.shape[1], self.shape[0]), pattern, self.block, pack_bits(kept),
+                            self.values[order.to(self.values.device)].transpose(1, 2).contiguous())
 
 
 def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block: int = 1) -> SparseWeight:
@@ -117,8 +124,12 @@ def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block:
     if pattern == "block" and not torch.equal(_spread(kept, mask.shape, block), mask):
         raise ValueError(f"pattern block of {block} keeps or drops whole blocks; the mask cuts through one")
     values = _tiles(weight.detach(), block, block)[kept].contiguous()
-    bits = torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
-    return SparseWeight((weight.shape[0], weight.shape[1]), pattern, block, bits, values)
+    return SparseWeight((weight.shape[0], weight.shape[1]), pattern, block, pack_bits(kept), values)
+
+
+def pack_bits(kept: Tensor) -> Tensor:
+    """uint8 on the CPU, one bit for each bool of `kept` in row-major order, least significant first."""
+    return torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
 
 
 def detect_pattern(mask: Tensor) -> tuple[str, int]:

@@ -1,0 +1,148 @@
+"""Unstructured product for few tokens (decode.cu): y [T, O] = x [T, K] W[O, K]^T + bias in bf16, on Hopper GPUs.
+
+A kept weight takes 3.25 bytes: 2 of its value, 1 of its input's offset, and an eighth of a base of 2 bytes, with some
+padding. That is less than the 2 bytes of a dense weight from 40 % sparsity on.
+
+Legend: O outputs, K inputs, n kept weights, E entries; a list holds the entries of one output in one chunk of the inputs,
+in octets; the 32 lists that the lanes of a warp walk together have equally many octets.
+"""
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raysearch.kernels.compiled import build
+from raysearch.kernels.weight import SparseWeight
+
+MAX_TOKENS = 16
+MAX_INPUTS = 65536
+CLUSTERS = (1, 2, 4, 8)
+"""Blocks that share the inputs of the same outputs: the variants to try."""
+CHUNK = 6144
+"""Most inputs of a chunk: with 16 tokens they take 192 KiB of shared memory."""
+SHARED_BYTES = 227 * 1024
+GAP = 36
+"""Most inputs from one entry of a list to the next: 7 gaps then fit into a byte. A zero weight stands between others."""
+NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC")
+
+
+class DecodePacked(NamedTuple):
+    """A weight as the kernel reads it, all on one device."""
+
+    shape: tuple[int, int]
+    chunk: int
+    """Inputs of a chunk."""
+    starts: Tensor
+    """int32 [ceil(O / 32) * chunks + 1], first octet of each group of 32 lists."""
+    values: Tensor
+    """bf16 [octets, 32, 8]."""
+    offsets: Tensor
+    """uint8 [octets, 32, 8], input of each value after its base."""
+    bases: Tensor
+    """int16 [octets, 32], to be read without a sign."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel; OSError without nvcc."""
+    lib = build(Path(__file__).with_name("decode.cu"), NVCC)
+    lib.decode_linear.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 6 + [ctypes.c_void_p]
+    lib.decode_error.restype = ctypes.c_char_p
+    return lib
+
+
+def chunks(num_inputs: int) -> tuple[int, int]:
+    """(number of chunks, inputs of each): a power of two, at least 2, so that clusters can share them."""
+    number = 2
+    while number * CHUNK < num_inputs:
+        number *= 2
+    return number, -(-num_inputs // number // 8) * 8
+
+
+def fits_decode(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, cluster: int) -> bool:
+    """Whether the kernel takes the weight and so many tokens with this cluster."""
+    number, chunk = chunks(weight.shape[1])
+    bytes_per_input = 4 if num_tokens == 1 else 2 * (1 << (num_tokens - 1).bit_length())
+    return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
+            and weight.shape[1] <= MAX_INPUTS and number % cluster == 0
+            and number // cluster * chunk * bytes_per_input <= SHARED_BYTES)
+
+
+def pack_decode(weight: SparseWeight, device: torch.device | str) -> DecodePacked:
+    """The weight in the kernel's layout on `device`; ValueError unless it is made of single bf16 weights."""
+    if weight.block != 1 or weight.values.dtype != torch.bfloat16:
+        raise ValueError(f"the decode kernel needs single weights in bfloat16, got blocks of {weight.block} in "
+                         f"{weight.values.dtype}")
+    num_outputs, num_inputs = weight.shape
+    num_chunks, chunk = chunks(num_inputs)
+    rows, columns = weight.kept(0, num_outputs).to(device).nonzero(as_tuple=True)
+    values = weight.values.to(device).view(-1)
+    num_groups = -(-num_outputs // 32) * num_chunks
+    lists = (rows // 32 * num_chunks + columns // chunk) * 32 + rows % 32
+    order = lists.argsort(stable=True)  # by list, then by input
+    lists, columns, values = lists[order], columns[order], values[order]
+
+    same_list = torch.cat([lists.new_zeros(1), (lists.diff() == 0).long()])[:len(lists)]
+    gap = torch.cat([lists.new_zeros(1), columns.diff()])[:len(lists)] * same_list
+    fillers = ((gap - 1) // GAP).clamp(min=0)
+    source = torch.repeat_interleave(torch.arange(len(lists), device=rows.device), fillers + 1)
+    back = _before(fillers + 1)[source + 1] - 1 - torch.arange(len(source), device=rows.device)  # 0 at the entry itself
+    lists, columns = lists[source], columns[source] - GAP * back
+    values = torch.where(back == 0, values[source], 0)
+
+    counts = torch.bincount(lists, minlength=num_groups * 32).view(num_groups, 32)
+    octets = (counts.amax(dim=1) + 7) // 8
+    starts = _before(octets)
+    rank = torch.arange(len(lists), device=rows.device) - _before(counts.view(-1))[lists]
+    lane, octet = lists % 32, starts[lists // 32] + rank // 8
+    cell = octet * 32 + lane  # of the bases
+    bases = (torch.arange(num_groups, device=rows.device) % num_chunks * chunk).repeat_interleave(octets * 32)
+    bases[cell[rank % 8 == 0]] = columns[rank % 8 == 0]
+    where = cell * 8 + _spread(cell, (columns - lane) % 8)
+    shape = (int(starts[-1]), 32, 8)
+    packed = torch.zeros(shape, dtype=values.dtype, device=rows.device)
+    offsets = torch.zeros(shape, dtype=torch.uint8, device=rows.device)
+    packed.view(-1)[where] = values
+    offsets.view(-1)[where] = (columns - bases[cell]).to(torch.uint8)
+    return DecodePacked(weight.shape, chunk, starts.int(), packed, offsets, bases.to(torch.int16).view(shape[:2]))
+
+
+def decode_linear(x: Tensor, packed: DecodePacked, bias: Tensor | None, cluster: int) -> Tensor:
+    """[T, O] in bf16; x [T, K] of at most MAX_TOKENS tokens. RuntimeError when CUDA refuses."""
+    x, y = x.contiguous(), torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
+    error = library().decode_linear(
+        packed.starts.data_ptr(), packed.values.data_ptr(), packed.offsets.data_ptr(), packed.bases.data_ptr(),
+        x.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(), len(x), *packed.shape, packed.chunk,
+        chunks(packed.shape[1])[0], cluster, torch.cuda.current_stream().cuda_stream)
+    if error:
+        raise RuntimeError(f"the decode kernel was not launched: {library().decode_error(error).decode()}")
+    return y
+
+
+def _spread(octets: Tensor, preferred: Tensor) -> Tensor:
+    """Places 0 to 7 within the octets [n], all different within one: the preferred one where nobody took it before."""
+    first = _ranks(octets * 8 + preferred) == 0
+    taken = torch.zeros(int(octets.max()) + 1 if len(octets) else 0, 8, dtype=torch.bool, device=octets.device)
+    taken[octets[first], preferred[first]] = True
+    free = taken.byte().argsort(dim=1, stable=True)  # [octets, 8], the free places first
+    rest = ~first
+    place = preferred.clone()
+    place[rest] = free[octets[rest], _ranks(octets[rest])]
+    return place
+
+
+def _before(counts: Tensor) -> Tensor:
+    """[n + 1]: sums of all counts before each, and of all."""
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+
+def _ranks(keys: Tensor) -> Tensor:
+    """How many equal keys stand before each."""
+    ordered, order = keys.sort(stable=True)
+    ranks = torch.empty_like(order)
+    ranks[order] = torch.arange(len(keys), device=keys.device) - torch.searchsorted(ordered, ordered)
+    return ranks

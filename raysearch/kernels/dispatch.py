@@ -1,0 +1,232 @@
+"""Which backend a layer runs on: dense unless a sparse one has won on this GPU, this shape and this number of tokens.
+
+Dense and the candidates are timed in turn, as CUDA graphs over buffers larger than the L2 cache, on the layer's own mask.
+A candidate wins when its median ratio to dense is 1.03 or more and its lower quartile above 1. Decisions are kept on disk.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysearch.config import Frozen
+from raysearch.data import default_cache_dir
+from raysearch.kernels.backends import BACKENDS, Backend
+from raysearch.kernels.weight import SparseWeight
+from raysearch.ledger import write_json
+
+WIN = 1.03
+NUM_PAIRS = 15
+L2_BYTES = 120e6
+"""Weights that a timing walks through, two L2 caches of an H200; at most MAX_COPIES of them."""
+MAX_COPIES = 12
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
+"""Largest relative error, norm by norm, of a backend whose answer counts."""
+
+
+class Choice(Frozen):
+    """The decision for one layer and number of tokens."""
+
+    backend: str
+    """"dense", or a name of BACKENDS."""
+    variant: Any = 0
+    dense_us: float | None = None
+    """None where nothing was timed."""
+    sparse_us: float | None = None
+    """Of the best candidate, also where it lost; None where there was none."""
+    tuning_s: float = 0.0
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster than dense the chosen backend is."""
+        timed = self.backend != "dense" and self.dense_us is not None and self.sparse_us is not None
+        return self.dense_us / self.sparse_us if timed else 1.0  # type: ignore[operator]
+
+
+def token_bucket(num_tokens: int) -> int:
+    """The power of two that a number of tokens is decided at: the next one, and the nearest from 4096 on."""
+    return 1 << (num_tokens - 1).bit_length() if num_tokens < 4096 else 1 << round(math.log2(num_tokens))
+
+
+def best_backend(weight: SparseWeight, num_tokens: int, cache: Path | None = None) -> Choice:
+    """The fastest way to multiply `num_tokens` tokens with this weight, on the device and in the dtype of its values.
+
+    `cache`: the file of decisions; by default one in the cache directory. ValueError for less than 1 token.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens must be at least 1, got {num_tokens}")
+    num_tokens = token_bucket(num_tokens)
+    path = cache or default_cache_dir() / "kernels" / "decisions.json"
+    known = _read(path)
+    key = decision_key(weight, num_tokens)
+    if key not in known:
+        known = {**_read(path), key: decide(weight, num_tokens).model_dump()}
+        write_json(path, known)
+    choice = Choice.model_validate(known[key])
+    return choice if not isinstance(choice.variant, list) else choice.model_copy(update={"variant": tuple(choice.variant)})
+
+
+def decision_key(weight: SparseWeight, num_tokens: int) -> str:
+    """What a decision depends on: device, versions, kernels, shape, tokens, dtype, pattern and density to 5 %."""
+    device = weight.values.device
+    return " ".join([device_name(device), torch.__version__, kernels_hash(), f"{weight.shape[0]}x{weight.shape[1]}",
+                     f"{num_tokens} tokens", str(weight.values.dtype).removeprefix("torch."),
+                     f"{weight.pattern}/{weight.block}", f"density {round(weight.density * 20) / 20:.2f}",
+                     *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else [])])
+
+
+@functools.cache
+def kernels_hash() -> str:
+    """First 8 hex digits of a hash of the kernels' sources: a changed kernel is timed again."""
+    folder = Path(__file__).parent
+    texts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".py", ".cu", ".cpp")]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
+
+
+Run = Callable[[Tensor], Tensor]
+"""x [T, K] -> [T, O], with the weight inside."""
+
+
+def decide(weight: SparseWeight, num_tokens: int) -> Choice:
+    """Times dense and every variant of every backend that takes the weight."""
+    started = time.perf_counter()
+    layer = Copies(weight)
+    x, dense = layer.inputs(num_tokens), layer.dense()
+    reference = dense[0](x[0])
+    candidates = [(name, variant, runs) for name, variant, runs in layer.candidates(num_tokens)
+                  if _is_right(lambda runs=runs: runs[0](x[0]), reference, name, variant)]
+    every = [dense, *(runs for *_, runs in candidates)]
+    times = time_in_turn([layer.bound(runs, x) for runs in every], layer.device, NUM_PAIRS)
+    winner, sparse_us = pick([(name, variant) for name, variant, _ in candidates], times)
+    return Choice(backend=winner[0], variant=winner[1], dense_us=statistics.median(times[0]) / layer.num_copies,
+                  sparse_us=None if sparse_us is None else sparse_us / layer.num_copies,
+                  tuning_s=time.perf_counter() - started)
+
+
+def pick(candidates: Sequence[tuple[str, Any]], times: Sequence[Sequence[float]]) -> tuple[tuple[str, Any], float | None]:
+    """(the fastest candidate where it wins by the rule above, else dense; its median time). times: dense's, then theirs."""
+    if not candidates:
+        return ("dense", 0), None
+    medians = [statistics.median(mine) for mine in times[1:]]
+    best = medians.index(min(medians))
+    ratios = sorted(dense / sparse for dense, sparse in zip(times[0], times[1 + best]))
+    wins = statistics.median(ratios) >= WIN and ratios[len(ratios) // 4] > 1
+    return (candidates[best] if wins else ("dense", 0)), medians[best]
+
+
+class Copies:
+    """One layer several times, so that a timing that walks through all copies does not find its weights in the L2 cache."""
+
+    def __init__(self, weight: SparseWeight) -> None:
+        self.weight, self.device, self.dtype = weight, weight.values.device, weight.values.dtype
+        dense_bytes = weight.shape[0] * weight.shape[1] * weight.values.itemsize
+        self.num_copies = max(1, min(MAX_COPIES, math.ceil(L2_BYTES / dense_bytes))) if self.device.type == "cuda" else 1
+        self._packed: dict[str, list[Any]] = {}
+
+    def inputs(self, num_tokens: int) -> list[Tensor]:
+        return [torch.randn(num_tokens, self.weight.shape[1], device=self.device).to(self.dtype)
+                for _ in range(self.num_copies)]
+
+    def dense(self) -> list[Run]:
+        first = self.weight.to_dense()
+        copies = [first, *(first.clone() for _ in range(self.num_copies - 1))]
+        return [functools.partial(torch.nn.functional.linear, weight=copy) for copy in copies]
+
+    def candidates(self, num_tokens: int) -> list[tuple[str, Any, list[Run]]]:
+        """(backend, variant, one run per copy) of all that take the weight and so many tokens."""
+        found = []
+        for name, backend in BACKENDS.items():
+            for variant in backend.variants(self.weight, self.dtype, self.device, num_tokens):
+                if name not in self._packed:
+                    first = backend.pack(self.weight, self.device)
+                    self._packed[name] = [first, *(_clone(first) for _ in range(self.num_copies - 1))]
+                found.append((name, variant, [_bind(backend, packed, variant) for packed in self._packed[name]]))
+        return found
+
+    def bound(self, runs: Sequence[Run], xs: Sequence[Tensor]) -> Callable[[], object]:
+        """All copies, one after the other."""
+        return lambda: [run(x) for run, x in zip(runs, xs)]
+
+
+def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num_rounds: int) -> list[list[float]]:
+    """Microseconds of each run in each round; all runs take turns within a round. On a GPU they are CUDA graphs."""
+    if device.type == "cuda":
+        runs = [_graph(run) for run in runs]
+    times: list[list[float]] = [[] for _ in runs]
+    for index in range(num_rounds + 1):
+        for mine, run in zip(times, runs):
+            if device.type == "cuda":
+                start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                run()
+                stop.record()
+                stop.synchronize()
+                elapsed_us = start.elapsed_time(stop) * 1e3
+            else:
+                begin = time.perf_counter()
+                run()
+                elapsed_us = (time.perf_counter() - begin) * 1e6
+            if index:  # the first round warms up
+                mine.append(elapsed_us)
+    return times
+
+
+def _graph(run: Callable[[], object]) -> Callable[[], None]:
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # compiles and warms up
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _bind(backend: Backend, packed: Any, variant: Any) -> Run:
+    return lambda x: backend.run(x, packed, None, variant)
+
+
+def _is_right(product: Callable[[], Tensor], reference: Tensor, name: str, variant: Any) -> bool:
+    """Whether the backend runs here and gives dense's answer; a warning and False otherwise."""
+    try:
+        answer = product()
+        if answer.is_cuda:
+            torch.cuda.synchronize()
+    except RuntimeError as error:  # what CUDA, Triton and cuSPARSELt raise for a shape that they do not take
+        warnings.warn(f"backend {name} {variant} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+        return False
+    error = float((answer.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30))
+    if not error < TOLERANCE[reference.dtype]:
+        warnings.warn(f"backend {name} {variant} is left out: its answer differs from dense by {error:.1e} at "
+                      f"{tuple(reference.shape)}", stacklevel=2)
+        return False
+    return True
+
+
+def _clone(packed: Any) -> Any:
+    return type(packed)(*(value.clone() if isinstance(value, Tensor) else value for value in packed))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):  # none yet, or damaged: what it held is timed again
+        return {}
+    return known if isinstance(known, dict) else {}

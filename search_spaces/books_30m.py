@@ -1,0 +1,50 @@
+"""books-30m, 29.7 M parameters, on GPUs: 24 trials of three or four rounds, several trials on one GPU.
+
+It reads `$RAYSEARCH_BOOKS/models/books-30m` (what `raysearch pretrain --preset books-30m` writes) and
+`$RAYSEARCH_BOOKS/data`, with books/train.txt and lambada/test.jsonl in it; RAYSEARCH_BOOKS is ../shared unless set.
+"""
+
+import os
+from pathlib import Path
+
+ROOT = Path(os.environ.get("RAYSEARCH_BOOKS", "../shared")).resolve()
+
+STUDY = {
+    "model": str(ROOT / "models" / "books-30m"),
+    "corpus": str(ROOT / "data" / "books" / "train.txt"),
+    "tasks": ("text", "last_word", "choice", "lambada"),
+    "data_dir": str(ROOT / "data"),
+    "objective": "text/bits_per_byte",
+    "num_trials": 24,
+    "max_concurrent": 4,
+    "gpus_per_rank": 0.5,
+    "cpus_per_rank": 2.0,
+    "dtype": "bfloat16",
+    "context_tokens": 512,
+    "batch_tokens": 65_536,
+    "epoch_tokens": 1_966_080,
+    "eval_items": 300,
+}
+
+
+def space(trial):
+    fields = {
+        "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 2.0]),
+        "learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
+        "l1_lambda": trial.suggest_float("l1_lambda", 1e-6, 1e-2, log=True),
+        "num_rounds": trial.suggest_int("num_rounds", 3, 4),
+    }
+    mode = trial.suggest_categorical("mode", ["target", "rate", "threshold"])
+    if mode == "target":
+        fields["schedule"] = trial.suggest_categorical("schedule", ["linear", "exponential", "cubic", "cosine"])
+        fields["initial_sparsity"] = trial.suggest_float("initial_sparsity", 0.0, 0.3)
+        fields["target_sparsity"] = trial.suggest_float("target_sparsity", 0.4, 0.95)
+        fields["scope"] = trial.suggest_categorical("scope", ["global", "layer"])
+    elif mode == "rate":
+        fields["schedule"] = "constant"
+        fields["rate"] = trial.suggest_float("rate", 0.15, 0.5)
+    else:
+        fields["schedule"] = "linear"
+        fields["threshold"] = trial.suggest_float("threshold", 0.3, 1.5)
+        fields["threshold_unit"] = "std"
+    return fields
