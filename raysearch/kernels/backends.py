@@ -101,5 +101,5 @@ def compiles(compiler: str, library: Callable[[], Any]) -> bool:
 
 @functools.cache
 def hopper(index: int) -> bool:
-    """Whether the GPU has thread block clusters."""
-    return torch.cuda.get_device_capability(index) >= (9, 0)
+    """Whether the GPU runs what decode.NVCC compiles: code for sm_90 runs on no later generation."""
+    return torch.cuda.get_device_capability(index)[0] == 9

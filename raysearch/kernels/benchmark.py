@@ -73,11 +73,12 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[d
     dense = layer.dense()
     for num_tokens in case.num_tokens:
         xs = layer.inputs(num_tokens)
-        candidates = layer.candidates(num_tokens)
-        peers = list(_peers(case, weight, num_tokens))
+        candidates = [found for found in layer.candidates(num_tokens) if _runs(found[2][0], xs[0])]
+        peers = [found for found in _peers(case, weight, num_tokens) if _runs(found[1], xs[0])]
         rows = slice(0, min(64, num_tokens))
         exact = xs[0][rows].double() @ weight.double().T
         errors = [_error(runs[0], xs[0], exact, rows) for *_, runs in candidates]
+        peer_errors = [_error(run, xs[0], exact, rows) for _, run in peers]
         times = time_in_turn([layer.bound(runs, xs) for runs in (dense, *(runs for *_, runs in candidates))]
                              + [layer.bound([run] * layer.num_copies, xs) for _, run in peers], device, NUM_ROUNDS)
         medians = [statistics.median(mine) / layer.num_copies for mine in times]
@@ -94,7 +95,7 @@ def run_case(case: Case, device: torch.device, dtype: torch.dtype) -> Iterator[d
             "best": None if best is None else f"{candidates[best][0]} {candidates[best][1]}",
             "sparse_us": None if best is None else ours[best], "ratio": None if best is None else medians[0] / ours[best],
             "error": max(errors, default=None), "dispatched": winner[0],
-            "dispatched_ratio": statistics.median(again), "peers_us": peer_us,
+            "dispatched_ratio": statistics.median(again), "peers_us": peer_us, "peers_error": max(peer_errors, default=None),
             "all_us": {f"{name} {variant}": us for (name, variant, _), us in zip(candidates, ours)}}
 
 
@@ -125,6 +126,21 @@ def header(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     else:
         found |= {"threads": torch.get_num_threads()}
     return found
+
+
+def _runs(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """False where the product does not fit this GPU (Triton's own kind of error, which is no RuntimeError)."""
+    try:
+        run(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":
+            raise
+        return False
+    return True
 
 
 def _error(run: Callable[[Tensor], Tensor], x: Tensor, exact: Tensor, rows: slice) -> float:

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from raysearch.kernels.weight import SparseWeight
@@ -61,7 +62,7 @@ def pack_block(weight: SparseWeight, device: torch.device | str) -> BlockPacked:
     """The weight in the kernel's layout on `device`; ValueError unless its pattern is block."""
     if weight.pattern != "block":
         raise ValueError(f"the block kernel needs a weight of pattern block, got {weight.pattern}")
-    kept = weight.kept(0, weight.grid[0])
+    kept = weight.kept(0, weight.grid[0]).cpu()
     step = blocks_per_step(weight.block)
     lengths = kept.sum(dim=1)
     padded = -(-lengths // step) * step
@@ -82,7 +83,7 @@ def pack_block(weight: SparseWeight, device: torch.device | str) -> BlockPacked:
 
 
 def block_linear(x: Tensor, packed: BlockPacked, bias: Tensor | None, tile: Tile, activation: str | None = None) -> Tensor:
-    """[T, O] in x's dtype, fp32 accumulation; x [T, K] with contiguous rows."""
+    """[T, O] in x's dtype, fp32 accumulation; x [T, K] with contiguous rows. RuntimeError when the tile does not fit."""
     num_tokens, num_inputs = x.shape
     num_outputs, block = packed.shape[0], packed.block
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
@@ -95,11 +96,14 @@ def block_linear(x: Tensor, packed: BlockPacked, bias: Tensor | None, tile: Tile
         flat = packed.values.view(-1, block)
         x_in = TensorDescriptor(x, [num_tokens, num_inputs], [x.stride(0), 1], [tile.tokens, 64])
         w_in = TensorDescriptor(flat, list(flat.shape), [block, 1], [outputs, 64])
-    _block_linear[(num_programs,)](
-        x_in, w_in, packed.columns, packed.starts, packed.order, y if bias is None else bias, y,
-        num_tokens, num_inputs, num_outputs, len(packed.order), x.stride(0),
-        B=block, BT=tile.tokens, BN=outputs, STEP=blocks_per_step(block), BULK=bulk, EVEN_K=num_inputs % block == 0,
-        HAS_BIAS=bias is not None, ACTIVATION=activation or "", num_warps=tile.num_warps, num_stages=tile.num_stages)
+    try:
+        _block_linear[(num_programs,)](
+            x_in, w_in, packed.columns, packed.starts, packed.order, y if bias is None else bias, y,
+            num_tokens, num_inputs, num_outputs, len(packed.order), x.stride(0),
+            B=block, BT=tile.tokens, BN=outputs, STEP=blocks_per_step(block), BULK=bulk, EVEN_K=num_inputs % block == 0,
+            HAS_BIAS=bias is not None, ACTIVATION=activation or "", num_warps=tile.num_warps, num_stages=tile.num_stages)
+    except OutOfResources as error:
+        raise RuntimeError(f"the block kernel does not fit this GPU with {tile}: {error}") from error
     return y
 
 

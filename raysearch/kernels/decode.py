@@ -112,7 +112,9 @@ def pack_decode(weight: SparseWeight, device: torch.device | str) -> DecodePacke
 
 
 def decode_linear(x: Tensor, packed: DecodePacked, bias: Tensor | None, cluster: int) -> Tensor:
-    """[T, O] in bf16; x [T, K] of at most MAX_TOKENS tokens. RuntimeError when CUDA refuses."""
+    """[T, O] in bf16; x [T, K]. ValueError for more than MAX_TOKENS tokens, RuntimeError when CUDA refuses."""
+    if len(x) > MAX_TOKENS:
+        raise ValueError(f"the decode kernel takes at most {MAX_TOKENS} tokens, got {len(x)}; use another backend for them")
     x, y = x.contiguous(), torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
     error = library().decode_linear(
         packed.starts.data_ptr(), packed.values.data_ptr(), packed.offsets.data_ptr(), packed.bases.data_ptr(),

@@ -76,11 +76,13 @@ def best_backend(weight: SparseWeight, num_tokens: int, cache: Path | None = Non
 
 
 def decision_key(weight: SparseWeight, num_tokens: int) -> str:
-    """What a decision depends on: device, versions, kernels, shape, tokens, dtype, pattern and density to 5 %."""
+    """What a decision depends on: device, versions, kernels, shape, tokens, dtype, pattern and density, whose buckets
+    are 9 % wide: time goes with density, so one width in points would put 3 % and 7 % together."""
+    bucket = round(8 * math.log2(weight.density)) if weight.density else "none"
     device = weight.values.device
     return " ".join([device_name(device), torch.__version__, kernels_hash(), f"{weight.shape[0]}x{weight.shape[1]}",
                      f"{num_tokens} tokens", str(weight.values.dtype).removeprefix("torch."),
-                     f"{weight.pattern}/{weight.block}", f"density {round(weight.density * 20) / 20:.2f}",
+                     f"{weight.pattern}/{weight.block}", f"density 2^({bucket}/8)",
                      *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else [])])
 
 

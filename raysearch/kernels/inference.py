@@ -3,7 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,18 +18,16 @@ from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
 MIN_SPARSITY = 0.3
 """Below it no layout is smaller than the dense one, and nothing is timed."""
 FEW_TOKENS, MANY_TOKENS = 16, 4096
-SLAB_ROWS = 1024
-"""Outputs that a product without a sparse kernel makes dense at a time."""
 
 
 def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tensor:
-    """x [..., K] times W[O, K]^T plus bias, by dense products of SLAB_ROWS outputs at a time: exact, anywhere, and without
+    """x [..., K] times W[O, K]^T plus bias, by dense products of 1,024 outputs at a time: exact, anywhere, and without
     the whole dense matrix. What `sparsify_for_inference` puts into a model is faster. ValueError for other inputs."""
     if x.shape[-1] != weight.shape[1] or x.dtype != weight.values.dtype or x.device != weight.values.device:
         raise ValueError(f"x must be [..., {weight.shape[1]}] in {weight.values.dtype} on {weight.values.device} for this "
                          f"weight, got {tuple(x.shape)} in {x.dtype} on {x.device}")
     parts = []
-    for start, stop, value in weight.slabs(SLAB_ROWS):
+    for start, stop, value in weight.slabs:
         slab = weight.slab(start, stop, value)
         first = start * weight.block
         parts.append(nn.functional.linear(x, slab, None if bias is None else bias[first:first + len(slab)]))
@@ -40,9 +37,9 @@ def linear(x: Tensor, weight: SparseWeight, bias: Tensor | None = None) -> Tenso
 class SparseLinear(nn.Module):
     """A linear layer [O, K] that runs, for each number of tokens, on the backend that was chosen for it.
 
-    The choice depends on shapes alone and nothing waits for the device, so CUDA graphs can hold it. Where dense won, it
-    keeps the dense weight too; without one it multiplies slab by slab. Without `choices` it takes, untimed, the first
-    backend that fits, anew on every device that it is moved to.
+    The choice depends on shapes alone and nothing waits for the device, so CUDA graphs can hold it. Where dense won, or a
+    chosen backend does not take every number of tokens, it keeps the dense weight too; without one it multiplies slab by
+    slab. Without `choices` it takes, untimed, the first backend that fits, anew on every device that it is moved to.
     """
 
     def __init__(self, weight: SparseWeight, bias: Tensor | None, choices: dict[int, Choice] | None = None,
@@ -62,9 +59,9 @@ class SparseLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
         """What `.to()`, `.cuda()` and `.float()` do: the kept weights move, and are packed again."""
         super()._apply(fn, recurse)
-        values = fn(self.sparse.values)
-        if values.device != self.sparse.values.device or values.dtype != self.sparse.values.dtype:
-            self._use(replace(self.sparse, values=values), None)
+        moved = self.sparse.moved(fn)
+        if moved.values.device != self.sparse.values.device or moved.values.dtype != self.sparse.values.dtype:
+            self._use(moved, None)
         return self
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,7 +78,16 @@ class SparseLinear(nn.Module):
     def _choice(self, num_tokens: int) -> Choice:
         """Of the smallest decided number of tokens that is not exceeded, else of the largest."""
         bucket = token_bucket(num_tokens)
-        return next((choice for tokens, choice in self.choices.items() if bucket <= tokens), [*self.choices.values()][-1])
+        choice = next((choice for tokens, choice in self.choices.items() if bucket <= tokens), [*self.choices.values()][-1])
+        if bucket in self.choices or self.dense is None or takes(choice, self.sparse, bucket):
+            return choice
+        return Choice(backend="dense")  # nobody timed so many tokens, and the backend or its variant is not for them
+
+
+def takes(choice: Choice, weight: SparseWeight, num_tokens: int) -> bool:
+    """Whether the chosen backend has this variant for so many tokens."""
+    return choice.backend == "dense" or choice.variant in BACKENDS[choice.backend].variants(
+        weight, weight.values.dtype, weight.values.device, num_tokens)
 
 
 def untimed(weight: SparseWeight) -> dict[int, Choice]:
@@ -203,7 +209,8 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
                 layer.choices[tokens] = choice.model_copy(update={"backend": "dense", "variant": 0})
         used = {choice.backend for choice in layer.choices.values()}
         layer.packed = {name: packed for name, packed in layer.packed.items() if name in used}
-        if "dense" not in used:
+        if "dense" not in used and all(takes(choice, layer.sparse, tokens) for choice in layer.choices.values()
+                                       for tokens in (1, FEW_TOKENS, MANY_TOKENS)):
             layer.dense = None
         setattr(parent, attribute, layer if layer.packed else module)
 

@@ -6,15 +6,18 @@ A 2:4 weight needs no format of its own: its bitmap takes 4 bits for 4 weights, 
 hardware's format, and its values half of the dense ones.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 PATTERNS = ("unstructured", "2:4", "block")
 BLOCKS = (128, 64, 32, 16)
 """Block sides that the block kernels take, largest first."""
+SLAB_ROWS = 1024
+"""Outputs that are made dense at a time, where a weight has to be."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +64,18 @@ class SparseWeight:
         return len(self.values) / (self.grid[0] * self.grid[1])
 
     def kept(self, start: int, stop: int) -> Tensor:
-        """Which blocks of the block rows start..stop are kept: bool [stop - start, C], on the CPU."""
+        """Which blocks of the block rows start..stop are kept: bool [stop - start, C], on the bits' device."""
         columns = self.grid[1]
         first = start * columns // 8
-        bits = np.unpackbits(self.bits[first:-(-stop * columns // 8)].cpu().numpy(), bitorder="little")
+        places = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        bits = (self.bits[first:-(-stop * columns // 8), None] >> places & 1).view(-1)
         offset = start * columns - 8 * first
-        return torch.from_numpy(bits[offset:offset + (stop - start) * columns].reshape(-1, columns).astype(bool))
+        return bits[offset:offset + (stop - start) * columns].view(-1, columns).bool()
 
-    def slabs(self, num_rows: int) -> "list[tuple[int, int, int]]":
-        """(first block row, last block row + 1, index of its first value) of slabs of about `num_rows` rows."""
-        step = max(1, num_rows // self.block)
+    @cached_property
+    def slabs(self) -> "list[tuple[int, int, int]]":
+        """(first block row, last block row + 1, index of its first value) of slabs of about SLAB_ROWS rows."""
+        step = max(1, SLAB_ROWS // self.block)
         slabs, value = [], 0
         for start in range(0, self.grid[0], step):
             stop = min(start + step, self.grid[0])
@@ -79,27 +84,31 @@ class SparseWeight:
         return slabs
 
     def slab(self, start: int, stop: int, value: int) -> Tensor:
-        """Dense rows [min(O, stop * b) - start * b, K] of the block rows start..stop, on the values' device."""
-        kept = self.kept(start, stop).to(self.values.device)
-        b = self.block
+        """Dense rows [min(O, stop * b) - start * b, K] of the block rows start..stop; waits for nothing on a GPU."""
+        kept, b = self.kept(start, stop), self.block
         dense = self.values.new_zeros(*kept.shape, b, b)
-        dense[kept] = self.values[value:value + int(kept.sum())]
+        dense.masked_scatter_(kept[:, :, None, None].expand_as(dense), self.values[value:])
         rows = min(self.shape[0], stop * b) - start * b
         return dense.transpose(1, 2).reshape(-1, kept.shape[1] * b)[:rows, :self.shape[1]].contiguous()
 
     def to_dense(self) -> Tensor:
         """The weight [O, K], bit for bit what was compressed under its mask."""
-        return torch.cat([self.slab(*slab) for slab in self.slabs(1024)])
+        return torch.cat([self.slab(*slab) for slab in self.slabs])
 
     def transposed(self) -> "SparseWeight":
         """The weight [K, O], unstructured or in blocks, made without its dense form."""
         rows, columns = self.kept(0, self.grid[0]).nonzero(as_tuple=True)
         order = (columns * self.grid[0] + rows).argsort()
-        kept = torch.zeros(self.grid[1], self.grid[0], dtype=torch.bool)
+        kept = torch.zeros(self.grid[1], self.grid[0], dtype=torch.bool, device=self.bits.device)
         kept[columns, rows] = True
         pattern = "block" if self.pattern == "block" else "unstructured"
         return SparseWeight((self.shape[1], self.shape[0]), pattern, self.block, pack_bits(kept),
-                            self.values[order.to(self.values.device)].transpose(1, 2).contiguous())
+                            self.values[order].transpose(1, 2).contiguous())
+
+    def moved(self, fn: Callable[[Tensor], Tensor]) -> "SparseWeight":
+        """The same with `fn` applied to its values, on the device where they then are."""
+        values = fn(self.values)
+        return SparseWeight(self.shape, self.pattern, self.block, self.bits.to(values.device), values)
 
 
 def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block: int = 1) -> SparseWeight:
@@ -128,8 +137,9 @@ def compress(weight: Tensor, mask: Tensor, pattern: str = "unstructured", block:
 
 
 def pack_bits(kept: Tensor) -> Tensor:
-    """uint8 on the CPU, one bit for each bool of `kept` in row-major order, least significant first."""
-    return torch.from_numpy(np.packbits(kept.cpu().numpy().reshape(-1), bitorder="little"))
+    """uint8, one bit for each bool of `kept` in row-major order, least significant first, on its device."""
+    flat = torch.nn.functional.pad(kept.reshape(-1).byte(), (0, -kept.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=kept.device)).sum(dim=1, dtype=torch.uint8)
 
 
 def detect_pattern(mask: Tensor) -> tuple[str, int]:

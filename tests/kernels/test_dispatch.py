@@ -60,16 +60,16 @@ def test_a_faster_backend_wins_and_is_remembered(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.nn.functional, "linear", slower)  # dense
     use(monkeypatch, lambda x, packed, bias, variant: real(x, packed[0], bias))
     path = tmp_path / "decisions.json"
-    choice = best_backend(weight(), 64, path)
+    choice = best_backend(weight(0.92), 64, path)
     assert (choice.backend, choice.variant) == ("try", 7)
     assert choice.ratio > 1.03
     slow["on"] = False
-    assert best_backend(weight(), 60, path) == choice  # the same bucket: read, not timed
-    assert best_backend(weight(0.89), 64, path) == choice  # the same 5 % of density
+    assert best_backend(weight(0.92), 60, path) == choice  # the same bucket: read, not timed
+    assert best_backend(weight(0.918), 64, path) == choice  # nearly the same density
     assert len(json.loads(path.read_text())) == 1
     path.write_text('{"torn')
-    best_backend(weight(), 64, path)
-    assert list(json.loads(path.read_text())) == [decision_key(weight(), 64)]
+    best_backend(weight(0.92), 64, path)
+    assert list(json.loads(path.read_text())) == [decision_key(weight(0.92), 64)]
 
 
 @pytest.mark.filterwarnings("ignore:backend try")
@@ -90,6 +90,7 @@ def test_what_a_decision_depends_on() -> None:
     keys = {decision_key(weight(), 64), decision_key(weight(0.5), 64), decision_key(weight(), 128),
             decision_key(compress(torch.ones(256, 256).bfloat16(), torch.ones(256, 256, dtype=torch.bool)), 64)}
     assert len(keys) == 4
+    assert len({decision_key(weight(sparsity), 64) for sparsity in (0.97, 0.95, 0.93, 1.0)}) == 4
     assert [token_bucket(n) for n in (1, 2, 3, 64, 65, 4095, 4096, 5700, 5900, 32768)] == [
         1, 2, 4, 64, 128, 4096, 4096, 4096, 8192, 32768]
     with pytest.raises(ValueError, match="num_tokens must be at least 1, got 0"):

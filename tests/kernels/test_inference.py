@@ -9,6 +9,8 @@ from layers import assert_product, mask_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.kernels import SparseLinear, compress, inference, linear, sparsify_for_inference
+from raysearch.kernels.backends import BACKENDS, Backend
+from raysearch.kernels.decode import decode_linear
 from raysearch.kernels.dispatch import Choice
 
 
@@ -35,7 +37,7 @@ def sparse_layers(model: Any) -> list[SparseLinear]:
 
 @pytest.mark.parametrize("pattern", [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 64)])
 def test_linear_multiplies_slab_by_slab(pattern: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "SLAB_ROWS", 64)
+    monkeypatch.setattr("raysearch.kernels.weight.SLAB_ROWS", 64)
     mask = mask_of(*pattern, (300, 200), 0.5)
     dense, bias, x = torch.where(mask, torch.randn(300, 200), 0), torch.randn(300), torch.randn(7, 200)
     weight = compress(dense, mask, *pattern)
@@ -88,6 +90,21 @@ def test_a_layer_takes_the_choice_of_the_next_number_of_tokens() -> None:
     for num_tokens in (5, 40):
         x = torch.randn(num_tokens, 64)
         assert_product(made(x), x, dense, None)
+
+
+def test_a_backend_gets_no_more_tokens_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Backend("few", lambda weight, dtype, device, tokens: [0] if tokens <= 16 else [], lambda weight, _: weight,
+                  lambda x, packed, bias, _: linear(x, packed, bias) if len(x) <= 16 else x.new_full((len(x), 1), torch.nan))
+    monkeypatch.setitem(BACKENDS, "few", few)
+    choose(monkeypatch, "few", 1.5)
+    model = pruned_model()
+    tokens = torch.arange(60)[None]
+    before = model(tokens).logits
+    sparsify_for_inference(model, num_tokens=16)
+    assert [layer._choice(n).backend for layer in sparse_layers(model)[:1] for n in (1, 16, 17)] == ["few", "few", "dense"]
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 16 tokens, got 17"):
+        decode_linear(torch.zeros(17, 8), None, None, 1)
 
 
 def test_the_whole_of_it_on_this_machine(tmp_path: Path) -> None:
