@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--task", default="lambada")
     parser.add_argument("--metric", default="perplexity")
     parser.add_argument("--limit", type=int, default=500)
-    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5])
+    parser.add_argument("--sparsities", type=float, nargs="+", default=[0.0, 0.1, 0.3, 0.5, 0.6])
     parser.add_argument("--replays", type=int, default=200)
     parser.add_argument("--level", type=float, default=0.001)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

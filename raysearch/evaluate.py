@@ -97,7 +97,7 @@ def in_words(kernels: Mapping[int, Mapping[str, Any]], num_sparse: int) -> str:
     """One line about what `backends_used` found."""
     if not kernels:
         return f"kernels: {num_sparse} sparse layers, not timed because that would take longer than it could save"
-    parts = [", ".join(f"{number} {name}" for name, number in used["layers"].items())
+    parts = [", ".join(f"{number} on {name}" for name, number in used["layers"].items())
              + f" at {num_tokens} tokens, the model {used['model_ratio']:.2f} times as fast as dense"
              for num_tokens, used in kernels.items()]
     return f"kernels: {num_sparse} sparse layers; " + "; ".join(parts)

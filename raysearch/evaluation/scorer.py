@@ -341,7 +341,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
             sizes[max(1, min(self.batch_tokens, num_tokens))] = -(-num_tokens // self.batch_tokens)
         for (_, max_gen_tokens), members in _by_settings(generating).items():
             contexts = self.encode([generating[index].args[0] for index in members])
-            longest = max(map(len, contexts))
+            longest = min(max(map(len, contexts)), self.max_length)
             num_slots = max(1, min(self._num_rows(longest, max_gen_tokens), len(contexts)))
             num_fills = -(-len(contexts) // num_slots)
             filling = num_slots * max(1, longest - shared_prefix(contexts))
