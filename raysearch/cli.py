@@ -242,7 +242,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1)] = None,
-    backend: Annotated[str, typer.Option(help="auto: sparse kernels where they are faster; or dense.")] = "dense",
+    backend: Annotated[str, typer.Option(help="auto: sparse kernels where they are faster; or dense.")] = "auto",
     samples: Annotated[Path | None, typer.Option(help="Write per-item results here, as JSON lines.")] = None,
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -253,7 +253,8 @@ def evaluate(
     from raysearch.evaluate import evaluate_model
 
     found = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
-                           batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty())
+                           batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty(),
+                           say=lambda line: print(line, file=sys.stderr, flush=True))
     if json:
         echo(dumps(found))
         return

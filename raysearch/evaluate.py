@@ -1,45 +1,52 @@
 """`raysearch evaluate`: a dense, pruned, compressed or compacted model on named tasks."""
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from raysearch.bench import HELDOUT_TASKS
 from raysearch.data import check_tokenizer, load_documents, split_documents
-from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
-from raysearch.export import COMPRESSED, load
-from raysearch.model import load_model, load_tokenizer, stored_dtype
+from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
+from raysearch.evaluation.tasks import HELDOUT_CONFIGS
+from raysearch.export import open_model
+from raysearch.kernels import Report, SparseLinear, sparsify_for_inference
+from raysearch.kernels.inference import MIN_SPARSITY, linear_layers, own_forward
+from raysearch.model import load_tokenizer
+
+TIMED_FORWARDS = 50
+"""What timing sparse kernels for one number of tokens costs, about: 32 forwards of the model, and those of its layers."""
+MAX_TIMING_S = 30.0
+"""Timing that takes longer is done only where the evaluation takes twice as long as the timing."""
 
 
 def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | None, corpus: str, limit: int | None,
-                   num_fewshot: int | None, batch_tokens: int | None, samples: Path | None,
-                   progress: bool, backend: str = "dense") -> dict[str, Any]:
-    """{"results": {task: {metric: value, metric_stderr: value, "num_items": n}}, "num_truncated": n, ...}.
+                   num_fewshot: int | None, batch_tokens: int | None, samples: Path | None, progress: bool,
+                   backend: str = "auto", say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+    """{"results": {task: {metric: value, metric_stderr: value, "num_items": n}}, "num_truncated": n, "kernels": ...}.
 
-    backend "auto" replaces linear layers by sparse ones where those are measured to be faster; "dense" never does.
+    backend "auto" replaces the linear layers of a pruned model by sparse ones where those are measured to be faster, and
+    says one line about it; "dense" never does. "kernels" holds, for each number of tokens per forward that was timed, how
+    many sparse layers run on what and how many times as fast the model became.
     text, last_word and choice are made from the corpus's report split; the others come from `data_dir` or the hub, whole.
     """
     if backend not in ("auto", "dense"):
         raise ValueError(f"backend must be auto or dense, got {backend!r}")
-    exported = (Path(model_path) / COMPRESSED).is_file()
-    model = load(model_path) if exported else load_model(model_path, getattr(torch, stored_dtype(model_path)))
+    tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
+    if own := [name for name in names if name in HELDOUT_CONFIGS]:
+        tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], own, limit=limit) + tasks
+    model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     tokenizer = load_tokenizer(model_path)
     check_tokenizer(tokenizer, model.config.vocab_size)
-    tasks = load_tasks([name for name in names if name not in HELDOUT_TASKS], data_dir=data_dir, limit=limit)
-    if own := [name for name in names if name in HELDOUT_TASKS]:
-        tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], own, limit=limit) + tasks
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-    elif model.dtype == torch.bfloat16:
-        model = model.float()  # a CPU is faster and more exact in fp32
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
-    kernels = "dense"
-    if backend == "auto":
-        from raysearch.kernels import sparsify_for_inference
-
-        kernels = str(sparsify_for_inference(model, num_tokens=scorer.batch_tokens))
+    kernels: dict[int, dict[str, Any]] = {}
+    if backend == "auto" and (num_sparse := sum(map(is_sparse, (layer for *_, layer in linear_layers(model))))):
+        sizes = worth_timing(model, forward_sizes(scorer, tasks, num_fewshot=num_fewshot))
+        if sizes:
+            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes))
+        say(in_words(kernels, num_sparse))
     metrics = evaluate(scorer, tasks, num_fewshot=num_fewshot, samples_path=samples).metrics
     results: dict[str, dict[str, Any]] = {}
     for name, metric in metrics.items():
@@ -48,3 +55,42 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
         row |= {key: metric.value, f"{key}_stderr": metric.stderr, "num_items": metric.num_items}
     return {"results": results, "model": model_path, "num_truncated": scorer.num_truncated, "kernels": kernels,
             "device": str(scorer.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def is_sparse(layer: Any) -> bool:
+    """Whether sparse kernels are tried for this linear layer."""
+    return isinstance(layer, SparseLinear) or float((layer.weight == 0).float().mean()) >= MIN_SPARSITY
+
+
+@torch.no_grad()
+def worth_timing(model: Any, sizes: Mapping[int, int]) -> list[int]:
+    """Of {tokens per forward: how many forwards}, those whose timing is short, or short beside the evaluation."""
+    forward, found = own_forward(model), []
+    for num_tokens, num_forwards in sizes.items():
+        times_s = []
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            forward(num_tokens)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times_s.append(time.perf_counter() - started)
+        if TIMED_FORWARDS * times_s[-1] <= MAX_TIMING_S or num_forwards >= 2 * TIMED_FORWARDS:
+            found.append(num_tokens)
+    return found
+
+
+def backends_used(report: Report) -> dict[int, dict[str, Any]]:
+    """{tokens per forward: {"layers": {backend: number of sparse layers}, "model_ratio": times as fast as dense}}."""
+    return {num_tokens: {"layers": dict(Counter("dense" if ratio <= 1 else layer.choices[num_tokens].backend
+                                                for layer in report.layers)), "model_ratio": ratio}
+            for num_tokens, ratio in report.model_ratio.items()}
+
+
+def in_words(kernels: Mapping[int, Mapping[str, Any]], num_sparse: int) -> str:
+    """One line about what `backends_used` found."""
+    if not kernels:
+        return f"kernels: {num_sparse} sparse layers, not timed because that would take longer than it could save"
+    parts = [", ".join(f"{number} on {name}" for name, number in used["layers"].items())
+             + f" at {num_tokens} tokens, the model {used['model_ratio']:.2f} times as fast as dense"
+             for num_tokens, used in kernels.items()]
+    return f"kernels: {num_sparse} sparse layers; " + "; ".join(parts)

@@ -103,10 +103,10 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     return model.eval()
 
 
-def open_model(path: str) -> PreTrainedModel:
+def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
     """The model of an exported folder, or of any Hugging Face one, on the GPU where there is one; on a CPU in fp32, which
-    is faster there and more exact than bf16."""
-    model = load(path) if (Path(path) / COMPRESSED).is_file() else load_model(path, getattr(torch, stored_dtype(path)))
+    is faster there and more exact than bf16. `backend` as in `load`."""
+    model = load(path, backend) if (Path(path) / COMPRESSED).is_file() else load_model(path, getattr(torch, stored_dtype(path)))
     if torch.cuda.is_available():
         return model.to("cuda")
     return model.float() if model.dtype == torch.bfloat16 else model

@@ -19,7 +19,7 @@ from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import losses, summarise
 from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
 
-__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "heldout_tasks", "load_tasks"]
+__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "forward_sizes", "heldout_tasks", "load_tasks"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -72,6 +72,11 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     done = set(map(id, answered))
     _respond(scorer, [request for requests in prepared for request in requests if id(request) not in done])
     return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
+
+
+def forward_sizes(scorer: Scorer, tasks: Sequence[Task], *, num_fewshot: int | None = None) -> dict[int, int]:
+    """Tokens per forward -> about how many such forwards `evaluate` will take."""
+    return scorer.forward_sizes([request for task in tasks for request in _requests(task, None, num_fewshot)])
 
 
 def _race(scorer: LM, tasks: Sequence[Task], prepared: list[list[Instance]], race: Race,

@@ -1,16 +1,18 @@
 """When a candidate may stop being scored: a rival that is no larger is better on all items, at a stated level.
 
-Legend: N items, of which the first n in a random order are scored; d [n] = loss of the candidate minus that of the rival,
-item by item; a loss is 0 or more, lower is better.
+Legend: N items, of which the first n in a random order are scored; c_i, r_i = loss of the candidate and of the rival on item
+i, 0 or more, lower is better; Q caps.
 """
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FIRST_ITEMS = 64
+FIRST_ITEMS = 32
 """Items before the first look; each further look comes at half as many again."""
-BET_SHARE = 0.5
+BET_SHARE = 0.75
 """Share of the largest bet that keeps the capital positive; c in Waudby-Smith and Ramdas."""
+CAPS = (0.5, 0.75, 0.9, 1.0)
+"""Quantiles of the rival's losses at which they are capped, one bettor each."""
 
 
 def item_order(num_items: int, seed: int) -> NDArray[np.int64]:
@@ -19,7 +21,7 @@ def item_order(num_items: int, seed: int) -> NDArray[np.int64]:
 
 
 def looks(num_items: int) -> list[int]:
-    """Numbers of items after which the bound is checked: 64, 96, 144, ... below `num_items`."""
+    """Numbers of items after which the bound is checked: 32, 48, 72, ... below `num_items`."""
     found, look = [], FIRST_ITEMS
     while look < num_items:
         found.append(look)
@@ -32,32 +34,35 @@ def log_evidence(losses: ArrayLike, rival: ArrayLike) -> float:
 
     losses [n]: the candidate's, in the shared order; rival [N]: all of the rival's, in that order. Testing by betting
     without replacement (Waudby-Smith and Ramdas 2024, "Estimating means of bounded random variables by betting", section
-    5 and eq. 40 for the bets): under the hypothesis the mean of what is left before item t is at most
-    m_t = -(d_1 + ... + d_(t-1)) / (N - t + 1), so the capital prod(1 + bet_t * (d_t - m_t)) is a supermartingale for
-    bets that know the past only, and by Ville's inequality it ever reaches 1 / level with probability at most `level`.
-    Differs in the range: only d_t >= -(largest loss of the rival among the items left) is needed, which is known,
-    so the candidate's losses need no upper bound. Infinite once no outcome of the items left could make it as good.
+    5 and eq. 40 for the bets): x_i with a sum of at most 0 under the hypothesis have at most the mean
+    m_t = -(x_1 + ... + x_(t-1)) / (N - t + 1) among the items left, so the capital prod(1 + bet_t * (x_t - m_t)) is a
+    supermartingale for bets that know the past only, and by Ville's inequality it ever reaches 1 / level with probability
+    at most `level`. Differs in two ways. A bet is limited by a lower end of x_t only: the candidate's losses need no upper
+    bound. And the rival serves as a control variate, x_i = c_i - g(r_i) + mean(g(r)) - mean(r): g = min(r, cap) leaves the
+    sum of x as it is, and a low cap raises the lower end, so that a few hard items do not keep all bets small. The mean
+    capital of one bettor per cap is a supermartingale too. Infinite once no outcome of the items left could make it as good.
     """
     candidate, other = np.asarray(losses, float), np.asarray(rival, float)
-    num_items, differences = len(other), candidate - other[:len(candidate)]
-    largest = np.maximum.accumulate(other[::-1])[::-1]  # of the rival's losses from item t on
-    total = squares = capital = best = 0.0
-    for t, difference in enumerate(differences):
-        mean_left = -total / (num_items - t)
-        room = mean_left + largest[t]
-        if room < 0:
-            return float("inf")
-        mean = total / (t + 1)
-        variance = (1e-12 + squares) / (t + 1) - mean**2  # about the running mean, shrunk to 0 by one item
-        lead = mean - mean_left
-        bet = lead / (max(variance, 1e-12) + lead**2) if lead > 0 else 0.0
-        if room > 0:
-            bet = min(bet, BET_SHARE / room)
-        capital += np.log1p(bet * (difference - mean_left))
-        best = max(best, capital)
-        total += difference
-        squares += difference**2
-    return float("inf") if len(differences) == num_items and total > 0 else float(best)
+    num_items, n = len(other), len(candidate)
+    if n == 0:
+        return 0.0
+    capped = np.minimum(other[:, None], np.quantile(other, CAPS))  # [N, Q]
+    shift = capped.mean(axis=0) - other.mean()
+    largest = np.maximum.accumulate(capped[::-1])[::-1]  # among the items from t on
+    left = other.sum() - np.cumsum(other[:n])  # what the rival may still lose
+    if (np.cumsum(candidate - other[:n]) > left + 1e-9 * other.sum()).any():
+        return float("inf")
+    x = candidate[:, None] - capped[:n] + shift  # [n, Q]
+    total, squares = (np.cumsum(values, axis=0) - values for values in (x, x**2))  # of the items before t
+    t = np.arange(n)[:, None]
+    mean_left = -total / (num_items - t)
+    room = np.maximum(mean_left + largest[:n] - shift, 1e-12)
+    mean = total / (t + 1)
+    variance = (1e-12 + squares) / (t + 1) - mean**2  # about the running mean, shrunk to 0 by one item
+    lead = np.maximum(mean - mean_left, 0)
+    bet = np.minimum(lead / (np.maximum(variance, 1e-12) + lead**2), BET_SHARE / room)
+    log_capital = np.cumsum(np.log1p(bet * (x - mean_left)), axis=0)
+    return max(0.0, float((np.logaddexp.reduce(log_capital, axis=1) - np.log(len(CAPS))).max()))
 
 
 def is_dominated(losses: ArrayLike, rival: ArrayLike, level: float) -> bool:

@@ -47,6 +47,8 @@ LOGIT_SLICE = {"cpu": 2**20, "cuda": 2**27}
 MAX_GEN_TOKENS = 256
 """lm-eval's default when a task does not say how many tokens to generate."""
 
+TYPICAL_ANSWER_TOKENS = 16
+
 Gather = Callable[[object], list[Any]]
 Tokens = tuple[int, ...]
 
@@ -318,22 +320,38 @@ class Scorer(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuation of each context, cut before the first of its `until` strings."""
-        groups: dict[tuple[Tokens, int], list[int]] = {}
-        texts: list[tuple[str, ...]] = []
-        for index, request in enumerate(requests):
-            settings = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKENS))
-            if settings.get("do_sample"):
-                raise ValueError(f"generation is greedy; got do_sample=True for request {index}")
-            until = settings.get("until") or []
-            texts.append(tuple([until] if isinstance(until, str) else until))
-            groups.setdefault((texts[-1], settings["max_gen_toks"]), []).append(index)  # type: ignore[arg-type]
         everyone: dict[int, str] = {}
         with self._inference():
-            for (until, max_gen_tokens), members in groups.items():
+            for (until, max_gen_tokens), members in _by_settings(requests).items():
                 contexts = self.encode([requests[index].args[0] for index in members])
-                for part in self._gather(self._generate(contexts, until, max_gen_tokens)):  # type: ignore[arg-type]
+                for part in self._gather(self._generate(contexts, until, max_gen_tokens)):
                     everyone.update({members[index]: text for index, text in part.items()})
         return [everyone[index] for index in range(len(requests))]
+
+    def forward_sizes(self, requests: Sequence[Instance]) -> dict[int, int]:
+        """Tokens per forward -> about how many such forwards these requests take: what sparse kernels are timed for.
+
+        A batch of scoring; for generation a step, which has a token per slot, and filling all slots with prompts.
+        """
+        sizes: dict[int, int] = {}
+        generating = [request for request in requests if request.request_type == "generate_until"]
+        scoring = [request for request in requests if request.request_type != "generate_until"]
+        if scoring:
+            num_tokens = sum(map(len, self.encode(["".join(request.args) for request in scoring])))
+            sizes[max(1, min(self.batch_tokens, num_tokens))] = -(-num_tokens // self.batch_tokens)
+        for (_, max_gen_tokens), members in _by_settings(generating).items():
+            contexts = self.encode([generating[index].args[0] for index in members])
+            longest = min(max(map(len, contexts)), self.max_length)
+            num_slots = max(1, min(self._num_rows(longest, max_gen_tokens), len(contexts)))
+            num_fills = -(-len(contexts) // num_slots)
+            filling = num_slots * max(1, longest - shared_prefix(contexts))
+            for size, number in ((num_slots, num_fills * min(max_gen_tokens, TYPICAL_ANSWER_TOKENS)), (filling, num_fills)):
+                sizes[size] = sizes.get(size, 0) + number
+        return sizes
+
+    def _num_rows(self, longest: int, max_gen_tokens: int) -> int:
+        """Rows of generation that fit, by the tokens of their caches."""
+        return 4 * self.batch_tokens // (longest + max_gen_tokens)
 
     def _generate(self, contexts: Sequence[Tokens], until: tuple[str, ...], max_gen_tokens: int) -> dict[int, str]:
         room = self.max_length - max_gen_tokens
@@ -346,7 +364,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         mine = order[self._deal[0]::self._deal[1]]
         made: list[list[int]] | None = None
         while made is None:
-            rows = 4 * self.batch_tokens // (len(cut[order[0]]) + max_gen_tokens)
+            rows = self._num_rows(len(cut[order[0]]), max_gen_tokens)
             try:
                 made = (self._fill_slots if self.shares_prefixes else self._generate_plain)(
                     cut, mine, until, max_gen_tokens, max(1, min(rows, len(mine))))
@@ -443,6 +461,19 @@ class Scorer(TemplateLM):  # type: ignore[misc]
             for step in steps:
                 yield step
                 bar.update()
+
+
+def _by_settings(requests: Sequence[Instance]) -> dict[tuple[tuple[str, ...], int], list[int]]:
+    """(stop strings, tokens at most) -> indices of the requests that generate with them. ValueError for sampling."""
+    groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+    for index, request in enumerate(requests):
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKENS))
+        if settings.get("do_sample"):
+            raise ValueError(f"generation is greedy; got do_sample=True for request {index}")
+        until = settings.get("until") or []
+        key = (tuple([until] if isinstance(until, str) else until), settings["max_gen_toks"])
+        groups.setdefault(key, []).append(index)
+    return groups
 
 
 def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from lm_eval.models.huggingface import HFLM
 from tiny_models import story, tiny_model
 
 from raysearch.config import higher_is_better
-from raysearch.evaluation import Scorer, evaluate, heldout_tasks, load_tasks
+from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
+from raysearch.evaluation.generation import shared_prefix
 from raysearch.evaluation.statistics import summarise
 
 DOCUMENTS = [story(7 * n) for n in range(12)]
@@ -138,6 +139,22 @@ def test_samples_file(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
     assert [row["metrics"]["acc"] for row in rows[3:6]] == result.items["last_word/acc"]
     assert len({row["item_id"] for row in rows}) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_forward_sizes_are_a_batch_of_scoring_and_the_slots_of_generation(tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model("gpt2", context=512)
+    questions = load_tasks(["triviaqa"], data_dir=write_questions(tmp_path, model, tokenizer))
+    scorer = Scorer(model, tokenizer, batch_tokens=100)
+    texts = heldout_tasks(DOCUMENTS, ["text"], limit=4)
+    num_tokens = sum(len(scorer.tok_encode(item["text"])) for item in texts[0].dataset["test"])
+    assert forward_sizes(scorer, texts) == {100: -(-num_tokens // 100)}
+    prompts = [scorer.tok_encode(f"Question: who saw the dog of house {n}?\nAnswer:") for n in range(12)]
+    longest, shared = max(map(len, prompts)), shared_prefix(list(map(tuple, prompts)))
+    num_slots = 400 // (longest + 64)
+    assert 1 < num_slots < 12
+    num_fills = -(-12 // num_slots)
+    assert forward_sizes(scorer, questions) == {num_slots: 16 * num_fills, num_slots * (longest - shared): num_fills}
+    assert set(forward_sizes(scorer, texts + questions)) == {100, num_slots, num_slots * (longest - shared)}
 
 
 def test_bad_arguments(gpt2: Any, tokenizer: Any) -> None:

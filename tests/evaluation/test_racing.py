@@ -82,13 +82,13 @@ def test_equal_candidates_are_stopped_no_more_often_than_the_level(kind: str) ->
 def test_certain_once_the_items_left_cannot_catch_up() -> None:
     rival = np.array([0.0, 0.0, 1.0, 1.0, 0.0, 0.0])
     assert log_evidence([1, 1, 1, 1, 1], rival) == float("inf")  # 3 behind, at most 0 to gain
-    assert log_evidence([0, 0, 1, 1, 0, 0], rival) == 0
+    assert log_evidence([0, 0, 1, 1, 0, 0], rival) == pytest.approx(0)
     assert log_evidence([], rival) == 0
 
 
 def test_looks_grow_and_the_order_is_one_for_all() -> None:
-    assert looks(64) == []
-    assert looks(300) == [64, 96, 144, 216]
+    assert looks(32) == []
+    assert looks(300) == [32, 48, 72, 108, 162, 243]
     assert sorted(item_order(50, 3)) == list(range(50))
     assert list(item_order(50, 3)) == list(item_order(50, 3)) != list(item_order(50, 4))
 
