@@ -7,7 +7,9 @@
     rounds/KEY/losses.json   in a study with racing: its loss on each selection item of the objective
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
+    trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
+    tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
     lock                     held by the driver that runs the study
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
@@ -23,7 +25,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -114,6 +116,7 @@ class TrialRecord(Frozen):
     """Why it stopped or failed, in one sentence."""
     traceback: str | None = None
     log_path: str | None = None
+    """What rank 0 printed; the other ranks' logs lie beside it."""
     started_at: str
     ended_at: str | None = None
     seconds: float = 0.0
@@ -128,6 +131,11 @@ def hash_json(value: object) -> str:
 def round_key(parent_key: str, action: Action) -> str:
     """key(round) = hash(key(parent), canonical action); the root's key already covers model, data and settings."""
     return hash_json([parent_key, action.model_dump()])
+
+
+def config_hash(study: Study, actions: Sequence[Action]) -> str:
+    """Of all that a trial will do: the driver's must be every rank's."""
+    return hash_json([study.model_dump(mode="json"), [action.model_dump() for action in actions]])
 
 
 def file_sha256(path: Path) -> str:
@@ -333,6 +341,10 @@ class Ledger:
     def write_trial(self, trial: TrialRecord) -> None:
         path = self.directory / "trials" / f"{trial.number:05d}.json"
         persist(path, lambda: write_json(path, trial.model_dump(mode="json")))
+
+    def log_path(self, number: int, rank: int) -> Path:
+        """Of a trial; -1 is every other job."""
+        return self.directory / "trials" / f"{number:05d}.rank-{rank}.log"
 
     def stack_path(self, number: int, rank: int) -> Path:
         """Of a trial; -1 is every other job."""

@@ -11,6 +11,7 @@ Ray's own OptunaSearch cannot do this job (several objectives, failures, resume:
 import ast
 import contextlib
 import importlib
+import importlib.util
 import inspect
 import json
 import os
@@ -33,13 +34,15 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
+from ray.air.integrations.mlflow import MLflowLoggerCallback
+from ray.air.integrations.wandb import WandbLoggerCallback
 from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
 from analysis.tables import human_bytes
 from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
-from raysearch.ledger import Ledger, StudyRecord, TrialRecord, hash_json, round_key
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord, config_hash, hash_json, round_key
 from raysearch.model import model_size
 from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
@@ -85,12 +88,13 @@ def space_hash(space: Space) -> str:
 
 
 def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None], *,
-          keep: Keep = "all") -> SweepResult:
+          keep: Keep = "all", mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
     weights that `keep` does not name.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
+    loggers = logger_callbacks(directory.name, mlflow_uri, wandb_project)
     study = resolve(study)
     inputs = read_inputs(study)
     sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
@@ -107,7 +111,7 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
         searcher = StudySearcher(ledger, study, space, inputs, echo)
         if searcher.has_work():
             start_ray(study)
-            interrupted = run_tune(ledger, study, searcher)
+            interrupted = run_tune(ledger, study, searcher, loggers)
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
@@ -116,7 +120,21 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
 
 
-def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
+def logger_callbacks(name: str, mlflow_uri: str | None, wandb_project: str | None) -> list[tune.Callback]:
+    """Ray's own loggers beside TensorBoard's, which Tune always writes; ValueError where a package is missing."""
+    asked = {"mlflow": mlflow_uri, "wandb": wandb_project}
+    for package, value in asked.items():
+        if value is not None and importlib.util.find_spec(package) is None:
+            raise ValueError(f"--{package} needs the package {package}, which is not installed here: pip install {package}")
+    loggers: list[tune.Callback] = []
+    if mlflow_uri is not None:
+        loggers.append(MLflowLoggerCallback(tracking_uri=mlflow_uri, experiment_name=name))
+    if wandb_project is not None:
+        loggers.append(WandbLoggerCallback(project=wandb_project, group=name))
+    return loggers
+
+
+def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: list[tune.Callback]) -> bool:
     """Runs Tune until the searcher has finished; True when it was interrupted before."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
@@ -129,7 +147,7 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher") -> bool:
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
-                                  verbose=0, log_to_file=True,
+                                  verbose=0, callbacks=loggers,
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
@@ -326,7 +344,7 @@ class StudySearcher(Searcher):
             return {"kind": "dense"}
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         if self._interrupted and not out_of_time:
-            return {"kind": "trial", "number": self._interrupted.pop(0)}
+            return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
         if self._num_asked < self.study.num_trials and not out_of_time:
             self._num_asked += 1
             return self._ask()
@@ -342,8 +360,12 @@ class StudySearcher(Searcher):
         trial = self.optuna.ask()
         config = draw(self.space, trial)
         actions = resolve_actions(config, self.study, self.inputs.num_train_tokens)
-        self.ledger.write_trial(TrialRecord(number=trial.number, config=config, actions=actions, started_at=utc_now()))
-        return {"kind": "trial", "number": trial.number}
+        record = TrialRecord(number=trial.number, config=config, actions=actions, started_at=utc_now())
+        self.ledger.write_trial(record)
+        return self._trial_job(record)
+
+    def _trial_job(self, trial: TrialRecord) -> Job:
+        return {"kind": "trial", "number": trial.number, "config_hash": config_hash(self.study, trial.actions)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """After every round but the last, which comes to `on_trial_complete`."""

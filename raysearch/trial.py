@@ -4,7 +4,8 @@ The trainable's own actor is rank 0; the other ranks are actors in the same plac
 process group, engine, text and base weights outlive the job (`reuse_actors`): the next one starts by copying shards.
 
 A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
-runs the trial of that number in the ledger, {"kind": "report", "key": k} scores a candidate on the report split.
+runs the trial of that number in the ledger, after every rank has
+resolved it to "config_hash", the driver's, {"kind": "report", "key": k} scores a candidate on the report split.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ import faulthandler
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysearch.bench import Bench, read_inputs
 from raysearch.config import Study
 from raysearch.engine import free_port
-from raysearch.ledger import Ledger
-from raysearch.round import dense_round, report_round, run_trial
+from raysearch.ledger import Ledger, RoundRecord, config_hash
+from raysearch.provenance import utc_now
+from raysearch.round import dense_round, report_round, resolve_actions, run_trial
 
 Job = dict[str, Any]
 
@@ -51,9 +53,16 @@ class Rank:
         self.bench = Bench(study, Ledger(directory), inputs)
         self._results: Iterator[dict[str, Any]] = iter(())
 
-    def begin(self, job: Job, log_path: str) -> None:
-        self._results = self._run(job, log_path)
-        self._stack_path = self.bench.ledger.stack_path(job.get("number", -1), self.bench.engine.rank)
+    def begin(self, job: Job) -> str | None:
+        """Makes `job` the one that `step` works on; for a trial, the hash of what this rank resolves it to."""
+        ledger, number, rank = self.bench.ledger, job.get("number", -1), self.bench.engine.rank
+        print_to(ledger.log_path(number, rank))
+        self._results = self._run(job)
+        self._stack_path = ledger.stack_path(number, rank)
+        if job["kind"] != "trial":
+            return None
+        study, config = self.bench.study, ledger.trial(number).config
+        return config_hash(study, resolve_actions(config, study, self.bench.inputs.num_train_tokens))
 
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
@@ -61,17 +70,38 @@ class Rank:
         with ended_when_stuck(limit_s, self._stack_path):
             return next(self._results)
 
-    def _run(self, job: Job, log_path: str) -> Iterator[dict[str, Any]]:
+    def _run(self, job: Job) -> Iterator[dict[str, Any]]:
         ledger = self.bench.ledger
         if job["kind"] == "trial":
-            trial = ledger.trial(job["number"]).model_copy(update={"log_path": log_path})
-            for record in run_trial(self.bench, trial):
+            log_path = str(ledger.log_path(job["number"], 0))
+            for record in run_trial(self.bench, ledger.trial(job["number"]).model_copy(update={"log_path": log_path})):
                 key = record.keys[-1] if record.keys else None
-                yield {"done": record.status != "running", "status": record.status, "key": key}
+                numbers = measured(ledger.candidate(key)) if key and record.status == "running" else {}
+                yield {"done": record.status != "running", "status": record.status, "key": key, **numbers}
         else:
             dense = dense_round(self.bench)
-            report_round(self.bench, dense if job["kind"] == "dense" else ledger.candidate(job["key"]))
-            yield {"done": True, "status": "done", "key": job.get("key", dense.key)}
+            candidate = dense if job["kind"] == "dense" else ledger.candidate(job["key"])
+            report = report_round(self.bench, candidate)
+            yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate),
+                   **{f"report/{name}": metric.value for name, metric in report.items()}}
+
+
+def measured(record: RoundRecord) -> dict[str, float]:
+    """A candidate's numbers under the names that TensorBoard and the other loggers show."""
+    numbers = record.model_dump(include={"depth", "sparsity", "model_sparsity", "num_nonzero", "stored_bytes",
+                                         "resident_bytes", "train_loss", "prune_s", "finetune_s", "evaluate_s"},
+                                exclude_none=True)
+    return numbers | {name: metric.value for name, metric in record.metrics.items()}
+
+
+def print_to(path: Path) -> None:
+    """From now on this process prints to the end of `path`, its C libraries too: a file that every node sees."""
+    path.parent.mkdir(exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with open(path, "ab") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
 
 
 @contextlib.contextmanager
@@ -135,9 +165,20 @@ class PruneTrial(tune.Trainable):
             ray.kill(peer)
 
     def _begin(self, job: Job) -> None:
-        others = [peer.begin.remote(job, self.logdir) for peer in self.peers]
-        self.rank_0.begin(job, self.logdir)
-        ray.get(others)
+        others = [peer.begin.remote(job) for peer in self.peers]
+        hashes = [self.rank_0.begin(job), *ray.get(others)]
+        if job["kind"] == "trial" and (reason := disagreement(job, hashes)):
+            ledger = self.rank_0.bench.ledger
+            ledger.write_trial(ledger.trial(job["number"]).model_copy(
+                update={"status": "failed", "reason": reason, "ended_at": utc_now()}))
+            raise ValueError(reason)
+
+
+def disagreement(job: Job, hashes: Sequence[str | None]) -> str:
+    """Which ranks (of the position in `hashes`) resolve the job to something else than the driver; "" when none does."""
+    others = [f"rank {rank} ({found})" for rank, found in enumerate(hashes) if found != job["config_hash"]]
+    return (f"{', '.join(others)} resolves trial {job['number']} to another configuration than the driver "
+            f"({job['config_hash']}); every node must run the same raysearch on the same files" if others else "")
 
 
 def gang_resources(study: Study) -> tune.PlacementGroupFactory:

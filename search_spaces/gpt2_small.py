@@ -8,7 +8,7 @@ writes, or any GPT-2 in Hugging Face's format (save_pretrained, with its tokeniz
 or .parquet files, or the name of a Hugging Face dataset. LAMBADA is read from the hub, or from data_dir/lambada/test.jsonl.
 
 124 M parameters fit on one GPU many times over; two ranks halve the time of a round. For a model that does not fit,
-raise zero_stage to 3, which shards the weights too, and num_ranks until it does.
+set both num_ranks and zero_stage to "auto".
 """
 
 STUDY = {

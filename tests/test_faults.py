@@ -175,6 +175,7 @@ round.finetune = slow
 """
 
 
+@pytest.mark.slow
 def test_a_killed_rank_costs_a_round(tmp_path: Path, tiny_model: Path, stories: Path,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
     inject(tmp_path, SLOW_ROUNDS, monkeypatch)

@@ -56,7 +56,8 @@ def test_a_study_for_gpus_that_was_measured_on_a_processor_says_so(tmp_path: Pat
 def test_the_command_measures_and_writes_nothing(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
     (tmp_path / "space.py").write_text(
         f"STUDY = {{'model': {str(tiny_model)!r}, 'corpus': {str(stories)!r}, 'context_tokens': 64, 'num_trials': 4,\n"
-        "         'batch_tokens': 256, 'epoch_tokens': 1024, 'tasks': ('text', 'last_word')}\n\n\n"
+        "         'batch_tokens': 256, 'epoch_tokens': 1024, 'tasks': ('text', 'last_word'),\n"
+        "         'num_ranks': 'auto', 'zero_stage': 'auto'}\n\n\n"
         "def space(trial):\n"
         "    return {'schedule': 'linear', 'num_rounds': trial.suggest_int('num_rounds', 1, 3),\n"
         "            'finetune_epochs': 1.0, 'target_sparsity': 0.5}\n")
@@ -64,6 +65,7 @@ def test_the_command_measures_and_writes_nothing(tmp_path: Path, tiny_model: Pat
     done = subprocess.run([sys.executable, "-m", "raysearch", "plan", "space", "--out", "out"], cwd=tmp_path,
                           env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "placement   on processors auto is one rank at ZeRO-0" in done.stdout
     assert "(1 to 3, 200 random draws)" in done.stdout
     assert f"writes to   {tmp_path / 'out'}:\n" in done.stdout
     assert "step of 256 tokens 0.000 s" not in done.stdout
