@@ -216,9 +216,14 @@ def gpu_memory() -> tuple[int, int]:
 
 
 def connect_ray() -> None:
-    """Connects to the cluster of RAY_ADDRESS or starts a local one."""
-    if not ray.is_initialized():
+    """Connects to the cluster of RAY_ADDRESS, or that `ray start` noted here, or starts a local one."""
+    if ray.is_initialized():
+        return
+    try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True)
+    except RuntimeError as error:  # the versions of Ray or Python differ, and the rest of the message says how
+        raise ValueError(f"the Ray cluster that runs here cannot be joined: {error}; use its Python, or unset RAY_ADDRESS "
+                         "and stop it") from error
 
 
 def start_ray(study: Study) -> None:
