@@ -12,8 +12,8 @@ from raysearch.data import check_tokenizer, load_documents, split_documents
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 from raysearch.export import open_model
-from raysearch.kernels import Report, SparseLinear, sparsify_for_inference
-from raysearch.kernels.inference import MIN_SPARSITY, linear_layers, own_forward
+from raysearch.kernels import Report, sparsify_for_inference
+from raysearch.kernels.inference import is_sparse, linear_layers, own_forward
 from raysearch.model import load_tokenizer
 
 TIMED_FORWARDS = 50
@@ -55,11 +55,6 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
         row |= {key: metric.value, f"{key}_stderr": metric.stderr, "num_items": metric.num_items}
     return {"results": results, "model": model_path, "num_truncated": scorer.num_truncated, "kernels": kernels,
             "device": str(scorer.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
-def is_sparse(layer: Any) -> bool:
-    """Whether sparse kernels are tried for this linear layer."""
-    return isinstance(layer, SparseLinear) or float((layer.weight == 0).float().mean()) >= MIN_SPARSITY
 
 
 @torch.no_grad()

@@ -136,9 +136,9 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
     layers: list[Layer] = []
     swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]] = []
     for name, parent, attribute, module in linear_layers(model):
-        sparse = module.sparse if isinstance(module, SparseLinear) else _compressed(module)
-        if sparse is None:
+        if not is_sparse(module):
             continue
+        sparse = module.sparse if isinstance(module, SparseLinear) else _compressed(module)
         choices = {token_bucket(count): best_backend(sparse, count, cache) for count in counts}
         pattern = sparse.pattern if sparse.block == 1 else f"{sparse.pattern} {sparse.block}"
         layers.append(Layer(name, sparse.shape, pattern, 1 - sparse.density, choices))
@@ -163,12 +163,14 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
             if isinstance(module, nn.Linear | Conv1D | SparseLinear) and module is not head and name]
 
 
-def _compressed(module: Any) -> SparseWeight | None:
-    """The layer's weight, or None where it is hardly sparse."""
+def is_sparse(layer: Any) -> bool:
+    """Whether sparse kernels are tried for this linear layer."""
+    return isinstance(layer, SparseLinear) or float((layer.weight == 0).float().mean()) >= MIN_SPARSITY
+
+
+def _compressed(module: Any) -> SparseWeight:
     weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
     mask = weight != 0
-    if 1 - float(mask.float().mean()) < MIN_SPARSITY:
-        return None
     return compress(weight, mask, *detect_pattern(mask))
 
 
