@@ -6,8 +6,8 @@
 Each rank holds a contiguous part of every one of the layers, as ZeRO-3 does, in fp32. Timed on rank 0, between barriers,
 after warm-up; the median of the repetitions. The same weights on one rank give the reference mask, which must be equal
 bit for bit (where one rank cannot hold them, --no-check). Half the weights are rounded to bf16, as masters of a bf16
-checkpoint are, so that there are ties. The floor is two reads of the shard at the bandwidth of a device's sum. Prints
-one JSON line.
+checkpoint are, so that there are ties; --zeros of them are pruned already. The floor is two reads of the shard at the
+bandwidth of a device's sum. Prints one JSON line.
 """
 
 import argparse
@@ -25,10 +25,12 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from raysearch.engine import free_port
+from raysearch.kernels import magnitude_counts_on
 from raysearch.provenance import device_name, versions
-from raysearch.pruning.selection import keep_masks, num_to_prune
+from raysearch.pruning.selection import Counts, keep_masks, magnitude_counts, num_to_prune
 
-NUM_LAYERS = 26
+NUM_LAYERS = 96
+"""Weight matrices of a GPT of 24 layers."""
 
 
 def main() -> None:
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--num-ranks", type=int, default=2)
     parser.add_argument("--num-weights", type=int, default=1_300_000_000)
     parser.add_argument("--sparsity", type=float, default=0.6)
+    parser.add_argument("--zeros", type=float, default=0.0, help="share of the weights that are pruned already")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--no-check", action="store_true")
@@ -54,18 +57,19 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo", rank=rank, world_size=arguments.num_ranks)
     world_size = arguments.num_ranks
     length = arguments.num_weights // NUM_LAYERS // world_size
-    parts = [[shard(layer, part, length, device) for layer in range(NUM_LAYERS)]
+    parts = [[shard(layer, part, length, device, arguments.zeros) for layer in range(NUM_LAYERS)]
              for part in (range(world_size) if rank == 0 and not arguments.no_check else [rank])]
     pieces = parts[rank if len(parts) > 1 else 0]
     num_weights = length * NUM_LAYERS * world_size
     num_prune = num_to_prune(arguments.sparsity, num_weights)
     index = list(range(NUM_LAYERS))
 
-    def select() -> list[Tensor]:
-        return keep_masks(pieces, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size)
+    def select(counts: Counts) -> list[Tensor]:
+        return keep_masks(pieces, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size, counts=counts)
 
-    masks = select()
-    seconds = timed(select, device, arguments.repetitions)
+    masks = select(magnitude_counts_on(device))
+    seconds = timed(lambda: select(magnitude_counts_on(device)), device, arguments.repetitions)
+    bincount = timed(lambda: select(magnitude_counts), device, 2)
     joined = [gathered(mask, world_size) for mask in masks] if not arguments.no_check else []
     if rank == 0:
         equal = None
@@ -79,17 +83,20 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
         print(json.dumps({
             "benchmark": "selection_gpu", "num_weights": num_weights, "num_ranks": world_size,
             "sparsity": arguments.sparsity, "select_and_mask_ms": ms(seconds), "worst_ms": round(1000 * max(seconds), 3),
-            "equal_to_one_rank": equal, **peers(pieces, arguments.sparsity, device, arguments.repetitions),
+            "share_of_zeros": arguments.zeros, "with_bincount_ms": ms(bincount),
+            "equal_to_one_rank": equal,
+            **peers(pieces, arguments.sparsity, device, arguments.repetitions),
             "date": date.today().isoformat(), "device": device_name(str(device)), **versions()}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def shard(layer: int, part: int, length: int, device: torch.device) -> Tensor:
-    """[length] fp32; equal for equal (layer, part) on every rank."""
+def shard(layer: int, part: int, length: int, device: torch.device, zeros: float) -> Tensor:
+    """[length] fp32, this share of it zero; equal for equal (layer, part) on every rank."""
     generator = torch.Generator(device).manual_seed(1000 * layer + part)
     values = torch.randn(length, generator=generator, device=device).mul_(0.02)
     values[::2] = values[::2].bfloat16().float()
+    values[torch.rand(length, generator=generator, device=device) < zeros] = 0
     return values
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from raysearch.kernels import cpu, decode, semi24
 from raysearch.kernels.weight import SparseWeight
+from raysearch.pruning import selection
+from raysearch.pruning.selection import Counts
 
 MIN_SEMI24_TOKENS = 256
 
@@ -40,6 +42,15 @@ def _semi24_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.dev
     if device.type != "cuda" or num_tokens < MIN_SEMI24_TOKENS or not torch.backends.cusparselt.is_available():
         return []
     return list(semi24.ALGORITHMS) if semi24.fits_semi24(weight, dtype) else []
+
+
+def magnitude_counts_on(device: torch.device) -> Counts:
+    """The fastest `counts` for `pruning.selection` on this device."""
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return selection.magnitude_counts
+    from raysearch.kernels import counts
+
+    return counts.magnitude_counts
 
 
 def _block_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
