@@ -25,9 +25,9 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from raysearch.engine import free_port
-from raysearch.kernels import magnitude_counts_on
+from raysearch.kernels import selection_passes
 from raysearch.provenance import device_name, versions
-from raysearch.pruning.selection import Counts, keep_masks, magnitude_counts, num_to_prune
+from raysearch.pruning.selection import TORCH, Passes, keep_masks, num_to_prune
 
 NUM_LAYERS = 96
 """Weight matrices of a GPT of 24 layers."""
@@ -64,12 +64,12 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
     num_prune = num_to_prune(arguments.sparsity, num_weights)
     index = list(range(NUM_LAYERS))
 
-    def select(counts: Counts) -> list[Tensor]:
-        return keep_masks(pieces, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size, counts=counts)
+    def select(passes: Passes) -> list[Tensor]:
+        return keep_masks(pieces, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size, passes=passes)
 
-    masks = select(magnitude_counts_on(device))
-    seconds = timed(lambda: select(magnitude_counts_on(device)), device, arguments.repetitions)
-    bincount = timed(lambda: select(magnitude_counts), device, 2)
+    masks = select(selection_passes(device))
+    seconds = timed(lambda: select(selection_passes(device)), device, arguments.repetitions)
+    torch_only = timed(lambda: select(TORCH), device, 2)
     joined = [gathered(mask, world_size) for mask in masks] if not arguments.no_check else []
     if rank == 0:
         equal = None
@@ -83,7 +83,7 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
         print(json.dumps({
             "benchmark": "selection_gpu", "num_weights": num_weights, "num_ranks": world_size,
             "sparsity": arguments.sparsity, "select_and_mask_ms": ms(seconds), "worst_ms": round(1000 * max(seconds), 3),
-            "share_of_zeros": arguments.zeros, "with_bincount_ms": ms(bincount),
+            "share_of_zeros": arguments.zeros, "torch_only_ms": ms(torch_only),
             "equal_to_one_rank": equal,
             **peers(pieces, arguments.sparsity, device, arguments.repetitions),
             "date": date.today().isoformat(), "device": device_name(str(device)), **versions()}), flush=True)

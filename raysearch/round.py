@@ -18,7 +18,7 @@ from raysearch.bench import Bench, read_inputs
 from raysearch.config import Action, Metric, Study, TrialConfig
 from raysearch.engine import Engine, learning_rate_at
 from raysearch.evaluation import Evaluation
-from raysearch.kernels import SparseWeight, magnitude_counts_on
+from raysearch.kernels import SparseWeight, selection_passes
 from raysearch.ledger import (
     FILE_MODE,
     Ledger,
@@ -257,18 +257,18 @@ def select(engine: Engine, action: Action) -> list[Tensor]:
         return threshold_masks([piece.values for piece in pieces], [cut[piece.name] for piece in pieces])
     assert action.sparsity is not None
     rank, world_size = engine.shard_rank
-    counts = magnitude_counts_on(engine.device)
+    passes = selection_passes(engine.device)
     if action.scope == "global":
         num_prune = num_to_prune(action.sparsity, sum(math.prod(p.shape) for p in engine.prunables))
         return keep_masks([piece.values for piece in pieces], [piece.index for piece in pieces], num_prune,
-                          all_reduce=engine.all_reduce, rank=rank, world_size=world_size, counts=counts)
+                          all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=passes)
     keep: dict[str, Tensor] = {}
     for prunable in engine.prunables:
         shards = [piece.values for piece in own[prunable.name]]
         if action.scope == "layer":
             num_prune = num_to_prune(action.sparsity, math.prod(prunable.shape))
             (keep[prunable.name],) = keep_masks(shards or [torch.empty(0, device=engine.device)], [0], num_prune,
-                                                all_reduce=engine.all_reduce, rank=rank, world_size=world_size, counts=counts)
+                                                all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=passes)
         else:
             whole = engine.full(prunable.name)
             rows = whole.T if prunable.transposed else whole  # [outputs, inputs]

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raysearch.kernels import cpu, decode, semi24
+from raysearch.kernels import bitmap, cpu, decode, magnitudes, semi24
 from raysearch.kernels.weight import SparseWeight
-from raysearch.pruning import selection
-from raysearch.pruning.selection import Counts
+from raysearch.pruning.selection import TORCH, Passes
 
 MIN_SEMI24_TOKENS = 256
 
@@ -38,19 +37,23 @@ def _decode_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.dev
     return [cluster for cluster in decode.CLUSTERS if decode.fits_decode(weight, dtype, num_tokens, cluster)]
 
 
+def _bitmap_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
+    if device.type != "cuda" or not hopper(device.index or 0) or not compiles("nvcc", bitmap.library):
+        return []
+    return [variant for variant in bitmap.VARIANTS if bitmap.fits_bitmap(weight, dtype, num_tokens, variant)]
+
+
 def _semi24_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
     if device.type != "cuda" or num_tokens < MIN_SEMI24_TOKENS or not torch.backends.cusparselt.is_available():
         return []
     return list(semi24.ALGORITHMS) if semi24.fits_semi24(weight, dtype) else []
 
 
-def magnitude_counts_on(device: torch.device) -> Counts:
-    """The fastest `counts` for `pruning.selection` on this device."""
-    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return selection.magnitude_counts
-    from raysearch.kernels import counts
-
-    return counts.magnitude_counts
+def selection_passes(device: torch.device) -> Passes:
+    """The fastest passes of exact selection on this device."""
+    if device.type != "cuda" or not compiles("nvcc", magnitudes.library):
+        return TORCH
+    return magnitudes.PASSES
 
 
 def _block_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
@@ -90,6 +93,7 @@ BACKENDS = {
         Backend("block", _block_variants, _pack_block, _run_block),
         Backend("2:4", _semi24_variants, semi24.pack_semi24, semi24.semi24_linear),
         Backend("decode", _decode_variants, decode.pack_decode, decode.decode_linear),
+        Backend("bitmap", _bitmap_variants, bitmap.pack_bitmap, bitmap.bitmap_linear),
         Backend("csr", _csr_variants, lambda weight, _: cpu.pack_csr(weight),
                 lambda x, packed, bias, _: cpu.csr_linear(x, packed, bias)),
         Backend("amx", _amx_variants, lambda weight, _: cpu.pack_tiles(weight),
@@ -105,7 +109,7 @@ def compiles(compiler: str, library: Callable[[], Any]) -> bool:
         library()
     except OSError as error:
         reason = str(error) if shutil.which(compiler) else f"no {compiler} on the PATH"
-        warnings.warn(f"sparse layers run dense: {reason}", stacklevel=2)
+        warnings.warn(f"slower products and selections run instead of compiled kernels: {reason}", stacklevel=2)
         return False
     return True
 

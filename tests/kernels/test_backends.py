@@ -1,10 +1,13 @@
 """Every backend that this machine can run gives the product, whatever the shape, the mask, the dtype and the strides."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 from layers import SHAPES, assert_product, mask_of
 
-from raysearch.kernels import cpu, decode
+from raysearch.kernels import bitmap, cpu, decode
 from raysearch.kernels.backends import BACKENDS, compiles
 from raysearch.kernels.weight import compress
 
@@ -25,12 +28,15 @@ def test_products(device: str, pattern: str, block: int, dtype: torch.dtype) -> 
             dense = torch.where(mask, torch.randn(shape, device=device), 0).to(dtype)
             weight = compress(dense, mask, pattern, block)
             bias = torch.randn(shape[0], device=device).to(dtype)
+            packs: dict[str, Any] = {}
             for num_tokens in (1, 2, 3, 8, 16, 33, 200, 300):
                 wide = torch.randn(num_tokens, shape[1] + 8, device=device).to(dtype)
                 x = wide[:, :shape[1]]  # not contiguous
-                for backend in BACKENDS.values():
+                for name, backend in BACKENDS.items():
                     for variant in backend.variants(weight, dtype, weight.values.device, num_tokens):
-                        packed = backend.pack(weight, weight.values.device)
+                        if name not in packs:
+                            packs[name] = backend.pack(weight, weight.values.device)
+                        packed = packs[name]
                         assert_product(backend.run(x, packed, bias, variant), x, dense, bias)
                         assert_product(backend.run(x, packed, None, variant), x, dense, None)
                         num_runs += 1
@@ -68,6 +74,36 @@ def test_the_decode_layout_holds_the_weight(shape: tuple[int, int], sparsity: fl
     found = torch.zeros(-(-shape[0] // 32) * 32, num_chunks * chunk, dtype=torch.float64)
     found.index_put_((rows, columns.long()), packed.values.double(), accumulate=True)
     assert torch.equal(found[:shape[0], :shape[1]], dense.double())
+    assert found.count_nonzero() == dense.count_nonzero()
+
+
+@pytest.mark.parametrize(("shape", "sparsity"), [((70, 200), 0.5), ((34, 64), 0.99), ((33, 72), 1.1), ((16, 392), 0.0),
+                                                 ((600, 256), 0.7)])
+def test_the_bitmap_layout_holds_the_weight(shape: tuple[int, int], sparsity: float) -> None:
+    mask = mask_of("unstructured", 1, shape, sparsity)
+    dense = torch.where(mask, torch.randn(shape), 0).bfloat16()
+    packed = bitmap.pack_bitmap(compress(dense, mask), "cpu")
+    assert packed.pairs == (sparsity > 0.9)
+    head, num_stages = 1 if packed.pairs else 2, -(-shape[1] // 128)
+    found = torch.zeros(-(-shape[0] // 16) * 16, num_stages * 128, dtype=torch.bfloat16)
+    for stage, (start, stop) in enumerate(zip(packed.starts.tolist(), packed.starts[1:].tolist())):
+        units = packed.data[start:stop]
+        bits = units[:head].reshape(32, -1, 1) >> torch.arange(8, dtype=torch.uint8) & 1  # [lane, byte, bit]
+        words = units[head:].view(torch.int32).T.contiguous()  # [lane, row]
+        num_rows, num_streams = stop - start - head, 1 if packed.pairs else 2
+        streams = (words if packed.pairs else words.view(torch.int16)).view(32, num_rows, num_streams)
+        for lane in range(32):
+            kept = bits[lane].view(streams.shape[2], 32).bool()
+            items = torch.zeros(kept.shape, dtype=streams.dtype)
+            for stream in range(len(kept)):
+                items[stream, kept[stream]] = streams[lane, :int(kept[stream].sum()), stream]
+            rows = stage // num_stages * 16 + lane // 4
+            columns = stage % num_stages * 128 + lane % 4 * 8
+            fragment = items.view(torch.bfloat16).view(8, 2, 2, 2)  # [tile, upper inputs, lower outputs, pair]
+            for tile, upper, lower in itertools.product(range(8), range(2), range(2)):
+                place = columns + tile // 2 * 32 + tile % 2 * 4 + upper * 2
+                found[rows + lower * 8, place:place + 2] = fragment[tile, upper, lower]
+    assert torch.equal(found[:shape[0], :shape[1]], dense)
     assert found.count_nonzero() == dense.count_nonzero()
 
 

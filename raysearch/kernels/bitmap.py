@@ -1,0 +1,124 @@
+"""Unstructured product for few tokens on tensor cores (bitmap.cu): y [T, O] = x [T, K] W[O, K]^T + bias in bf16, on Hopper.
+
+Legend: O outputs, K inputs, R tiles of 16 outputs, S stages of 128 inputs. A lane of a warp holds 64 weights of a stage: their
+bitmap and the kept ones, in as many rows of a word for each lane as the fullest one needs.
+"""
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raysearch.kernels.compiled import build
+from raysearch.kernels.weight import SparseWeight, pack_bits
+
+MAX_TOKENS = 16
+VARIANTS = ((2, 4), (1, 8), (2, 8), (1, 4), (1, 16), (2, 2))
+"""(blocks of a cluster, parts of a block) that share the inputs of the same outputs."""
+SHARED_BYTES = 227 * 1024
+BARRIER_BYTES = 512
+WARPS = 16
+UNIT = 128
+STAGE_INPUTS = 128
+MAX_STAGES = 31
+"""Of a warp: a lane knows where one of them begins."""
+PAIRS_BELOW = 0.2
+"""Density below which a bit stands for two weights, which takes more bytes and half of the instructions."""
+NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC")
+
+
+class BitmapPacked(NamedTuple):
+    """A weight as the kernel reads it, all on one device."""
+
+    shape: tuple[int, int]
+    pairs: bool
+    """A bit and a word stand for two neighbouring inputs of which one is kept at least."""
+    stage_units: int
+    """Units of the longest stage."""
+    starts: Tensor
+    """int32 [R * S + 1], first unit of each stage."""
+    data: Tensor
+    """uint8 [units, 128]; of a stage: the lanes' bitmaps, then rows of a word for each lane."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The compiled kernel; OSError without nvcc."""
+    lib = build(Path(__file__).with_name("bitmap.cu"), NVCC)
+    lib.bitmap_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
+    lib.bitmap_error.restype = ctypes.c_char_p
+    return lib
+
+
+def pack_bitmap(weight: SparseWeight, device: torch.device | str) -> BitmapPacked:
+    """The weight in the kernel's layout on `device`; ValueError unless it is made of single bf16 weights."""
+    if weight.block != 1 or weight.values.dtype != torch.bfloat16:
+        raise ValueError(f"the bitmap kernel needs single weights in bfloat16, got blocks of {weight.block} in "
+                         f"{weight.values.dtype}")
+    pairs, weight = weight.density < PAIRS_BELOW, weight.moved(lambda values: values.to(device))
+    parts = [_pack_rows(weight.slab(*slab), pairs) for slab in weight.slabs]
+    lengths = torch.cat([length for length, _ in parts])
+    starts = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    return BitmapPacked(weight.shape, pairs, int(lengths.max()), starts.int(), torch.cat([data for _, data in parts]))
+
+
+def _pack_rows(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
+    """(units of each stage [R * S], data [units, 128] uint8) of whole tiles of dense rows [<= 16 R, K] in bf16."""
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % STAGE_INPUTS, 0, -rows.shape[0] % 16))
+    # [R, h 2, g 8, S, pair 4, q 4, tile 2, u 2] -> [R * S, lane (g, q), tile, (u, h)], a word of two weights
+    words = (rows.contiguous().view(torch.int32).view(rows.shape[0] // 16, 2, 8, -1, 4, 4, 2, 2)
+             .permute(0, 3, 2, 5, 4, 6, 7, 1).reshape(-1, 32, 32))
+    # of a lane, the streams that lie side by side: all its words, or the weights of its first and last 4 tiles
+    items = words.unsqueeze(2) if pairs else words.view(torch.int16).view(-1, 32, 2, 32)
+    kept = items != 0  # [R * S, lane, stream, item]
+    head = pack_bits(kept).view(len(items), -1)  # [R * S, 128 or 256] bytes
+    rank = kept.cumsum(3, dtype=torch.int32)
+    lengths = head.shape[1] // UNIT + rank[..., -1].amax(dim=(1, 2))
+    starts = lengths.cumsum(0) - lengths
+    data = torch.zeros(int(lengths.sum()), UNIT, dtype=torch.uint8, device=rows.device)
+    for unit, part in enumerate(head.split(UNIT, dim=1)):
+        data[starts + unit] = part
+    stage, lane, stream, item = kept.nonzero(as_tuple=True)
+    unit = starts[stage] + head.shape[1] // UNIT + rank[stage, lane, stream, item] - 1
+    data.view(items.dtype)[unit, lane * items.shape[2] + stream] = items[stage, lane, stream, item]
+    return lengths, data
+
+
+def fits_bitmap(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, variant: tuple[int, int]) -> bool:
+    """Whether the kernel takes the weight and so many tokens with this variant; a very uneven mask may yet be refused."""
+    (cluster, parts), num_stages = variant, -(-weight.shape[1] // STAGE_INPUTS)
+    items = 32 * weight.density
+    units = 2 + min(32, math.ceil(items + 3 * (items * (1 - weight.density)) ** 0.5))
+    return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
+            and cluster * parts <= num_stages <= cluster * parts * MAX_STAGES
+            and _shared(units)[0] >= 2)
+
+
+def _shared(stage_units: int) -> tuple[int, int]:
+    """(buffers of each warp, bytes of shared memory)."""
+    stage = stage_units * UNIT * WARPS
+    num_buffers = min(4, (SHARED_BYTES - BARRIER_BYTES) // stage)
+    return num_buffers, BARRIER_BYTES + max(num_buffers * stage, MAX_TOKENS * 16 * WARPS * 4)
+
+
+def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant: tuple[int, int]) -> Tensor:
+    """[T, O] in bf16; x [T, K]. ValueError for more than MAX_TOKENS tokens, RuntimeError when CUDA refuses."""
+    if len(x) > MAX_TOKENS:
+        raise ValueError(f"the bitmap kernel takes at most {MAX_TOKENS} tokens, got {len(x)}; use another backend for them")
+    x, y = x.contiguous(), torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
+    (cluster, parts), num_stages = variant, -(-packed.shape[1] // STAGE_INPUTS)
+    num_buffers, shared_bytes = _shared(packed.stage_units)
+    if num_buffers < 2:
+        raise RuntimeError(f"the bitmap kernel has no room for stages of {packed.stage_units * UNIT} bytes; the mask is too "
+                           "uneven or too dense")
+    error = library().bitmap_linear(
+        packed.starts.data_ptr(), packed.data.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
+        y.data_ptr(), len(x), *packed.shape, num_stages, packed.stage_units * UNIT, num_buffers, shared_bytes, cluster, parts,
+        packed.pairs, torch.cuda.current_stream().cuda_stream)
+    if error:
+        raise RuntimeError(f"the bitmap kernel was not launched: {library().bitmap_error(error).decode()}")
+    return y
