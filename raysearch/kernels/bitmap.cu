@@ -14,7 +14,7 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int WARPS = 16, TILES = 8, MAX_BUFFERS = 4, UNIT = 128;  // UNIT: bytes, one word of each lane
+constexpr int TILES = 8, MAX_BUFFERS = 4, UNIT = 128;  // UNIT: bytes, one word of each lane
 
 __device__ uint32_t address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
@@ -53,19 +53,19 @@ __device__ void multiply(float (&sum)[4], const uint32_t (&w)[4], uint32_t x0, u
 }
 
 // N: tokens in eights, 1 or 2. PAIRS: a bit and a word for each two weights of which one is kept, instead of for each weight.
-// Of a block's warps, `parts` share the same outputs.
-template <int N, bool PAIRS>
-__global__ void __launch_bounds__(32 * WARPS, 1)
+// A block's W warps share `row_tiles` times 16 outputs.
+template <int N, bool PAIRS, int W>
+__global__ void __launch_bounds__(32 * W, 1)
 bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const __nv_bfloat16* __restrict__ x,
        const __nv_bfloat16* __restrict__ bias, __nv_bfloat16* __restrict__ y, int num_tokens, int num_outputs, int num_inputs,
-       int num_stages, int stage_bytes, int num_buffers, int parts) {
+       int num_stages, int stage_bytes, int num_buffers, int row_tiles) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int blocks = gridDim.x, first = num_stages * blockIdx.x / blocks, count = num_stages * (blockIdx.x + 1) / blocks - first;
-  uint8_t* ring = shared + 8 * WARPS * MAX_BUFFERS;
+  uint8_t* ring = shared + 8 * W * MAX_BUFFERS;
   ring += size_t(warp) * num_buffers * stage_bytes;
   const uint32_t barriers = address(shared) + 8 * MAX_BUFFERS * warp;
-  const int row_tiles = WARPS / parts, row_tile = blockIdx.y * row_tiles + warp / parts, part = warp % parts;
+  const int parts = W / row_tiles, row_tile = blockIdx.y * row_tiles + warp / parts, part = warp % parts;
   const int mine = count * part / parts, num_mine = count * (part + 1) / parts - mine;  // stages, from the block's first
   const bool active = row_tile * 16 < num_outputs;
   const int start = active && lane <= num_mine ? starts[row_tile * num_stages + first + mine + lane] : 0;  // in units
@@ -115,7 +115,7 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
           } else {
             const uint32_t low = next<false>(halves[half], j / 2 * 8 + 2 * r, at[half]);
             const uint32_t high = next<false>(halves[half], j / 2 * 8 + 2 * r + 1, at[half]);
-            w[r] = __byte_perm(low, high, 0x5410);
+            asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(w[r]) : "r"(high), "r"(low));  // not on the pipe that tests the bits
           }
         }
 #pragma unroll
@@ -136,7 +136,7 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
 
   __syncthreads();
   cg::cluster_group cluster = cg::this_cluster();
-  float* partial = reinterpret_cast<float*>(shared + 8 * WARPS * MAX_BUFFERS);  // [part][token][output]
+  float* partial = reinterpret_cast<float*>(shared + 8 * W * MAX_BUFFERS);  // [part][token][output]
   const int num_own = 16 * row_tiles;  // outputs of the block
 #pragma unroll
   for (int n = 0; n < N; n++)
@@ -145,7 +145,7 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
       partial[(part * 8 * N + n * 8 + lane % 4 * 2 + j % 2) * num_own + warp / parts * 16 + lane / 4 + j / 2 * 8] = sums[n][j];
   if (blocks > 1) cluster.sync();
   else __syncthreads();
-  for (int j = threadIdx.x + 32 * WARPS * blockIdx.x; j < num_tokens * num_own; j += 32 * WARPS * blocks) {
+  for (int j = threadIdx.x + 32 * W * blockIdx.x; j < num_tokens * num_own; j += 32 * W * blocks) {
     const int token = j / num_own, output = blockIdx.y * num_own + j % num_own;
     float sum = 0;
 #pragma unroll 4
@@ -159,15 +159,15 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
   if (blocks > 1) cluster.sync();  // nobody leaves while others read its sums
 }
 
-template <int N, bool PAIRS>
+template <int N, bool PAIRS, int W>
 int launch(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens, int num_outputs,
            int num_inputs, int num_stages, int stage_bytes, int num_buffers, int shared_bytes, int cluster,
-           int parts, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+           int row_tiles, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS, W>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster, (num_outputs + 16 * WARPS / parts - 1) / (16 * WARPS / parts));
-  config.blockDim = dim3(32 * WARPS);
+  config.gridDim = dim3(cluster, (num_outputs + 16 * row_tiles - 1) / (16 * row_tiles));
+  config.blockDim = dim3(32 * W);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute;
@@ -176,19 +176,19 @@ int launch(const int* starts, const void* data, const void* x, const void* bias,
   attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   config.attrs = &attribute;
   config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS>, starts, static_cast<const uint8_t*>(data),
+  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS, W>, starts, static_cast<const uint8_t*>(data),
                             static_cast<const __nv_bfloat16*>(x), static_cast<const __nv_bfloat16*>(bias),
                             static_cast<__nv_bfloat16*>(y), num_tokens, num_outputs, num_inputs, num_stages, stage_bytes,
-                            num_buffers, parts);
+                            num_buffers, row_tiles);
 }
 
-// 0, or a cudaError. At most 16 tokens and 31 stages per warp; `parts` is 1, 2, 4, 8 or 16.
+// 0, or a cudaError. At most 16 tokens and 31 stages per warp; `row_tiles` divides the warps of a block.
 extern "C" int bitmap_linear(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens,
                              int num_outputs, int num_inputs, int num_stages, int stage_bytes, int num_buffers,
-                             int shared_bytes, int cluster, int parts, int pairs, void* stream) {
-  auto run = num_tokens <= 8 ? (pairs ? launch<1, true> : launch<1, false>) : (pairs ? launch<2, true> : launch<2, false>);
+                             int shared_bytes, int cluster, int row_tiles, int pairs, void* stream) {
+  auto run = num_tokens <= 8 ? (pairs ? launch<1, true, 24> : launch<1, false, 24>) : (pairs ? launch<2, true, 16> : launch<2, false, 16>);
   return run(starts, data, x, bias, y, num_tokens, num_outputs, num_inputs, num_stages, stage_bytes, num_buffers, shared_bytes,
-             cluster, parts, static_cast<cudaStream_t>(stream));
+             cluster, row_tiles, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" const char* bitmap_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -17,16 +17,15 @@ from raysearch.kernels.compiled import build
 from raysearch.kernels.weight import SparseWeight, pack_bits
 
 MAX_TOKENS = 16
-VARIANTS = ((2, 4), (1, 8), (2, 8), (1, 4), (1, 16), (2, 2))
-"""(blocks of a cluster, parts of a block) that share the inputs of the same outputs."""
+VARIANTS = ((1, 2), (1, 1), (2, 4), (2, 2), (1, 4))
+"""(blocks of a cluster, which share the inputs; tiles of 16 outputs in a block)."""
 SHARED_BYTES = 227 * 1024
-BARRIER_BYTES = 512
-WARPS = 16
+BARRIER_BYTES = 768
 UNIT = 128
 STAGE_INPUTS = 128
 MAX_STAGES = 31
 """Of a warp: a lane knows where one of them begins."""
-PAIRS_BELOW = 0.2
+PAIRS_BELOW = 0.4
 """Density below which a bit stands for two weights, which takes more bytes and half of the instructions."""
 NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC")
 
@@ -90,19 +89,24 @@ def _pack_rows(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
 
 def fits_bitmap(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, variant: tuple[int, int]) -> bool:
     """Whether the kernel takes the weight and so many tokens with this variant; a very uneven mask may yet be refused."""
-    (cluster, parts), num_stages = variant, -(-weight.shape[1] // STAGE_INPUTS)
+    num_stages, num_parts = -(-weight.shape[1] // STAGE_INPUTS), variant[0] * _warps(num_tokens) // variant[1]
     items = 32 * weight.density
     units = 2 + min(32, math.ceil(items + 3 * (items * (1 - weight.density)) ** 0.5))
     return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
-            and cluster * parts <= num_stages <= cluster * parts * MAX_STAGES
-            and _shared(units)[0] >= 2)
+            and variant[0] <= num_stages <= num_parts * MAX_STAGES
+            and _shared(units, num_tokens)[0] >= 2)
 
 
-def _shared(stage_units: int) -> tuple[int, int]:
+def _warps(num_tokens: int) -> int:
+    """Of a block; with two planes of tokens a warp needs more registers."""
+    return 24 if num_tokens <= 8 else 16
+
+
+def _shared(stage_units: int, num_tokens: int) -> tuple[int, int]:
     """(buffers of each warp, bytes of shared memory)."""
-    stage = stage_units * UNIT * WARPS
+    stage = stage_units * UNIT * _warps(num_tokens)
     num_buffers = min(4, (SHARED_BYTES - BARRIER_BYTES) // stage)
-    return num_buffers, BARRIER_BYTES + max(num_buffers * stage, MAX_TOKENS * 16 * WARPS * 4)
+    return num_buffers, BARRIER_BYTES + max(num_buffers * stage, MAX_TOKENS * 16 * 16 * 4)
 
 
 def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant: tuple[int, int]) -> Tensor:
@@ -110,14 +114,14 @@ def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant:
     if len(x) > MAX_TOKENS:
         raise ValueError(f"the bitmap kernel takes at most {MAX_TOKENS} tokens, got {len(x)}; use another backend for them")
     x, y = x.contiguous(), torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    (cluster, parts), num_stages = variant, -(-packed.shape[1] // STAGE_INPUTS)
-    num_buffers, shared_bytes = _shared(packed.stage_units)
+    num_stages = -(-packed.shape[1] // STAGE_INPUTS)
+    num_buffers, shared_bytes = _shared(packed.stage_units, len(x))
     if num_buffers < 2:
         raise RuntimeError(f"the bitmap kernel has no room for stages of {packed.stage_units * UNIT} bytes; the mask is too "
                            "uneven or too dense")
     error = library().bitmap_linear(
         packed.starts.data_ptr(), packed.data.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
-        y.data_ptr(), len(x), *packed.shape, num_stages, packed.stage_units * UNIT, num_buffers, shared_bytes, cluster, parts,
+        y.data_ptr(), len(x), *packed.shape, num_stages, packed.stage_units * UNIT, num_buffers, shared_bytes, *variant,
         packed.pairs, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the bitmap kernel was not launched: {library().bitmap_error(error).decode()}")

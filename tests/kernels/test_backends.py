@@ -83,7 +83,7 @@ def test_the_bitmap_layout_holds_the_weight(shape: tuple[int, int], sparsity: fl
     mask = mask_of("unstructured", 1, shape, sparsity)
     dense = torch.where(mask, torch.randn(shape), 0).bfloat16()
     packed = bitmap.pack_bitmap(compress(dense, mask), "cpu")
-    assert packed.pairs == (sparsity > 0.9)
+    assert packed.pairs == (sparsity >= 0.7)
     head, num_stages = 1 if packed.pairs else 2, -(-shape[1] // 128)
     found = torch.zeros(-(-shape[0] // 16) * 16, num_stages * 128, dtype=torch.bfloat16)
     for stage, (start, stop) in enumerate(zip(packed.starts.tolist(), packed.starts[1:].tolist())):
