@@ -47,7 +47,7 @@ from raysearch.model import model_size
 from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
-from raysearch.trial import Job, PruneTrial, gang_resources
+from raysearch.trial import Job, PruneTrial, gang_resources, put_base
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
 Keep = Literal["frontier", "all", "none"]
@@ -139,8 +139,10 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: l
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
+    base = put_base(study)
     trainable = tune.with_resources(
-        tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
+        tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
+                             base=[base]),
         gang_resources(study))
     tuner = tune.Tuner(
         trainable,
