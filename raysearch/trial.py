@@ -152,11 +152,21 @@ def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:
         pass  # an error of the peer's own, which `step` raises
 
 
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will soon be taken away (a spot notice, `ray drain-node`); Ray has no public call for them."""
+    return set(ray._private.state.state.get_draining_nodes())
+
+
 class PruneTrial(tune.Trainable):
-    """Rank 0 and the handle on its peers."""
+    """Rank 0 and the handle on its peers.
+
+    Before a round, a gang with a node that is being drained ends with the error that Tune does not count as a failure and
+    answers with a new gang: the scheduler leaves such nodes out.
+    """
 
     def setup(self, config: Job, *, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef]) -> None:
         group = ray.util.get_current_placement_group()
+        self._nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
         shared = {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port()),
                   "WORLD_SIZE": str(study.num_ranks), "LOCAL_RANK": "0"}
         peer = ray.remote(num_cpus=study.cpus_per_rank, num_gpus=study.gpus_per_rank)(Rank)
@@ -172,6 +182,8 @@ class PruneTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        if leaving := self._nodes & draining_nodes():
+            raise RayActorError(error_msg=f"the gang moves: node {', '.join(sorted(leaving))} is being drained", preempted=True)
         others = [peer.step.remote() for peer in self.peers]
         done = threading.Event()
         threading.Thread(target=exit_when_lost, args=(others, done), daemon=True).start()
