@@ -92,9 +92,13 @@ class Bench:
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
-        """Of the engine's current weights, on "selection" or "report"."""
+        """Of the engine's current weights, on "selection" or "report"; ValueError where the objective is not among it."""
         self.engine.model.eval()
-        return evaluate(self.scorer, self.tasks[split], race=race)
+        found = evaluate(self.scorer, self.tasks[split], race=race)
+        if self.study.tasks and self.study.objective not in found.metrics:
+            raise ValueError(f"objective must be one of the metrics {', '.join(found.metrics)}, got {self.study.objective!r}; "
+                             "change it in STUDY, with a new --out")
+        return found
 
     def race(self, size: int | None) -> tuple[Race | None, str | None]:
         """(the race of a candidate of this size, key of its rival, the best finished one that is no larger); without

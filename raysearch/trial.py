@@ -23,7 +23,7 @@ import numpy as np
 import ray
 import torch
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from torch import Tensor
 
@@ -144,7 +144,7 @@ def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:
     """Ends this process when the actor of one of `others` dies, unless `done` is set soon after."""
     try:
         ray.get(others)
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         if not done.wait(GRACE_S):
             print(f"a rank of this gang died: {error}", file=sys.stderr, flush=True)
             os._exit(1)

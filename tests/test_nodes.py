@@ -70,6 +70,14 @@ def homes(cluster: Cluster, name: str) -> dict[int, ray._private.node.Node]:
     return found
 
 
+def wait_until_returned(cluster: Cluster) -> None:
+    """Until every resource of the cluster is free again, which may take 10 s."""
+    deadline = time.monotonic() + 10
+    while (free := cluster.global_state.available_resources()).get("CPU") != cluster.global_state.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, free
+        time.sleep(0.1)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", ["ray::ResourceTrainable", "ray::Rank"])
 def test_a_killed_node_of_a_gang_over_two_nodes(tmp_path: Path, tiny_model: Path, stories: Path, cluster: Cluster,
@@ -83,6 +91,7 @@ def test_a_killed_node_of_a_gang_over_two_nodes(tmp_path: Path, tiny_model: Path
     started = time.monotonic()
     cluster.remove_node(rank_0 if victim == "ray::ResourceTrainable" else rank_1, allow_graceful=False)
     code, out, err = finish(process)
+    wait_until_returned(cluster)
     assert code == 0, out + err
     print(f"finished {time.monotonic() - started:.1f} s after the node was killed")
     check(tmp_path, 3, {1: "training loss became"})
@@ -112,6 +121,24 @@ def test_a_drained_node_is_left_after_the_round_without_a_charge(tmp_path: Path,
     print(f"second gang {time.monotonic() - told:.1f} s after the first notice")
     drain(cluster, *homes(cluster, "ray::ResourceTrainable").values())
     code, out, err = finish(process)
+    wait_until_returned(cluster)
     assert code == 0, out + err
     check(tmp_path, 2, {1: "training loss became"})
     assert len(begun(tmp_path)) == len(set(begun(tmp_path))) == 3
+
+
+@pytest.mark.slow
+def test_a_trial_waits_for_the_nodes_that_an_autoscaler_adds(tmp_path: Path, tiny_model: Path, stories: Path,
+                                                             cluster: Cluster) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=1, cpus_per_rank=2.0)
+    code, _, err = finish(sweep(tmp_path, address=cluster.address))
+    assert code == 2
+    assert "one trial needs 1 ranks of 2 CPU, each rank on one node, but the cluster's 4 nodes (3 CPU in all) have room" in err
+    process = sweep(tmp_path, "--autoscaling", address=cluster.address)
+    wait_until((tmp_path / "study" / "tune").is_dir, process)
+    time.sleep(2)
+    assert process.poll() is None
+    cluster.add_node(num_cpus=2)
+    code, out, err = finish(process)
+    assert code == 0, out + err
+    check(tmp_path, 1, {})
