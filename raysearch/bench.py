@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from raysearch.config import Study, higher_is_better
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
@@ -64,13 +66,17 @@ def read_inputs(study: Study) -> Inputs:
 
 
 class Bench:
-    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order."""
+    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order.
 
-    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs) -> None:
+    `base`: the dense weights where somebody keeps them for all ranks of a node (Engine).
+    """
+
+    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
                              batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
-                             weight_decay=study.weight_decay, timeout_s=max(study.round_limit_s, START_LIMIT_S))
+                             weight_decay=study.weight_decay, timeout_s=max(study.round_limit_s, START_LIMIT_S),
+                             base=base)
         tokenizer = load_tokenizer(study.model)
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
@@ -86,9 +92,13 @@ class Bench:
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
-        """Of the engine's current weights, on "selection" or "report"."""
+        """Of the engine's current weights, on "selection" or "report"; ValueError where the objective is not among it."""
         self.engine.model.eval()
-        return evaluate(self.scorer, self.tasks[split], race=race)
+        found = evaluate(self.scorer, self.tasks[split], race=race)
+        if self.study.tasks and self.study.objective not in found.metrics:
+            raise ValueError(f"objective must be one of the metrics {', '.join(found.metrics)}, got {self.study.objective!r}; "
+                             "change it in STUDY, with a new --out")
+        return found
 
     def race(self, size: int | None) -> tuple[Race | None, str | None]:
         """(the race of a candidate of this size, key of its rival, the best finished one that is no larger); without

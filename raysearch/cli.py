@@ -120,6 +120,7 @@ def sweep(
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
+    autoscaling: Annotated[bool, typer.Option("--autoscaling", help="Wait for nodes that the cluster adds.")] = False,
     mlflow: Annotated[str | None, typer.Option(help="Tracking URI to log to as well.", metavar="URI")] = None,
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
 ) -> None:
@@ -133,7 +134,8 @@ def sweep(
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    result = run(space, out or default_directory(space), study, sample, echo, keep=keep, mlflow_uri=mlflow, wandb_project=wandb)
+    result = run(space, out or default_directory(space), study, sample, echo, keep=keep, autoscaling=autoscaling,
+                 mlflow_uri=mlflow, wandb_project=wandb)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:

@@ -105,10 +105,14 @@ class Engine:
 
     The ranks are those of torch.distributed's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), one
     rank where there is none. All methods are collective: every rank calls them in the same order.
+
+    `base` are the dense model's whole tensors by parameter name, in `dtype`, on the CPU: they are kept and only read, so
+    the ranks of a node may map the same memory. With None the engine keeps a copy of its own shards.
     """
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
-                 context_tokens: int, weight_decay: float, timeout_s: float = 1800.0) -> None:
+                 context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
+                 base: Mapping[str, Tensor] | None = None) -> None:
         deepspeed = import_deepspeed()
         cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
         if "RANK" not in os.environ and not dist.is_initialized():  # a world of one needs no port and no environment
@@ -150,7 +154,8 @@ class Engine:
         self.device = self.deepspeed_engine.device
         self.pieces = self._pieces()
         self.prunable_pieces = [piece for piece in self.pieces if piece.name in names]
-        self._base = [piece.values.cpu().clone() for piece in self.pieces]
+        self._base = [base[piece.name].reshape(-1)[piece.start:piece.start + piece.values.numel()] if base
+                      else piece.values.to("cpu", getattr(torch, dtype), copy=True) for piece in self.pieces]
         self.read_masks()
 
     # ---- masters: the adapter to DeepSpeed's private layout ----
@@ -241,7 +246,7 @@ class Engine:
     def load_base(self) -> None:
         """Copies this rank's shards of the dense model back: how a warm gang starts its next trial."""
         for piece, values in zip(self.pieces, self._base):
-            piece.values.copy_(values)
+            piece.values.copy_(values.to(self.device))
         self.read_masks()
         self.sync()
 

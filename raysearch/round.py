@@ -44,6 +44,10 @@ class Diverged(Exception):
     """The candidate is worthless: a loss that is not finite, or quality no better than a uniform guess."""
 
 
+class Superseded(Exception):
+    """This gang was given up, for example behind a network that broke, and its trial was started again or ended since."""
+
+
 def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:
     """The trial as a list of rounds; configurations that do the same thing give equal lists.
 
@@ -78,18 +82,27 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 def run_trial(bench: Bench, trial: TrialRecord) -> Iterator[TrialRecord]:
     """Runs the trial's actions; yields its record, already written, after every round and at the end.
 
-    A diverged trial ends as failed. Any other error is recorded as failed and raised: the gang may be out of step.
+    A diverged trial ends as failed. Any other error is recorded as failed and raised: the gang may be out of step. Raises
+    Superseded, and leaves the record, where another gang has begun the trial since.
     """
     started = time.perf_counter()
 
-    def update(**changes: object) -> TrialRecord:
+    def write(**changes: object) -> None:
         nonlocal trial
         trial = trial.model_copy(update={**changes, "seconds": round(time.perf_counter() - started, 3)})
         if bench.engine.rank == 0:
             bench.ledger.write_trial(trial)
+
+    def update(**changes: object) -> TrialRecord:
+        if bench.engine.rank == 0:
+            found = bench.ledger.trial(trial.number)
+            if (found.started_at, found.status) != (trial.started_at, "running"):
+                raise Superseded(f"trial {trial.number} was begun here at {trial.started_at}, but its record is of another "
+                                 f"gang now ({found.status}, begun at {found.started_at}); nothing is written")
+        write(**changes)
         return trial
 
-    update(status="running", keys=(), reason=None, traceback=None, ended_at=None, started_at=utc_now())
+    write(status="running", keys=(), reason=None, traceback=None, ended_at=None, started_at=utc_now())
     try:
         candidate = dense_round(bench)
         for action in trial.actions:

@@ -34,8 +34,10 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ray import tune
+from ray.air.execution._internal.actor_manager import RayActorManager
 from ray.air.integrations.mlflow import MLflowLoggerCallback
 from ray.air.integrations.wandb import WandbLoggerCallback
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
@@ -47,7 +49,7 @@ from raysearch.model import model_size
 from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
-from raysearch.trial import Job, PruneTrial, gang_resources
+from raysearch.trial import Job, PruneTrial, gang_resources, put_base
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
 Keep = Literal["frontier", "all", "none"]
@@ -88,9 +90,10 @@ def space_hash(space: Space) -> str:
 
 
 def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None], *,
-          keep: Keep = "all", mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
+          keep: Keep = "all", autoscaling: bool = False, mlflow_uri: str | None = None,
+          wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
-    weights that `keep` does not name.
+    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
@@ -110,7 +113,7 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
         interrupted = False
         searcher = StudySearcher(ledger, study, space, inputs, echo)
         if searcher.has_work():
-            start_ray(study)
+            start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
@@ -139,8 +142,10 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: l
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
+    base = put_base(study)
     trainable = tune.with_resources(
-        tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
+        tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
+                             base=[base]),
         gang_resources(study))
     tuner = tune.Tuner(
         trainable,
@@ -152,12 +157,29 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: l
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
     try:
-        with stopping_on_signals():
+        with stopping_on_signals(), out_of_memory_as_death():
             tuner.fit()
     except (KeyboardInterrupt, SystemExit):
         searcher.progress.echo("stopped by a signal; the same command goes on from the last finished round")
         raise
     return not searcher.finished
+
+
+@contextlib.contextmanager
+def out_of_memory_as_death() -> Iterator[None]:
+    """In the block a process that Ray's memory monitor ends counts like one that died. Tune (2.60) knows RayActorError and
+    RayTaskError only, and OutOfMemoryError, which is neither, would end the whole search."""
+    original = RayActorManager._actor_task_failed
+
+    def task_failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        is_out_of_memory = isinstance(exception, OutOfMemoryError)
+        original(manager, tracked_actor_task, RayActorError(error_msg=str(exception)) if is_out_of_memory else exception)
+
+    RayActorManager._actor_task_failed = task_failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = original
 
 
 EXIT_WITHIN_S = 2.0
@@ -226,17 +248,43 @@ def connect_ray() -> None:
                          "and stop it") from error
 
 
-def start_ray(study: Study) -> None:
-    """Connects, and checks that one gang fits into the cluster."""
+def start_ray(study: Study, autoscaling: bool = False) -> None:
+    """Connects, and checks that one gang fits into the cluster, unless that adds nodes by itself."""
     connect_ray()
-    have = ray.cluster_resources()
-    for name, need in (("CPU", study.cpus_per_rank), ("GPU", study.gpus_per_rank)):
-        if need * study.num_ranks > have.get(name, 0):
-            raise ValueError(f"one trial needs {need * study.num_ranks:g} {name} ({study.num_ranks} ranks of {need:g}), "
-                             f"but the cluster has {have.get(name, 0):g}; lower num_ranks or add nodes")
+    if autoscaling:
+        return
+    needs = {"CPU": study.cpus_per_rank} | ({"GPU": study.gpus_per_rank} if study.gpus_per_rank else {})
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    num_fitting = sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items()) for node in nodes)
+    if num_fitting < study.num_ranks:
+        each = " and ".join(f"{need:g} {name}" for name, need in needs.items())
+        have = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in needs)
+        raise ValueError(f"one trial needs {study.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
+                         f"{len(nodes)} nodes ({have} in all) have room for {num_fitting}; lower num_ranks, add nodes, or "
+                         "give --autoscaling where the cluster adds them when they are needed")
 
 
 # ---- the study's directory ----
+
+
+STALE_LOCK_S = 3.0
+"""Optuna holds its lock for milliseconds."""
+
+
+def remove_stale_lock(path: Path) -> bool:
+    """Removes the lock that a killed writer left on the journal at `path`: one that stays the same for STALE_LOCK_S.
+
+    Optuna would wait 30 s for it, and for ever, at full speed, where the link names a folder that was moved since.
+    """
+    lock = path.with_name(f"{path.name}.lock")
+    before = [file.lstat().st_mtime_ns for file in (lock,) if file.is_symlink()]
+    if not before:
+        return False
+    time.sleep(STALE_LOCK_S)
+    if not lock.is_symlink() or lock.lstat().st_mtime_ns != before[0]:
+        return False
+    lock.unlink()
+    return True
 
 
 def repair_journal(path: Path) -> Path | None:
@@ -265,6 +313,8 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> o
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names, grouped TPE
     path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
+    if remove_stale_lock(path):
+        echo("the journal was locked by a driver that is gone; its lock is removed")
     if (backup := repair_journal(path)) is not None:
         echo(f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}")
     direction = "maximize" if higher_is_better(study.objective) else "minimize"

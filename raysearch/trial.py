@@ -1,7 +1,8 @@
 """The Tune trainable: a gang of ranks that stays warm and runs one job after the other, a round per Tune iteration.
 
 The trainable's own actor is rank 0; the other ranks are actors in the same placement group, one bundle each. Processes,
-process group, engine, text and base weights outlive the job (`reuse_actors`): the next one starts by copying shards.
+process group, engine and text outlive the job (`reuse_actors`), and the base weights lie in the object store, one copy per
+node: the next job starts by copying shards from there.
 
 A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
 runs the trial of that number in the ledger, after every rank has
@@ -13,20 +14,24 @@ import faulthandler
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray import tune
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch import Tensor
 
 from raysearch.bench import Bench, read_inputs
 from raysearch.config import Study
 from raysearch.engine import free_port
 from raysearch.ledger import Ledger, RoundRecord, config_hash
+from raysearch.model import load_model
 from raysearch.provenance import utc_now
 from raysearch.round import dense_round, report_round, resolve_actions, run_trial
 
@@ -38,10 +43,27 @@ GRACE_S = 5.0
 """For rank 0 to find by itself that a peer died; over NCCL it would wait until the round's limit."""
 
 
-class Rank:
-    """One process of a gang."""
+def put_base(study: Study) -> ray.ObjectRef:
+    """The dense model's tensors in the object store, which keeps one copy per node for as long as the caller holds this:
+    arrays by parameter name in the study's dtype, bfloat16 by its bits as int16, since numpy has no such number."""
+    dtype = getattr(torch, study.dtype)
+    bits = torch.int16 if dtype == torch.bfloat16 else dtype
+    return ray.put({name: parameter.detach().view(bits).numpy()
+                    for name, parameter in load_model(study.model, dtype).named_parameters()})
 
-    def __init__(self, study: Study, directory: str, root_key: str, environment: dict[str, str]) -> None:
+
+def map_base(arrays: Mapping[str, np.ndarray], dtype: torch.dtype) -> dict[str, Tensor]:
+    """`put_base`'s arrays as tensors of `dtype` on the object store's own memory: a write there ends the process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {name: torch.from_numpy(array).view(dtype) for name, array in arrays.items()}
+
+
+class Rank:
+    """One process of a gang; `base` holds the one reference that `put_base` gave."""
+
+    def __init__(self, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef],
+                 environment: dict[str, str]) -> None:
         os.environ.update(environment)
         if not study.gpus_per_rank:
             os.environ["DS_ACCELERATOR"] = "cpu"
@@ -50,7 +72,7 @@ class Rank:
         if inputs.root_key != root_key:
             raise ValueError(f"rank {environment['RANK']} reads another model or corpus than the driver (root key "
                              f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model}")
-        self.bench = Bench(study, Ledger(directory), inputs)
+        self.bench = Bench(study, Ledger(directory), inputs, map_base(ray.get(base[0]), getattr(torch, study.dtype)))
         self._results: Iterator[dict[str, Any]] = iter(())
 
     def begin(self, job: Job) -> str | None:
@@ -122,7 +144,7 @@ def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:
     """Ends this process when the actor of one of `others` dies, unless `done` is set soon after."""
     try:
         ray.get(others)
-    except RayActorError as error:
+    except (RayActorError, OutOfMemoryError) as error:
         if not done.wait(GRACE_S):
             print(f"a rank of this gang died: {error}", file=sys.stderr, flush=True)
             os._exit(1)
@@ -130,19 +152,29 @@ def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:
         pass  # an error of the peer's own, which `step` raises
 
 
-class PruneTrial(tune.Trainable):
-    """Rank 0 and the handle on its peers."""
+def draining_nodes() -> set[str]:
+    """Ids of the nodes that will soon be taken away (a spot notice, `ray drain-node`); Ray has no public call for them."""
+    return set(ray._private.state.state.get_draining_nodes())
 
-    def setup(self, config: Job, *, study: Study, directory: str, root_key: str) -> None:
+
+class PruneTrial(tune.Trainable):
+    """Rank 0 and the handle on its peers.
+
+    Before a round, a gang with a node that is being drained ends with the error that Tune does not count as a failure and
+    answers with a new gang: the scheduler leaves such nodes out.
+    """
+
+    def setup(self, config: Job, *, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef]) -> None:
         group = ray.util.get_current_placement_group()
+        self._nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
         shared = {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port()),
                   "WORLD_SIZE": str(study.num_ranks), "LOCAL_RANK": "0"}
         peer = ray.remote(num_cpus=study.cpus_per_rank, num_gpus=study.gpus_per_rank)(Rank)
         self.peers = [
             peer.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank))
-            .remote(study, directory, root_key, {**shared, "RANK": str(rank)}) for rank in range(1, study.num_ranks)
+            .remote(study, directory, root_key, base, {**shared, "RANK": str(rank)}) for rank in range(1, study.num_ranks)
         ]
-        self.rank_0 = Rank(study, directory, root_key, {**shared, "RANK": "0"})
+        self.rank_0 = Rank(study, directory, root_key, base, {**shared, "RANK": "0"})
         self._begin(config)
 
     def reset_config(self, new_config: Job) -> bool:
@@ -150,6 +182,8 @@ class PruneTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
+        if leaving := self._nodes & draining_nodes():
+            raise RayActorError(error_msg=f"the gang moves: node {', '.join(sorted(leaving))} is being drained", preempted=True)
         others = [peer.step.remote() for peer in self.peers]
         done = threading.Event()
         threading.Thread(target=exit_when_lost, args=(others, done), daemon=True).start()

@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
 
@@ -42,6 +44,7 @@ def test_zeros_of_shards_module_and_mask_are_one(measured: dict, stage: int, dty
             assert zeros == case["num_wanted"], (moment, case[moment])
     assert case["mask_kept"]
     assert case["loss_fell"]
+    assert case["base_is_exact"]
 
 
 def test_result_does_not_depend_on_the_stage(measured: dict) -> None:
@@ -56,14 +59,14 @@ def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
     assert len(one) == 2 * 4
 
 
-def measure(model: str, stage: int, dtype: str) -> dict:
+def measure(model: str, stage: int, dtype: str, base: Mapping[str, Tensor] | None) -> dict:
     import torch
 
     from raysearch.engine import Engine
     from raysearch.pruning.selection import keep_masks, kth_smallest
 
     engine = Engine(model, prunable="matrices", zero_stage=stage, dtype=dtype, batch_tokens=128, context_tokens=32,
-                    weight_decay=0.1)
+                    weight_decay=0.1, base=base)
     rank, world_size = engine.shard_rank
     names = [p.name for p in engine.prunables]
     values = [piece.values for piece in engine.prunable_pieces]
@@ -107,6 +110,8 @@ def measure(model: str, stage: int, dtype: str) -> dict:
     engine.restart(0.0)
     engine.train_step(mine, 3e-3)
     case["after_reload"] = zeros()
+    engine.load_base()
+    case["base_is_exact"] = all(torch.equal(engine.full(name), dense[name]) for name in dense)
     return case
 
 
@@ -139,5 +144,12 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["masks"]:
         result = masks(sys.argv[1])
     else:
-        result = {f"{stage}/{dtype}": measure(sys.argv[1], stage, dtype) for stage, dtype in CASES}
+        import torch
+
+        from raysearch.model import load_model
+
+        shared = os.environ["WORLD_SIZE"] == "2"  # a rank alone keeps a copy of its own
+        bases = {dtype: dict(load_model(sys.argv[1], getattr(torch, dtype)).named_parameters()) if shared else None
+                 for dtype in ("float32", "bfloat16")}  # before ZeRO-3, which changes how models are loaded
+        result = {f"{stage}/{dtype}": measure(sys.argv[1], stage, dtype, bases[dtype]) for stage, dtype in CASES}
     print(json.dumps(result))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 from faults import inject, kill, wait_until, workers
@@ -206,6 +207,35 @@ def test_a_killed_rank_of_a_gang_of_two(tmp_path: Path, tiny_model: Path, storie
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
+DIES_WRITING = """
+import os, signal
+write_weights = round.write_weights
+def dying(path, weights):
+    sha256 = write_weights(path, weights)
+    if not os.path.exists(os.environ["FAULT"] + ".done"):
+        open(os.environ["FAULT"] + ".done", "w").close()
+        os.truncate(path, 1000)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sha256
+round.write_weights = dying
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_killed_while_it_writes_a_round(tmp_path: Path, tiny_model: Path, stories: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    inject(tmp_path, DIES_WRITING, monkeypatch)
+    write_space(tmp_path, tiny_model, stories, num_trials=2, max_concurrent=1)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, out + err
+    (left,) = (tmp_path / "study" / "rounds").glob(".*")  # what nothing reads
+    assert (left / "weights.safetensors").stat().st_size == 1000
+    shutil.rmtree(left)
+    ledger = check(tmp_path, 2, {1: "training loss became"})
+    for key in ledger.trial(0).keys:
+        read_weights(ledger.weights_path(key), ledger.candidate(key).weights_sha256)
+
+
 HANG = """
 import time
 finetune = round.finetune
@@ -253,6 +283,35 @@ def test_a_trial_out_of_memory_fails_with_advice(tmp_path: Path, tiny_model: Pat
     assert code == 0, out + err
     failed = check(tmp_path, 3, {1: "can't allocate memory"}).trial(1)
     assert failed.reason.endswith("lower batch_tokens, or shard it over more ranks with num_ranks and zero_stage")
+
+
+HUNGRY = """
+import time
+finetune = round.finetune
+def hungry(bench, action):
+    kept = []
+    while action.sparsity == 0.25 and len(kept) < 160:
+        kept.append(bytearray(b"x") * (64 << 20))
+        time.sleep(0.02)
+    return finetune(bench, action)
+round.finetune = hungry
+"""
+
+
+@pytest.mark.slow
+def test_a_trial_that_eats_the_hosts_memory_fails_alone(tmp_path: Path, tiny_model: Path, stories: Path,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own watch ends it, at 6 GB more than are in use now; the trial would take 10 GB."""
+    memory = psutil.virtual_memory()
+    if memory.available < 12e9:
+        pytest.skip("needs 12 GB of free memory")
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{(memory.total - memory.available + 6e9) / memory.total:.3f}")
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
+    inject(tmp_path, HUNGRY, monkeypatch)
+    write_space(tmp_path, tiny_model, stories, num_trials=3, max_concurrent=1)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, out + err
+    check(tmp_path, 3, {1: "its process died twice, killed or out of memory"})
 
 
 @pytest.mark.slow

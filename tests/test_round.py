@@ -11,6 +11,7 @@ from raysearch.config import Action, Study, TrialConfig
 from raysearch.ledger import Ledger, RoundRecord, TrialRecord, round_key
 from raysearch.round import (
     Diverged,
+    Superseded,
     check_quality,
     dense_round,
     finetune,
@@ -100,6 +101,18 @@ def test_a_trial_writes_its_record_after_every_round(bench: Bench, study: Study)
     assert [(len(r.keys), r.status) for r in seen] == [(1, "running"), (2, "running"), (3, "running"), (3, "done")]
     assert bench.ledger.trial(7) == seen[-1]
     assert [round(bench.ledger.candidate(key).sparsity, 3) for key in seen[-1].keys] == [0.2, 0.4, 0.6]
+
+
+@pytest.mark.parametrize("change", [{"started_at": "later"}, {"status": "failed"}])
+def test_a_gang_that_was_given_up_writes_nothing_more(bench: Bench, study: Study, change: dict[str, str]) -> None:
+    config = TrialConfig(target_sparsity=0.6, schedule="linear", num_rounds=3)
+    trial = TrialRecord(number=9, config=config, actions=resolve_actions(config, study, 10**6), started_at="")
+    rounds = run_trial(bench, trial)
+    taken = next(rounds).model_copy(update=change)
+    bench.ledger.write_trial(taken)
+    with pytest.raises(Superseded, match="trial 9 was begun here at .*, but its record is of another gang now"):
+        next(rounds)
+    assert bench.ledger.trial(9) == taken
 
 
 def test_divergence_is_recorded_with_its_reason(bench: Bench, study: Study) -> None:

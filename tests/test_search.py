@@ -14,8 +14,9 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from raysearch import search
 from raysearch.ledger import Ledger
-from raysearch.search import repair_journal
+from raysearch.search import remove_stale_lock, repair_journal
 
 ROOT = Path(__file__).parent.parent
 SPACE = '''
@@ -169,3 +170,58 @@ def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
     again.ask()
     assert len(again.trials) == 2
     assert json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", ["journal.log", "/moved/since/journal.log"])
+def test_a_lock_that_a_killed_driver_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    monkeypatch.setattr(search, "STALE_LOCK_S", 0.3)
+    path = tmp_path / "journal.log"
+    optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
+    assert not remove_stale_lock(path)
+    lock = tmp_path / "journal.log.lock"
+    lock.symlink_to(target)
+    assert remove_stale_lock(path)
+    started = time.process_time()
+    optuna.load_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s").ask()
+    assert time.process_time() - started < 1
+    assert not lock.is_symlink()
+
+
+def test_a_lock_that_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "journal.log.lock"
+    lock.symlink_to("journal.log")
+    before = lock.lstat().st_mtime_ns
+
+    def pass_on(seconds: float) -> None:
+        """Meanwhile its holder is done and another has it."""
+        while lock.lstat().st_mtime_ns == before:
+            lock.unlink()
+            lock.symlink_to("journal.log")
+
+    monkeypatch.setattr(search.time, "sleep", pass_on)
+    assert not remove_stale_lock(tmp_path / "journal.log")
+    assert lock.is_symlink()
+
+
+def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_ranks=4, cpus_per_rank=100.0)
+    code, out, err = finish(sweep(tmp_path))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "one trial needs 4 ranks of 100 CPU, each rank on one node, but the cluster's 1 nodes (" in err
+    assert "have room for 0" in err
+    assert "give --autoscaling" in err
+
+
+@pytest.mark.slow
+def test_an_objective_that_the_task_does_not_have_fails_trials_with_the_names_it_has(tmp_path: Path, tiny_model: Path,
+                                                                                     stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=1)
+    text = (tmp_path / "space.py").read_text()
+    (tmp_path / "space.py").write_text(text.replace('STUDY = {', 'STUDY = {"objective": "text/acc", '))
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, err
+    (trial,) = Ledger.open(tmp_path / "study").trials()
+    assert trial.status == "failed"
+    assert "objective must be one of the metrics " in trial.reason
+    assert "text/bits_per_byte" in trial.reason
+    assert "got 'text/acc'" in trial.reason
