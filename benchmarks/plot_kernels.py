@@ -31,8 +31,8 @@ def main() -> None:
     figure.add_hline(y=1, line_dash="dot", line_color="grey")
     figure.update_xaxes(type="log", dtick=1, title="tokens")
     figure.update_yaxes(rangemode="tozero", title="dense / dispatched")
-    figure.update_layout(template="plotly_white", width=1180, height=800,
-                         title="What the dispatcher chose, ratio to dense cuBLAS: " f"{grid['device']}, bf16, {grid['date']}, torch {grid['torch']}")
+    figure.update_layout(template="plotly_white", width=1180, height=800, title=(
+        f"The dispatcher's choice, ratio to dense cuBLAS: {grid['device']}, bf16, {grid['date']}, torch {grid['torch']}"))
     figure.write_html(sys.argv[2], config={"displayModeBar": False})
 
 
