@@ -1,13 +1,14 @@
 """A study directory as one pandas frame: the only module here that reads the ledger's rounds and trials."""
 
-from pathlib import Path
-
 import pandas as pd
 
 from raysearch.config import Metric, TrialConfig
 from raysearch.ledger import Ledger, RoundRecord, TrialRecord
+from raysearch.storage import AnyPath
 
 Cell = str | int | float | bool | None
+Reports = dict[str, dict[str, Metric]]
+"""Metrics on the report split by key."""
 
 HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 """Columns with what was asked of the trial."""
@@ -22,7 +23,7 @@ COLUMNS = ("trial", "round", "key", "status", "reason", "is_alias", "num_nonzero
            "action_threshold", "finetune_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds", "trial_seconds")
 
 
-def load(directory: str | Path) -> pd.DataFrame:
+def load(directory: str | AnyPath) -> pd.DataFrame:
     """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense").
 
     Beside COLUMNS, each metric gives `SPLIT/TASK/METRIC` and `SPLIT/TASK/METRIC_stderr` for the splits "selection"
@@ -40,12 +41,12 @@ def load(directory: str | Path) -> pd.DataFrame:
     ledger = Ledger.open(directory)
     record = ledger.study()
     trials = ledger.trials()  # before the rounds: a running trial then names no round that is not read
-    rounds = ledger.rounds()
+    rounds, reports = ledger.rounds(), ledger.reports()
     rows: list[dict[str, Cell]] = []
     if record.root_key in rounds:
-        rows.append({"round": 0, "status": "dense", **_round_cells(ledger, rounds[record.root_key])})
+        rows.append({"round": 0, "status": "dense", **_round_cells(rounds[record.root_key], reports)})
     for trial in trials:
-        rows.extend(_trial_rows(ledger, trial, rounds))
+        rows.extend(_trial_rows(ledger, trial, rounds, reports))
     found = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
     found |= {name for row in rows for name in row} - set(COLUMNS)
     metrics = sorted(found, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
@@ -65,7 +66,8 @@ def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
     return [name.partition("/")[2] for name in columns if frame[name].notna().any()]
 
 
-def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecord]) -> list[dict[str, Cell]]:
+def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports
+                ) -> list[dict[str, Cell]]:
     common: dict[str, Cell] = {"trial": trial.number, "status": trial.status, "reason": trial.reason,
                                "trial_seconds": trial.seconds, **trial.config.model_dump()}
     rows = []
@@ -73,11 +75,11 @@ def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecor
         if key not in rounds:
             raise ValueError(f"{ledger.directory}: trial {trial.number} names round {key}, but "
                              f"rounds/{key}/record.json is missing; the study directory was damaged")
-        rows.append({**common, "round": number, **_round_cells(ledger, rounds[key])})
+        rows.append({**common, "round": number, **_round_cells(rounds[key], reports)})
     return rows or [common]
 
 
-def _round_cells(ledger: Ledger, record: RoundRecord) -> dict[str, Cell]:
+def _round_cells(record: RoundRecord, reports: Reports) -> dict[str, Cell]:
     cells: dict[str, Cell] = {
         "key": record.key, "num_nonzero": record.num_nonzero, "num_parameters": record.num_parameters,
         "sparsity": record.sparsity, "model_sparsity": record.model_sparsity, "stored_bytes": record.stored_bytes,
@@ -87,8 +89,7 @@ def _round_cells(ledger: Ledger, record: RoundRecord) -> dict[str, Cell]:
     if record.action is not None:
         cells |= {"action_sparsity": record.action.sparsity, "action_threshold": record.action.threshold,
                   "finetune_tokens": record.action.finetune_tokens}
-    return cells | _metric_cells("selection", record.metrics) | _metric_cells(
-        "report", ledger.report_metrics(record.key) or {})
+    return cells | _metric_cells("selection", record.metrics) | _metric_cells("report", reports.get(record.key, {}))
 
 
 def _metric_cells(split: str, metrics: dict[str, Metric]) -> dict[str, Cell]:

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -18,6 +17,7 @@ from analysis.load import HYPERPARAMETERS, metric_names
 from analysis.tables import aligned, describe_config, human_bytes, human_count, with_stderr
 from raysearch.config import Frozen, higher_is_better, parse
 from raysearch.ledger import write_json
+from raysearch.storage import AnyPath, location
 
 NUM_RUNNERS_UP = 5
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20,
@@ -156,17 +156,17 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
                 num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]))
 
 
-def write_pick(result: Pick, path: str | Path) -> Path:
+def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
     """Writes the pick as JSON, aside and moved into place; returns the absolute path."""
-    path = Path(path).resolve()
+    path = location(path)
     write_json(path, result.model_dump(mode="json"))
     return path
 
 
-def read_pick(path: str | Path) -> Pick:
+def read_pick(path: str | AnyPath) -> Pick:
     """The pick in a file of `write_pick`; ValueError when it is missing or something else."""
     try:
-        text = Path(path).read_text()
+        text = location(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); give the pick.json of `raysearch pick`") from error
     try:

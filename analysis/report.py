@@ -2,10 +2,8 @@
 
 import html
 import math
-import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -26,26 +24,23 @@ from analysis.load import load, metric_names
 from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, trajectory_figure
 from analysis.tables import describe_config, human_bytes, human_count, with_stderr
 from raysearch.config import higher_is_better
-from raysearch.ledger import Ledger, StudyRecord
+from raysearch.ledger import Ledger, StudyRecord, new_file
+from raysearch.storage import AnyPath, location
 
 
-def write_report(directory: str | Path, out: str | Path | None = None) -> Path:
+def write_report(directory: str | AnyPath, out: str | AnyPath | None = None) -> AnyPath:
     """Writes `out` (default: report.html in the study directory) and returns its absolute path.
 
     Works at any moment of a study, with no candidate too. ValueError when there is no study or `out` is a folder."""
     frame = load(directory)
     ledger = Ledger.open(directory)
-    path = Path(out).resolve() if out is not None else ledger.directory / "report.html"
+    path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
         raise ValueError(f"the report must be a file, got the folder {path}; name the file, such as {path}/report.html")
     devices = sorted({record.provenance.device for record in ledger.rounds().values()})
     page = _page(frame, ledger.study(), devices or [ledger.study().provenance.device])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False,
-                                     encoding="utf-8") as file:
-        file.write(page)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    with new_file(path) as file:
+        file.write_text(page, encoding="utf-8")
     return path
 
 

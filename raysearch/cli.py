@@ -15,7 +15,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Search over pruning schedules for GPT language models.")
 
 Out = Annotated[Path, typer.Option(help="Directory to write to.")]
-StudyDir = Annotated[Path, typer.Argument(help="Directory of a study.", metavar="DIR")]
+StudyDir = Annotated[str, typer.Argument(help="Directory of a study, or its URI.", metavar="DIR")]
+StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
 
 
 def main() -> None:
@@ -115,7 +116,7 @@ def prune(
 @app.command()
 def sweep(
     space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
-    out: Annotated[Path | None, typer.Option(help="Study directory; studies/NAME by default.")] = None,
+    out: StudyOut = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total; a larger number extends.")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
@@ -145,7 +146,7 @@ def sweep(
 @app.command()
 def plan(
     space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
-    out: Annotated[Path | None, typer.Option(help="Study directory; studies/NAME by default.")] = None,
+    out: StudyOut = None,
 ) -> None:
     """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
     from raysearch.plan import describe_plan, make_plan
@@ -165,7 +166,7 @@ def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", hel
 
 @app.command()
 def doctor(
-    directory: Annotated[Path, typer.Argument(help="Where studies will be written.", metavar="[DIR]")] = Path("."),
+    directory: Annotated[str, typer.Argument(help="Where studies will be written.", metavar="[DIR]")] = ".",
 ) -> None:
     """What is missing or unsafe on this machine and its Ray cluster; exit code 1 when something will not work."""
     from raysearch.doctor import examine
@@ -191,7 +192,7 @@ def results(
 
 
 @app.command()
-def report(directory: StudyDir, out: Annotated[Path | None, typer.Option(help="File to write.")] = None) -> None:
+def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
     """Write one self-contained report.html."""
     from analysis.report import write_report
 
@@ -206,22 +207,23 @@ def pick(
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
+    out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
 ) -> None:
     """Choose the smallest candidate that satisfies every constraint, on the report split."""
     from analysis.load import load
     from analysis.pick import describe_pick, parse_constraints, write_pick
     from analysis.pick import pick as choose
+    from raysearch.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
     picked = choose(load(directory), constraints)
-    path = write_pick(picked, out or directory / "pick.json")
+    path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
 
 
 @app.command()
 def export(
-    pick_file: Annotated[Path, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
     out: Out,
     format: Annotated[str, typer.Option(help="dense (transformers loads it) or compressed (smaller).")] = "dense",
 ) -> None:
@@ -329,8 +331,8 @@ def tasks() -> None:
         echo("\n".join(f"{name + ':':<15}{value}" for name, value in row.items()) + "\n")
 
 
-def default_directory(space: str) -> Path:
-    return Path("studies") / space.rpartition(".")[2]
+def default_directory(space: str) -> str:
+    return f"studies/{space.rpartition('.')[2]}"
 
 
 def parse_seconds(text: str) -> float:

@@ -39,7 +39,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     echo(results_table(frame, frontier_only=True))
     echo(describe_pick(picked))
     echo(f"\n{result.num_candidates} candidates in {time.monotonic() - started:.0f} s\n"
-         f"report             {report.resolve()}\n"
+         f"report             {report}\n"
          f"pick               {pick_file}\n"
          f"deployment folder  {deployed}\n\n"
          f"next: open the report, then\n"

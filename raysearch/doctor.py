@@ -1,5 +1,6 @@
 """What is missing or unsafe on this machine and its Ray cluster, one sentence each, with the way out."""
 
+import contextlib
 import importlib.metadata
 import ipaddress
 import os
@@ -9,6 +10,7 @@ import socket
 import tempfile
 import urllib.error
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,9 @@ import torch
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raysearch.ledger import new_file
+from raysearch.storage import AnyPath, StorePath, location
 
 PACKAGE = "raysearch-llm"
 MIN_SHARED_MEMORY_BYTES = 2 * 10**9
@@ -35,11 +40,14 @@ class Check:
     text: str
 
 
-def examine(directory: Path) -> list[Check]:
+def examine(directory: str | AnyPath) -> list[Check]:
     """All checks; `directory` is where studies will be written. A probe file is written there and deleted."""
-    folder = next(path for path in (directory.resolve(), *directory.resolve().parents) if path.exists())
+    target = location(directory)
+    folder = (target if isinstance(target, StorePath)
+              else next(path for path in (target, *target.parents) if path.exists()))
     return [*check_versions(), check_compiler(), *check_gpus(), check_shared_memory(Path("/dev/shm")),
-            check_disk(folder), *check_token_file(Path.home() / ".ray" / "auth_token"), *check_cluster(folder)]
+            check_store(folder) if isinstance(folder, StorePath) else check_disk(folder),
+            *check_token_file(Path.home() / ".ray" / "auth_token"), *check_cluster(folder)]
 
 
 # ---- this machine ----
@@ -114,6 +122,29 @@ def check_disk(folder: Path) -> Check:
     return Check(level, f"{folder} can be written, {_gb(free_bytes)} are free{way_out}")
 
 
+def check_store(folder: StorePath) -> Check:
+    try:
+        with probe(folder) as path:
+            text = path.read_text()
+    except OSError as error:
+        return Check("problem", f"{folder} cannot be written: {error.strerror}")
+    if text != str(path):
+        return Check("problem", f"{folder} does not give back what was just written to it; give a store that does")
+    return Check("ok", f"{folder} can be written, read and deleted")
+
+
+@contextlib.contextmanager
+def probe(folder: AnyPath) -> Iterator[AnyPath]:
+    """A fresh file that holds its own name."""
+    path = folder / f".raysearch-doctor-{uuid.uuid4().hex}"
+    with new_file(path) as file:
+        file.write_text(str(path))
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
 def check_token_file(path: Path) -> Iterator[Check]:
     if path.is_file() and path.stat().st_mode & 0o077:
         yield Check("warning", f"{path}, Ray's token, can be read by other users, who may then run any code on the "
@@ -129,7 +160,7 @@ def cluster_address() -> str | None:
     return os.environ.get("RAY_ADDRESS") or (noted.read_text().strip() if noted.is_file() else None)
 
 
-def check_cluster(folder: Path) -> Iterator[Check]:
+def check_cluster(folder: AnyPath) -> Iterator[Check]:
     address = cluster_address()
     if address is None:
         yield Check("ok", "no Ray cluster runs here: a sweep starts its own on this machine, without a dashboard")
@@ -196,7 +227,7 @@ def listens_on_all_interfaces(port: int) -> bool:
     return False
 
 
-def check_storage(folder: Path) -> Iterator[Check]:
+def check_storage(folder: AnyPath) -> Iterator[Check]:
     """Reads a fresh file of `folder` on every node, where the same version of this package must be installed."""
 
     @ray.remote(num_cpus=0, max_retries=0)
@@ -205,7 +236,14 @@ def check_storage(folder: Path) -> Iterator[Check]:
         from pathlib import Path
 
         try:
-            text = Path(path).read_text()
+            if "://" in path:
+                from pyarrow.fs import FileSystem
+
+                filesystem, inside = FileSystem.from_uri(path)
+                with filesystem.open_input_stream(inside) as stream:
+                    text = stream.read().decode()
+            else:
+                text = Path(path).read_text()
         except OSError as error:
             text = f"not there: {error.strerror}"
         try:
@@ -216,25 +254,23 @@ def check_storage(folder: Path) -> Iterator[Check]:
     nodes = [node for node in ray.nodes() if node["Alive"]]
     here = importlib.metadata.version(PACKAGE)
     blind, other = [], []
-    with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".raysearch-doctor-") as file:
-        file.write(file.name)
-        file.flush()
-        os.fsync(file.fileno())
+    with probe(folder) as path:
         looks = {look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
-                 .remote(file.name): node["NodeManagerHostname"] for node in nodes}
+                 .remote(str(path)): node["NodeManagerHostname"] for node in nodes}
         for answer, name in looks.items():
             try:
                 text, version = ray.get(answer, timeout=PROBE_TIMEOUT_S)
             except (ray.exceptions.RayError, TimeoutError) as error:
                 yield Check("problem", f"node {name} did not run a task ({type(error).__name__}); see `ray logs`")
                 continue
-            blind += [name] if text != file.name else []
+            blind += [name] if text != str(path) else []
             other += [f"{name}: {version}"] if version != here else []
     resources = ray.cluster_resources()
     size = f"{len(nodes)} nodes, {resources.get('GPU', 0):g} GPU, {resources.get('CPU', 0):g} CPU"
     if blind:
-        yield Check("problem", f"{folder} is not the same storage on {', '.join(blind)}; give a directory that every "
-                               "node mounts (NFS)")
+        way_out = ("give every node credentials and a way to it" if isinstance(folder, StorePath)
+                   else "give a directory that every node mounts (NFS), or a URI such as s3://BUCKET/studies")
+        yield Check("problem", f"{folder} is not the same storage on {', '.join(blind)}; {way_out}")
     else:
         yield Check("ok", f"{folder} is seen by all of the cluster's {size}")
     if other:

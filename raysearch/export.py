@@ -19,6 +19,7 @@ from raysearch.kernels import SparseLinear, SparseWeight
 from raysearch.kernels.inference import linear_layers
 from raysearch.ledger import Ledger, RoundRecord, StudyRecord, TrialRecord, file_sha256, new_directory, write_json
 from raysearch.model import from_config, load_model, load_tokenizer, prunable_parameters, stored_dtype
+from raysearch.storage import as_file, location
 from raysearch.weights import read_sparse, read_weights, to_store, write_weights
 
 COMPRESSED = "compressed.safetensors"
@@ -32,13 +33,15 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     """
     if format not in ("dense", "compressed"):
         raise ValueError(f"format must be dense or compressed, got {format!r}")
+    out = location(out)
     if out.exists() and not (out / "raysearch.json").is_file():
         raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
     record, study = ledger.candidate(key), ledger.study()
     model = load_model(study.study.model, getattr(torch, study.study.dtype))
     prunable = {p.name for p in prunable_parameters(model, study.study.prunable)}
     if record.action is not None:
-        weights = read_weights(ledger.round_directory(key) / "weights.safetensors", record.weights_sha256)
+        with as_file(ledger.weights_path(key)) as file:
+            weights = read_weights(file, record.weights_sha256)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
@@ -46,7 +49,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     if num_nonzero != record.num_nonzero:
         raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.dtype} but {record.num_nonzero} "
                          "in its record; its weights do not survive the rounding, so it is not exported")
-    with new_directory(out.resolve()) as folder:
+    with new_directory(out) as folder:
         load_tokenizer(study.study.model).save_pretrained(folder)
         if format == "dense":
             model.save_pretrained(folder)
@@ -62,7 +65,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
                                                "record": record.model_dump(mode="json"), "sha256": files})
         if out.exists():
             shutil.rmtree(out)
-    return out.resolve()
+    return out
 
 
 def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:

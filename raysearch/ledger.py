@@ -1,4 +1,5 @@
-"""The study's durable record: plain files in one directory, each written aside, fsynced and moved into place.
+"""The study's durable record: plain files in one directory, each written aside, fsynced and moved into place; or objects
+of the same names on a store (storage.py), where a round exists once its record.json, which is uploaded last, does.
 
     study.json               StudyRecord: settings and versions, written once
     journal.log              Optuna's journal (search.py)
@@ -10,7 +11,7 @@
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
     tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
-    lock                     held by the driver that runs the study
+    lock                     held by the driver that runs the study; on a store a lease (lease.py)
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
 """
@@ -26,16 +27,21 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import ValidationError
 
 from raysearch.config import Action, Frozen, FrozenT, Metric, Study, TrialConfig
+from raysearch.lease import holder, lease
+from raysearch.storage import AnyPath, StorePath, location
 
 T = TypeVar("T")
 
 WRITE_RETRY_S = 3.0
+NUM_READERS = 16
+"""Threads that read a store's records, each of which is a request."""
 FILE_MODE = 0o644  # temporary files begin as 0600, and a study is read by others
 EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "round_limit_s", "gpus_per_rank", "cpus_per_rank"}
 """Settings of a study that may differ when it is resumed: they change no candidate."""
@@ -143,7 +149,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def persist(path: Path, write: Callable[[], T]) -> T:
+def persist(path: AnyPath, write: Callable[[], T]) -> T:
     """What `write` returns; where the storage refuses, it is tried again once, and then OSError names `path`."""
     try:
         return write()
@@ -156,36 +162,61 @@ def persist(path: Path, write: Callable[[], T]) -> T:
                       "and the same sweep goes on") from error
 
 
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes aside, fsyncs and moves: a reader sees the old file or the whole new one."""
+@contextlib.contextmanager
+def new_file(path: AnyPath) -> Iterator[Path]:
+    """A local file to fill; fsynced and moved to `path`, or uploaded to it, when the block ends well, and deleted when it
+    raises: a reader sees the old file or the whole new one."""
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="raysearch-") as folder:
+            yield Path(folder) / path.name
+            path.upload(Path(folder) / path.name)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            json.dump(value, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, FILE_MODE)
-            os.replace(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        _settle(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _settle(file: Path) -> None:
+    file.chmod(FILE_MODE)
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_json(path: AnyPath, value: dict[str, Any]) -> None:
+    with new_file(path) as file:
+        file.write_text(json.dumps(value, indent=1, allow_nan=False))
 
 
 @contextlib.contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises.
+def new_directory(path: AnyPath) -> Iterator[Path]:
+    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises. On a store its
+    files are uploaded, record.json as the last of them.
 
-    Where another process has made `path` in the meantime, its directory stays and this one is deleted.
+    Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
+    upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
     """
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="raysearch-") as folder:
+            yield Path(folder)
+            if not (path / "record.json").is_file():
+                for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == "record.json"):
+                    (path / file.name).upload(file)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
-                file.chmod(FILE_MODE)
-                with open(file, "rb") as handle:
-                    os.fsync(handle.fileno())
+                _settle(file)
         aside.chmod(0o755)
         with contextlib.suppress(FileExistsError):
             _move_directory(aside, path)
@@ -206,11 +237,11 @@ def _move_directory(source: Path, target: Path) -> None:
 class Ledger:
     """Reads and writes one study directory."""
 
-    def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory).resolve()
+    def __init__(self, directory: str | AnyPath) -> None:
+        self.directory = location(directory)
 
     @classmethod
-    def open(cls, directory: str | Path) -> "Ledger":
+    def open(cls, directory: str | AnyPath) -> "Ledger":
         """A ledger that must already hold a study; ValueError otherwise."""
         ledger = cls(directory)
         if not ledger.directory.is_dir():
@@ -226,6 +257,10 @@ class Ledger:
         """Held by the one driver that may write; a second driver is refused with the name of the first."""
         if self.directory.exists() and not self.directory.is_dir():
             raise ValueError(f"{self.directory}: is a file; give a directory with --out")
+        if isinstance(self.directory, StorePath):
+            with lease(self.directory / "lock"):
+                yield
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "lock", "a+") as file:
             try:
@@ -244,6 +279,8 @@ class Ledger:
 
     def driver(self) -> tuple[bool, str]:
         """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""
+        if isinstance(self.directory, StorePath):
+            return holder(self.directory / "lock")[:2]
         try:
             with open(self.directory / "lock") as file:
                 if name := file.read().strip():  # else nobody holds it, and a driver that starts now is not disturbed
@@ -286,10 +323,10 @@ class Ledger:
     def write_study(self, record: StudyRecord) -> None:
         write_json(self.directory / "study.json", record.model_dump(mode="json"))
 
-    def round_directory(self, key: str) -> Path:
+    def round_directory(self, key: str) -> AnyPath:
         return self.directory / "rounds" / key
 
-    def weights_path(self, key: str) -> Path:
+    def weights_path(self, key: str) -> AnyPath:
         return self.round_directory(key) / "weights.safetensors"
 
     def delete_weights(self, keys: Iterable[str]) -> tuple[int, int]:
@@ -308,8 +345,9 @@ class Ledger:
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
-        paths = sorted((self.directory / "rounds").glob("[!.]*/record.json"))
-        return {path.parent.name: self._read(path, RoundRecord) for path in paths}
+        paths = self._found("rounds", "[!.]*/record.json")
+        records = self._each(lambda path: self._read(path, RoundRecord), paths)
+        return dict(zip((path.parent.name for path in paths), records))
 
     def losses(self, key: str) -> list[float]:
         """Of each selection item of the objective, in the order of the task; only in a study with racing."""
@@ -318,8 +356,15 @@ class Ledger:
     def report_metrics(self, key: str) -> dict[str, Metric] | None:
         """Metrics on the report split, or None while they are not scored."""
         path = self.round_directory(key) / "report.json"
-        if not path.is_file():
-            return None
+        return self._metrics(path) if path.is_file() else None
+
+    def reports(self) -> dict[str, dict[str, Metric]]:
+        """Metrics on the report split by key, of the candidates that have them."""
+        paths = self._found("rounds", "[!.]*/report.json")
+        return dict(zip((path.parent.name for path in paths), self._each(self._metrics, paths)))
+
+    @staticmethod
+    def _metrics(path: AnyPath) -> dict[str, Metric]:
         return {name: Metric.model_validate(value) for name, value in json.loads(path.read_text()).items()}
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric]) -> None:
@@ -328,8 +373,8 @@ class Ledger:
         persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:
-        paths = (self.directory / "trials").glob("[0-9]*.json")
-        return sorted((self._read(path, TrialRecord) for path in paths), key=lambda trial: trial.number)
+        paths = self._found("trials", "[0-9]*.json")
+        return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda trial: trial.number)
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""
@@ -342,21 +387,31 @@ class Ledger:
         path = self.directory / "trials" / f"{trial.number:05d}.json"
         persist(path, lambda: write_json(path, trial.model_dump(mode="json")))
 
-    def log_path(self, number: int, rank: int) -> Path:
+    def log_path(self, number: int, rank: int) -> AnyPath:
         """Of a trial; -1 is every other job."""
         return self.directory / "trials" / f"{number:05d}.rank-{rank}.log"
 
-    def stack_path(self, number: int, rank: int) -> Path:
+    def stack_path(self, number: int, rank: int) -> AnyPath:
         """Of a trial; -1 is every other job."""
         return self.directory / "trials" / f"{number:05d}.rank-{rank}.stack"
 
     def stacks(self, number: int) -> dict[str, str]:
         """Stack of each rank that found its round of this trial too long, by "rank 0", ..."""
-        found = {path: path.read_text() for path in sorted((self.directory / "trials").glob(f"{number:05d}.rank-*.stack"))}
+        found = {path: path.read_text() for path in self._found("trials", f"{number:05d}.rank-*.stack")}
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in found.items() if text}
 
+    def _found(self, folder: str, pattern: str) -> list[AnyPath]:
+        return sorted((self.directory / folder).glob(pattern), key=str)
+
+    def _each(self, read: Callable[[AnyPath], T], paths: Iterable[AnyPath]) -> list[T]:
+        """What `read` makes of each path; on a store, where each is a request, in several threads."""
+        if isinstance(self.directory, Path):
+            return list(map(read, paths))
+        with ThreadPoolExecutor(NUM_READERS) as readers:
+            return list(readers.map(read, paths))
+
     @staticmethod
-    def _read(path: Path, cls: type[FrozenT]) -> FrozenT:
+    def _read(path: AnyPath, cls: type[FrozenT]) -> FrozenT:
         try:
             return cls.model_validate_json(path.read_bytes())
         except OSError as error:

@@ -22,6 +22,7 @@ from raysearch.evaluation import evaluate
 from raysearch.ledger import Ledger, round_key
 from raysearch.round import Diverged, finetune, select, store_round
 from raysearch.search import load_space, placed, sample_trials
+from raysearch.storage import AnyPath, location
 
 NUM_DRAWS = 200
 NUM_STEPS = 4
@@ -59,21 +60,21 @@ class Calibration:
 class Plan:
     study: Study
     space: str
-    directory: Path
+    directory: AnyPath
     trials: Trials
     """Resolved draws, a whole number of studies."""
     root_key: str
     calibration: Calibration
 
 
-def make_plan(space_name: str, directory: Path, echo: Callable[[str], None]) -> Plan:
+def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], None]) -> Plan:
     """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
     inputs = read_inputs(study)
     num_studies = max(1, NUM_DRAWS // study.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.num_trials)
-    return Plan(study, space_name, directory.resolve(), trials, inputs.root_key, calibrate(study, inputs, trials))
+    return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials))
 
 
 def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
@@ -171,7 +172,8 @@ def describe_plan(plan: Plan) -> str:
     at_once = min(study.max_concurrent, study.num_trials)
     unit, per_rank = ("GPU", study.gpus_per_rank) if study.gpus_per_rank else ("CPU", study.cpus_per_rank)
     disk_bytes = num_distinct * calibration.candidate_bytes
-    free_bytes = shutil.disk_usage(_existing(plan.directory)).free
+    free = (f"of disk, {human_bytes(shutil.disk_usage(_existing(plan.directory)).free)} are free"
+            if isinstance(plan.directory, Path) else "of objects")
     measured = f"measured on one rank here: {calibration.device}"
     if study.gpus_per_rank and not calibration.on_gpu:
         measured += ", NOT on a GPU as the study asks: the hours below are for this processor"
@@ -195,7 +197,7 @@ def describe_plan(plan: Plan) -> str:
         f"            {_hours(statistics.fmean(busy_h) * per_rank)} {unit}-hours ({_hours(min(busy_h) * per_rank)} to "
         f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * study.num_ranks))} hours "
         f"with {at_once} trials at once",
-        f"            {human_bytes(disk_bytes)} of disk, {human_bytes(free_bytes)} are free"
+        f"            {human_bytes(disk_bytes)} {free}"
         + (" (threshold rounds counted at the mean sparsity of the others)" if thresholds else ""),
         "not in it   starts of gangs, traffic between ranks, sharing of a GPU, the report split of the frontier,",
         "            and that the sampler moves away from random draws",

@@ -30,6 +30,7 @@ from raysearch.data import Blocks, load_documents, pack, split_documents, train_
 from raysearch.engine import Engine, learning_rate_at
 from raysearch.ledger import file_sha256, hash_json, new_directory, write_json
 from raysearch.provenance import provenance
+from raysearch.storage import location
 
 PROGRESS_S = 5.0
 MAX_WARMUP_STEPS = 100
@@ -127,7 +128,7 @@ def pretrain(
     if num_workers < 1 or batch_tokens % (num_workers * shape.context_tokens):
         raise ValueError(f"num_workers must divide the {batch_tokens // shape.context_tokens} sequences of a batch, "
                          f"got {num_workers}")
-    out = out.resolve()
+    out = location(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
     documents = split_documents(load_documents(corpus))

@@ -20,12 +20,12 @@ from raysearch.engine import Engine, learning_rate_at
 from raysearch.evaluation import Evaluation
 from raysearch.kernels import SparseWeight, selection_passes
 from raysearch.ledger import (
-    FILE_MODE,
     Ledger,
     RoundRecord,
     TrialRecord,
     file_sha256,
     new_directory,
+    new_file,
     persist,
     round_key,
     write_json,
@@ -34,6 +34,7 @@ from raysearch.provenance import provenance, utc_now
 from raysearch.pruning.criteria import moments, std_threshold
 from raysearch.pruning.schedule import resolve_schedule
 from raysearch.pruning.selection import keep_masks, num_to_prune, row_masks, threshold_masks
+from raysearch.storage import as_file
 from raysearch.weights import read_weights, stored_bytes, to_store, write_weights
 
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -179,7 +180,8 @@ def load_candidate(bench: Bench, record: RoundRecord) -> None:
     if record.action is None:
         bench.engine.load_base()
     elif bench.engine.from_rank_0(lambda: intact(bench.ledger, record)):
-        bench.engine.load(read_weights(bench.ledger.weights_path(record.key), None))
+        with as_file(bench.ledger.weights_path(record.key)) as file:
+            bench.engine.load(read_weights(file, None))
     else:
         assert record.parent is not None
         train_candidate(bench, bench.engine.from_rank_0(lambda: bench.ledger.candidate(record.parent)), record.action)
@@ -212,9 +214,10 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
     path = ledger.weights_path(record.key)
     if not path.is_file():
         return False
-    if file_sha256(path) == record.weights_sha256:
-        return True
-    os.replace(path, path.with_suffix(".damaged"))
+    with as_file(path) as file:
+        if file_sha256(file) == record.weights_sha256:
+            return True
+    path.replace(path.with_suffix(".damaged"))
     return False
 
 
@@ -223,12 +226,8 @@ def store_weights(bench: Bench, record: RoundRecord) -> None:
     weights, path = candidate_weights(bench), bench.ledger.weights_path(record.key)
 
     def write() -> None:
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        sha256 = write_weights(aside, weights)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        aside.chmod(FILE_MODE)
-        os.replace(aside, path)
+        with new_file(path) as file:
+            sha256 = write_weights(file, weights)
         write_json(path.parent / "record.json", record.model_copy(update={"weights_sha256": sha256}).model_dump(mode="json"))
 
     bench.engine.from_rank_0(lambda: persist(path, write))

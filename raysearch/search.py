@@ -44,11 +44,12 @@ from analysis.frontier import pareto_front
 from analysis.tables import human_bytes
 from raysearch.bench import Inputs, read_inputs, resolve
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
-from raysearch.ledger import Ledger, StudyRecord, TrialRecord, config_hash, hash_json, round_key
+from raysearch.ledger import Ledger, StudyRecord, TrialRecord, config_hash, hash_json, persist, round_key
 from raysearch.model import model_size
 from raysearch.placement import place
 from raysearch.provenance import provenance, utc_now
 from raysearch.round import resolve_actions
+from raysearch.storage import AnyPath, StorePath, pull, push
 from raysearch.trial import Job, PruneTrial, gang_resources, put_base
 
 Space = Callable[[optuna.Trial], dict[str, Any]]
@@ -58,7 +59,7 @@ Keep = Literal["frontier", "all", "none"]
 
 @dataclass(frozen=True)
 class SweepResult:
-    directory: Path
+    directory: AnyPath
     interrupted: bool
     num_trials: int
     num_candidates: int
@@ -89,7 +90,7 @@ def space_hash(space: Space) -> str:
     return hash_json(ast.dump(tree))
 
 
-def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Callable[[str], None], *,
+def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space, echo: Callable[[str], None], *,
           keep: Keep = "all", autoscaling: bool = False, mlflow_uri: str | None = None,
           wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
@@ -97,11 +98,11 @@ def sweep(space_name: str, directory: Path, study: Study, space: Space, echo: Ca
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
-    loggers = logger_callbacks(directory.name, mlflow_uri, wandb_project)
+    ledger = Ledger(directory)
+    loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
     study = resolve(study)
     inputs = read_inputs(study)
     sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
-    ledger = Ledger(directory)
     started = time.monotonic()
     recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
     study = placed(study, recorded, echo)
@@ -147,12 +148,15 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: l
         tune.with_parameters(PruneTrial, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
                              base=[base]),
         gang_resources(study))
+    tune_folder = ledger.directory / "tune"
+    filesystem, storage_path = ((tune_folder.filesystem, tune_folder.path) if isinstance(tune_folder, StorePath)
+                                else (None, str(tune_folder)))
     tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
                                     reuse_actors=True),
-        run_config=tune.RunConfig(storage_path=str(ledger.directory / "tune"), name=time.strftime("%Y%m%d-%H%M%S"),
-                                  verbose=0, callbacks=loggers,
+        run_config=tune.RunConfig(storage_path=storage_path, storage_filesystem=filesystem,
+                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0, callbacks=loggers,
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
@@ -308,18 +312,31 @@ def repair_journal(path: Path) -> Path | None:
     return backup
 
 
+class UploadedJournal(JournalFileBackend):
+    """Optuna's journal on a store: this driver's copy, uploaded whole after every change, before the ledger hears of it. A
+    kill between the two loses that change, which `StudySearcher` makes again from the ledger."""
+
+    def __init__(self, path: StorePath) -> None:
+        self._store_path = path
+        super().__init__(str(pull(path)))
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        super().append_logs(logs)
+        persist(self._store_path, lambda: push(self._store_path))
+
+
 def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> optuna.Study:
     """The study's Optuna journal: two objectives, size down and quality in its own direction."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names, grouped TPE
     path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
-    if remove_stale_lock(path):
+    if isinstance(path, Path) and remove_stale_lock(path):
         echo("the journal was locked by a driver that is gone; its lock is removed")
-    if (backup := repair_journal(path)) is not None:
+    if isinstance(path, Path) and (backup := repair_journal(path)) is not None:
         echo(f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}")
+    backend = JournalFileBackend(str(path)) if isinstance(path, Path) else UploadedJournal(path)
     direction = "maximize" if higher_is_better(study.objective) else "minimize"
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    opened = optuna.create_study(storage=storage, study_name="raysearch", directions=["minimize", direction],
+    opened = optuna.create_study(storage=JournalStorage(backend), study_name="raysearch", directions=["minimize", direction],
                                  load_if_exists=True)
     opened.set_metric_names([study.size, study.objective])
     opened.sampler = optuna.samplers.TPESampler(

@@ -1,8 +1,8 @@
 """How a study is doing, from its directory alone: no ray, no torch, no optuna, from any machine that sees the files."""
 
+import shlex
 import time
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from analysis.candidates import dense, frontier
@@ -10,6 +10,7 @@ from analysis.load import load
 from analysis.tables import human_bytes, human_count, with_stderr
 from raysearch.config import Frozen
 from raysearch.ledger import Ledger
+from raysearch.storage import AnyPath
 
 MAX_FRONTIER_LINES = 10
 
@@ -68,7 +69,7 @@ class StudyStatus(Frozen):
     """Since anything was written."""
 
 
-def study_status(directory: Path) -> StudyStatus:
+def study_status(directory: str | AnyPath) -> StudyStatus:
     """Reads the study in `directory`; ValueError of one sentence where there is none."""
     ledger = Ledger.open(directory)
     record = ledger.study()
@@ -79,8 +80,9 @@ def study_status(directory: Path) -> StudyStatus:
     running_now, driver = ledger.driver()
     now = time.time()
     trials = ledger.trials()
-    written = {int(path.stem): path.stat().st_mtime for path in ledger.directory.glob("trials/[0-9]*.json")}
-    others = [path for name in ("study.json", "journal.log", "rounds/[!.]*") for path in ledger.directory.glob(name)]
+    written = {int(path.stem): path.stat().st_mtime for path in (ledger.directory / "trials").glob("[0-9]*.json")}
+    others = [*ledger.directory.glob("study.json"), *ledger.directory.glob("journal.log"),
+              *(ledger.directory / "rounds").glob("[!.]*/*.json")]
     return StudyStatus(
         directory=str(ledger.directory), space=record.space, model=record.study.model, objective=record.study.objective,
         driver_running=running_now, driver=driver, num_trials=record.study.num_trials,
@@ -127,7 +129,7 @@ def describe_status(status: StudyStatus) -> str:
                      f"{human_bytes(row.stored_bytes)} stored, {value}")
     if len(status.frontier) > MAX_FRONTIER_LINES:
         lines.append(f"            and {len(status.frontier) - MAX_FRONTIER_LINES} more: "
-                     f"raysearch results {status.directory} --frontier")
+                     f"raysearch results {shlex.quote(status.directory)} --frontier")
     return "\n".join([*lines, f"activity    {_ago(status.silent_s)}"])
 
 

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,14 @@ from raysearch.ledger import Ledger, RoundRecord, config_hash
 from raysearch.model import load_model
 from raysearch.provenance import utc_now
 from raysearch.round import dense_round, report_round, resolve_actions, run_trial
+from raysearch.storage import StorePath, pull, push, working_copy
 
 Job = dict[str, Any]
 
 RANK_0_EXTRA_S = 2.0
 """Its clock for a round runs longer, so that its peers have written their stacks when its death ends them."""
+UPLOAD_LIMIT_S = 30.0
+"""For a stuck process to upload its stacks to a store."""
 GRACE_S = 5.0
 """For rank 0 to find by itself that a peer died; over NCCL it would wait until the round's limit."""
 
@@ -78,9 +81,10 @@ class Rank:
     def begin(self, job: Job) -> str | None:
         """Makes `job` the one that `step` works on; for a trial, the hash of what this rank resolves it to."""
         ledger, number, rank = self.bench.ledger, job.get("number", -1), self.bench.engine.rank
-        print_to(ledger.log_path(number, rank))
+        self._log_path, self._stack_path = ledger.log_path(number, rank), ledger.stack_path(number, rank)
+        print_to(pull(self._log_path))
+        self._stack_path.unlink(missing_ok=True)  # of the job's attempt before this one
         self._results = self._run(job)
-        self._stack_path = ledger.stack_path(number, rank)
         if job["kind"] != "trial":
             return None
         study, config = self.bench.study, ledger.trial(number).config
@@ -89,8 +93,20 @@ class Rank:
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
         limit_s = self.bench.study.round_limit_s + RANK_0_EXTRA_S * (self.bench.engine.rank == 0)
-        with ended_when_stuck(limit_s, self._stack_path):
-            return next(self._results)
+        path = self._stack_path
+        try:
+            with (uploaded_when_stuck(limit_s, path, self._push_log) if isinstance(path, StorePath)
+                  else ended_when_stuck(limit_s, path)):
+                return next(self._results)
+        finally:
+            self._push_log()
+
+    def _push_log(self) -> None:
+        """To a store; one that refuses it costs no trial. What a process prints after this is lost when it is killed."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            push(self._log_path)
 
     def _run(self, job: Job) -> Iterator[dict[str, Any]]:
         ledger = self.bench.ledger
@@ -138,6 +154,27 @@ def ended_when_stuck(limit_s: float, stack_path: Path) -> Iterator[None]:
         finally:
             faulthandler.cancel_dump_traceback_later()
     stack_path.unlink()
+
+
+@contextlib.contextmanager
+def uploaded_when_stuck(limit_s: float, stack_path: StorePath, push_log: Callable[[], None]) -> Iterator[None]:
+    """`ended_when_stuck` with an upload, which needs the interpreter lock: where that is held too, no stack is uploaded."""
+
+    def upload_and_end() -> None:
+        with open(working_copy(stack_path), "w") as file:
+            faulthandler.dump_traceback(file)
+        push(stack_path)
+        push_log()
+        os._exit(1)
+
+    clock = threading.Timer(limit_s, upload_and_end)
+    clock.daemon = True
+    clock.start()
+    with ended_when_stuck(limit_s + UPLOAD_LIMIT_S, working_copy(stack_path)):
+        try:
+            yield
+        finally:
+            clock.cancel()
 
 
 def exit_when_lost(others: list[ray.ObjectRef], done: threading.Event) -> None:

@@ -17,8 +17,9 @@ DOORS = {
     "plotly": {"analysis"},
     "datasets": {"raysearch/data.py", "raysearch/evaluation"},
 }
-LAYERS = ["config", "ledger", "pruning placement model data weights provenance kernels", "engine evaluation", "bench export",
-          "round", "trial prune evaluate pretrain", "search", "demo plan status doctor", "cli __main__"]
+LAYERS = ["config storage", "lease", "ledger", "pruning placement model data weights provenance kernels",
+          "engine evaluation", "bench export", "round", "trial prune evaluate pretrain", "search",
+          "demo plan status doctor", "cli __main__"]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
 
