@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raysearch.kernels import SparseWeight
 from raysearch.model import Prunable, load_model, parameter_shape, prunable_parameters
 from raysearch.pruning.proximal import soft_threshold_
 
@@ -234,10 +235,14 @@ class Engine:
         return (self.rank, self.world_size) if self.sharded else (0, 1)
 
     @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Writes whole tensors (by parameter name, any float dtype) into the shards; zeros become the mask."""
+    def load(self, weights: Mapping[str, Tensor | SparseWeight]) -> None:
+        """Writes whole tensors (by parameter name, any float dtype) into the shards; zeros become the mask. Sparse ones are
+        expanded on the engine's device, one at a time."""
         for piece in self.pieces:
-            flat = weights[piece.name].reshape(-1)
+            whole = weights[piece.name]
+            if isinstance(whole, SparseWeight):
+                whole = whole.moved(lambda values: values.to(self.device)).to_dense()
+            flat = whole.reshape(-1)
             piece.values.copy_(flat[piece.start:piece.start + piece.values.numel()])
         self.read_masks()
         self.sync()

@@ -177,14 +177,15 @@ def new_file(path: AnyPath) -> Iterator[Path]:
     aside = Path(name)
     try:
         yield aside
-        _settle(aside)
+        settle(aside)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
 
 
-def _settle(file: Path) -> None:
+def settle(file: Path) -> None:
+    """Readable by others, and on the disk."""
     file.chmod(FILE_MODE)
     with open(file, "rb") as handle:
         os.fsync(handle.fileno())
@@ -196,6 +197,19 @@ def write_json(path: AnyPath, value: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
+def folder_aside(path: AnyPath) -> Iterator[Path]:
+    """A local folder, beside `path` where that is local, which is deleted at the end."""
+    beside = path.parent if isinstance(path, Path) else None
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}." if beside else "raysearch-"))
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def new_directory(path: AnyPath) -> Iterator[Path]:
     """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises. On a store its
     files are uploaded, record.json as the last of them.
@@ -203,25 +217,19 @@ def new_directory(path: AnyPath) -> Iterator[Path]:
     Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
     upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
     """
-    if isinstance(path, StorePath):
-        with tempfile.TemporaryDirectory(prefix="raysearch-") as folder:
-            yield Path(folder)
-            if not (path / "record.json").is_file():
-                for file in sorted(Path(folder).iterdir(), key=lambda file: file.name == "record.json"):
-                    (path / file.name).upload(file)
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
+    with folder_aside(path) as aside:
         yield aside
+        if isinstance(path, StorePath):
+            if not (path / "record.json").is_file():
+                for file in sorted(aside.iterdir(), key=lambda file: file.name == "record.json"):
+                    (path / file.name).upload(file)
+            return
         for file in aside.rglob("*"):
             if file.is_file():
-                _settle(file)
+                settle(file)
         aside.chmod(0o755)
         with contextlib.suppress(FileExistsError):
             _move_directory(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move_directory(source: Path, target: Path) -> None:

@@ -20,7 +20,7 @@ from raysearch.bench import Bench, Inputs, read_inputs, resolve
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.ledger import Ledger, round_key
-from raysearch.round import Diverged, finetune, select, store_round
+from raysearch.round import Diverged, finetune, select, store_round, written_meanwhile
 from raysearch.search import load_space, placed, sample_trials
 from raysearch.storage import AnyPath, location
 
@@ -100,7 +100,8 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
         if num_steps:
             step_s = time_steps(bench, num_steps) / num_steps
         evaluate_s, num_items = time_evaluation(bench)
-        record = store_round(bench, "calibration", None, action, None, None, [0.0] * 4)
+        with written_meanwhile(bench, "calibration") as weights:
+            record = store_round(bench, "calibration", None, action, None, None, [0.0] * 5, weights)
         candidate_bytes = sum(f.stat().st_size for f in bench.ledger.round_directory(record.key).iterdir())
         return Calibration(record.provenance.device, bench.engine.device.type == "cuda", start_s, step_s, prune_s,
                            evaluate_s, num_steps, num_items, candidate_bytes, sparsity)

@@ -4,12 +4,15 @@ A round starts from its parent's weights with a fresh optimizer and its own span
 influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
 """
 
+import contextlib
 import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,10 +27,12 @@ from raysearch.ledger import (
     RoundRecord,
     TrialRecord,
     file_sha256,
+    folder_aside,
     new_directory,
     new_file,
     persist,
     round_key,
+    settle,
     write_json,
 )
 from raysearch.provenance import provenance, utc_now
@@ -35,10 +40,11 @@ from raysearch.pruning.criteria import moments, std_threshold
 from raysearch.pruning.schedule import resolve_schedule
 from raysearch.pruning.selection import keep_masks, num_to_prune, row_masks, threshold_masks
 from raysearch.storage import as_file
-from raysearch.weights import read_weights, stored_bytes, to_store, write_weights
+from raysearch.weights import read_sparse, stored_bytes, to_store, write_weights
 
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 LOSS_CHECK_STEPS = 50
+Written = Future[tuple[Path, str]]
 
 
 class Diverged(Exception):
@@ -135,12 +141,15 @@ def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
     if (done := stored_round(bench, key)) is not None:
         return done
     train_loss, times = train_candidate(bench, parent, action)
-    race, rival = bench.race(getattr(weigh(bench), bench.study.size))
-    evaluation = bench.evaluate("selection", race)
-    check_quality(evaluation.metrics, bench.vocab_size)
-    times.append(time.perf_counter())
-    bench.loaded_key = key
-    return store_round(bench, key, parent, action, evaluation, train_loss, times, rival if evaluation.was_stopped else None)
+    with written_meanwhile(bench, key) as weights:
+        race, rival = bench.race(getattr(weigh(bench), bench.study.size))
+        started = time.perf_counter()
+        evaluation = bench.evaluate("selection", race)
+        check_quality(evaluation.metrics, bench.vocab_size)
+        times += [started, time.perf_counter()]
+        bench.loaded_key = key
+        return store_round(bench, key, parent, action, evaluation, train_loss, times, weights,
+                           rival if evaluation.was_stopped else None)
 
 
 def dense_round(bench: Bench) -> RoundRecord:
@@ -153,7 +162,7 @@ def dense_round(bench: Bench) -> RoundRecord:
     started = time.perf_counter()
     evaluation = bench.evaluate("selection", bench.race(None)[0])
     check_quality(evaluation.metrics, bench.vocab_size)
-    return store_round(bench, key, None, None, evaluation, None, [started] * 3 + [time.perf_counter()])
+    return store_round(bench, key, None, None, evaluation, None, [started] * 4 + [time.perf_counter()], None)
 
 
 def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
@@ -181,7 +190,7 @@ def load_candidate(bench: Bench, record: RoundRecord) -> None:
         bench.engine.load_base()
     elif bench.engine.from_rank_0(lambda: intact(bench.ledger, record)):
         with as_file(bench.ledger.weights_path(record.key)) as file:
-            bench.engine.load(read_weights(file, None))
+            bench.engine.load(read_sparse(file, None))
     else:
         assert record.parent is not None
         train_candidate(bench, bench.engine.from_rank_0(lambda: bench.ledger.candidate(record.parent)), record.action)
@@ -348,19 +357,42 @@ def weigh(bench: Bench) -> Weighed:
         stored_bytes(total[name], nonzero[name], itemsize) if name in prunable else total[name] * itemsize for name in total))
 
 
+@contextlib.contextmanager
+def written_meanwhile(bench: Bench, key: str) -> Iterator[Written | None]:
+    """Writes the engine's weights aside while the block runs, in a thread of rank 0: (file, sha256), once it is on disk."""
+    weights = candidate_weights(bench)
+    if bench.engine.rank:
+        yield None
+        return
+    path = bench.ledger.weights_path(key)
+    with folder_aside(bench.ledger.round_directory(key)) as folder, ThreadPoolExecutor(1) as thread:
+
+        def write() -> tuple[Path, str]:
+            file = folder / path.name
+            sha256 = write_weights(file, weights)
+            settle(file)
+            return file, sha256
+
+        yield thread.submit(persist, path, write)
+
+
 def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, evaluation: Evaluation | None,
-                train_loss: float | None, times: list[float], dominated_by: str | None = None) -> RoundRecord:
-    """Counts the engine's weights and writes the round's folder: weights, record and, for later races, losses."""
+                train_loss: float | None, times: Sequence[float], weights: Written | None,
+                dominated_by: str | None = None) -> RoundRecord:
+    """Counts the engine's weights and writes the round's folder: weights, record and, for later races, losses.
+
+    `times`: clock before and after the prune, after fine-tuning, before and after the evaluation.
+    """
     engine, weighed = bench.engine, weigh(bench)
     nonzero = weighed.nonzero
-    weights = candidate_weights(bench) if action else {}
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     prunable = {p.name for p in engine.prunables}
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
 
-    def write() -> RoundRecord:
+    def write(file: Path | None, sha256: str | None) -> RoundRecord:
         with new_directory(bench.ledger.round_directory(key)) as folder:
-            sha256 = write_weights(folder / "weights.safetensors", weights) if action else None
+            if file:
+                os.link(file, folder / file.name)
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
                 num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,
@@ -369,11 +401,15 @@ def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Acti
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
                 stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[bench.study.dtype],
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
-                prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[3] - times[2],
+                prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, provenance=provenance(str(engine.device)))
             if evaluation and evaluation.losses and dominated_by is None:
                 write_json(folder / "losses.json", {"objective": bench.study.objective, "losses": evaluation.losses})
             write_json(folder / "record.json", record.model_dump(mode="json"))
         return bench.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
-    return engine.from_rank_0(lambda: persist(bench.ledger.round_directory(key), write))
+    def store() -> RoundRecord:
+        written = weights.result() if weights else (None, None)
+        return persist(bench.ledger.round_directory(key), lambda: write(*written))
+
+    return engine.from_rank_0(store)
