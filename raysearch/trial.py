@@ -79,11 +79,13 @@ class Rank:
         self._results: Iterator[dict[str, Any]] = iter(())
 
     def begin(self, job: Job) -> str | None:
-        """Makes `job` the one that `step` works on; for a trial, the hash of what this rank resolves it to."""
+        """Makes `job` the one that `step` works on; for a trial, the hash of what this rank resolves it to.
+
+        Touches nothing of the job: Tune may have started a gang for it that is not needed, as a warm one became free.
+        """
         ledger, number, rank = self.bench.ledger, job.get("number", -1), self.bench.engine.rank
         self._log_path, self._stack_path = ledger.log_path(number, rank), ledger.stack_path(number, rank)
         print_to(pull(self._log_path))
-        self._stack_path.unlink(missing_ok=True)  # of the job's attempt before this one
         self._results = self._run(job)
         if job["kind"] != "trial":
             return None
@@ -153,12 +155,13 @@ def ended_when_stuck(limit_s: float, stack_path: Path) -> Iterator[None]:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
-    stack_path.unlink()
+    stack_path.unlink(missing_ok=True)  # two gangs that score candidates share a path
 
 
 @contextlib.contextmanager
 def uploaded_when_stuck(limit_s: float, stack_path: StorePath, push_log: Callable[[], None]) -> Iterator[None]:
     """`ended_when_stuck` with an upload, which needs the interpreter lock: where that is held too, no stack is uploaded."""
+    stack_path.unlink(missing_ok=True)  # of an attempt before this one
 
     def upload_and_end() -> None:
         with open(working_copy(stack_path), "w") as file:

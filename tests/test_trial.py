@@ -13,8 +13,9 @@ import torch
 from raysearch.bench import read_inputs, resolve
 from raysearch.config import Study
 from raysearch.engine import free_port
+from raysearch.ledger import Ledger
 from raysearch.model import load_model
-from raysearch.trial import Rank, map_base, put_base
+from raysearch.trial import Rank, ended_when_stuck, map_base, put_base
 
 HERE = Path(__file__).parent
 
@@ -75,3 +76,18 @@ def test_a_mapped_base_is_read_only(tiny_model: Path, ray_of_two_cpus: None) -> 
     assert not any(array.flags.writeable for array in arrays.values())
     mapped = map_base(arrays, torch.bfloat16)
     assert all(mapped[name].data_ptr() == array.ctypes.data for name, array in arrays.items())
+
+
+def test_a_gang_that_begins_leaves_the_stack_file_of_one_that_runs(tiny_model: Path, stories: Path, tmp_path: Path,
+                                                                   ray_of_two_cpus: None) -> None:
+    """Tune starts gangs for a trial that a warm one then takes: the study of 2026-11-25 lost 7 rounds to such a gang."""
+    study = resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, eval_items=2,
+                          tasks=("text",)))
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0"}
+    rank = ray.remote(num_cpus=1)(Rank).remote(study, str(tmp_path), read_inputs(study).root_key, [put_base(study)], shared)
+    path = Ledger(tmp_path).stack_path(-1, 0)
+    with ended_when_stuck(60, path):
+        ray.get(rank.begin.remote({"kind": "dense"}))
+        assert path.exists()
+        assert ray.get(rank.step.remote())["done"]  # of the same job in both, as when two gangs score candidates
+        assert not path.exists()
