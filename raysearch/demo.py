@@ -8,10 +8,11 @@ from analysis.load import load
 from analysis.pick import describe_pick, parse_constraints, pick, write_pick
 from analysis.report import write_report
 from analysis.tables import results_table
+from raysearch.cluster import start_ray
 from raysearch.export import export
 from raysearch.ledger import Ledger
 from raysearch.pretrain import pretrain
-from raysearch.search import load_space, start_ray, sweep
+from raysearch.search import load_space, sweep
 
 SPACE = "search_spaces.demo"
 MAX_DROP = "text/bits_per_byte=0.25"

@@ -17,11 +17,12 @@ import torch
 
 from analysis.tables import human_bytes
 from raysearch.bench import Bench, Inputs, read_inputs, resolve
+from raysearch.cluster import placed
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.ledger import Ledger, round_key
 from raysearch.round import Diverged, finetune, select, store_round, written_meanwhile
-from raysearch.search import load_space, placed, sample_trials
+from raysearch.search import load_space, sample_trials
 from raysearch.storage import AnyPath, location
 
 NUM_DRAWS = 200

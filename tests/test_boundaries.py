@@ -12,13 +12,14 @@ DOORS = {
     "deepspeed": {"raysearch/engine.py"},
     "optuna": {"raysearch/search.py"},
     "lm_eval": {"raysearch/evaluation"},
-    "ray": {"raysearch/search.py", "raysearch/trial.py", "raysearch/pretrain.py", "raysearch/doctor.py"},
+    "ray": {"raysearch/search.py", "raysearch/cluster.py", "raysearch/trial.py", "raysearch/pretrain.py",
+            "raysearch/doctor.py"},
     "pandas": {"analysis"},
     "plotly": {"analysis"},
     "datasets": {"raysearch/data.py", "raysearch/evaluation"},
 }
 LAYERS = ["config storage", "lease", "ledger", "pruning placement model data weights provenance kernels",
-          "engine evaluation", "bench export", "round", "trial prune evaluate pretrain", "search",
+          "engine evaluation", "bench export", "round", "trial prune evaluate pretrain cluster", "search",
           "demo plan status doctor", "cli __main__"]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config
 
+from raysearch.cluster import gpu_memory, placed
 from raysearch.config import Study, parse
 from raysearch.model import model_size
 from raysearch.placement import ModelSize, place, rank_bytes
-from raysearch.search import gpu_memory, placed
 
 GPU_BYTES = 85_520_809_984  # an H100 of "80 GB"
 GPT2 = ModelSize(124_439_808, 768, 12, 50_257)
