@@ -7,6 +7,7 @@ influence it, and its key (ledger.round_key) names it for ever: resuming, extend
 import contextlib
 import math
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -376,6 +377,14 @@ def written_meanwhile(bench: Bench, key: str) -> Iterator[Written | None]:
         yield thread.submit(persist, path, write)
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """One content under two names, where the filesystem has hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
 def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, evaluation: Evaluation | None,
                 train_loss: float | None, times: Sequence[float], weights: Written | None,
                 dominated_by: str | None = None) -> RoundRecord:
@@ -392,7 +401,7 @@ def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Acti
     def write(file: Path | None, sha256: str | None) -> RoundRecord:
         with new_directory(bench.ledger.round_directory(key)) as folder:
             if file:
-                os.link(file, folder / file.name)
+                link_or_copy(file, folder / file.name)
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
                 num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,

@@ -1,14 +1,16 @@
 """Rounds and trials on a real engine, in this process."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
+import raysearch.round
 from raysearch.bench import Bench, read_inputs
 from raysearch.config import Action, Study, TrialConfig
-from raysearch.ledger import Ledger, RoundRecord, TrialRecord, round_key
+from raysearch.ledger import Ledger, RoundRecord, TrialRecord, file_sha256, round_key
 from raysearch.round import (
     Diverged,
     Superseded,
@@ -124,6 +126,27 @@ def test_divergence_is_recorded_with_its_reason(bench: Bench, study: Study) -> N
     assert last.reason.startswith("round 1: ")
     assert not bench.ledger.round_directory(round_key(bench.inputs.root_key, actions[0])).exists()
     assert run_round(bench, dense_round(bench), Action(sparsity=0.0)).sparsity == 0.0  # the engine is whole again
+
+
+def test_a_candidate_that_its_evaluation_refuses_leaves_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise Diverged("worthless")
+
+    monkeypatch.setattr(raysearch.round, "check_quality", refuse)
+    with pytest.raises(Diverged):
+        run_round(bench, dense_round(bench), Action(sparsity=0.123))
+    folder = bench.ledger.directory / "rounds"
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert not bench.ledger.round_directory(round_key(bench.inputs.root_key, Action(sparsity=0.123))).exists()
+
+
+def test_weights_are_copied_where_there_are_no_hard_links(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    record = run_round(bench, dense_round(bench), Action(sparsity=0.234))
+    assert file_sha256(bench.ledger.weights_path(record.key)) == record.weights_sha256
 
 
 def test_chance_and_nan_are_divergence() -> None:
