@@ -347,6 +347,12 @@ class Ledger:
                 num_files += 1
         return num_files, num_bytes
 
+    def delete_leftovers(self) -> None:
+        """What killed processes had written aside; under the lock, while no gang runs. On a store nothing lies aside."""
+        if isinstance(self.directory, Path):
+            for folder in (self.directory / "rounds").glob(".*"):
+                shutil.rmtree(folder, ignore_errors=True)
+
     def round(self, key: str) -> RoundRecord | None:
         path = self.round_directory(key) / "record.json"
         return self._read(path, RoundRecord) if path.is_file() else None

@@ -102,12 +102,14 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance("cpu")))
         if attached:
+            ledger.delete_leftovers()
             echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
         interrupted = False
         searcher = StudySearcher(ledger, study, space, inputs, echo)
         if searcher.has_work():
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
+            ledger.delete_leftovers()
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()

@@ -1,3 +1,4 @@
+import contextlib
 import multiprocessing
 from pathlib import Path
 
@@ -66,6 +67,18 @@ def _hold(directory: Path, held: object, release: object) -> None:
     with Ledger(directory).lock():
         held.set()
         release.wait(20)
+
+
+def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), new_directory(ledger.round_directory("abc")) as folder:
+        kept = folder.rename(folder.with_name(".abc.kept"))  # as a kill would leave it
+        (kept / "weights.safetensors").write_bytes(b"0" * 1000)
+        raise KeyboardInterrupt
+    with new_directory(ledger.round_directory("def")) as folder:
+        (folder / "record.json").write_text("{}")
+    ledger.delete_leftovers()
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["def"]
 
 
 def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
