@@ -228,9 +228,7 @@ def test_a_rank_killed_while_it_writes_a_round(tmp_path: Path, tiny_model: Path,
     write_space(tmp_path, tiny_model, stories, num_trials=2, max_concurrent=1)
     code, out, err = finish(sweep(tmp_path))
     assert code == 0, out + err
-    (left,) = (tmp_path / "study" / "rounds").glob(".*")  # what nothing reads
-    assert (left / "weights.safetensors").stat().st_size == 1000
-    shutil.rmtree(left)
+    assert (tmp_path / "fault.py.done").exists()
     ledger = check(tmp_path, 2, {1: "training loss became"})
     for key in ledger.trial(0).keys:
         read_weights(ledger.weights_path(key), ledger.candidate(key).weights_sha256)
