@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._storage import JournalOperation
 from optuna.trial import TrialState
 from test_faults import ACTION, HANG, SLOW_ROUNDS
-from test_nodes import Cluster, cluster, node_of  # noqa: F401
+from test_nodes import Cluster, cluster, homes  # noqa: F401
 from test_search import finish, sweep, write_space
 from typer.testing import CliRunner
 
@@ -488,8 +488,7 @@ def test_a_killed_node_of_a_gang_over_two_nodes(folder: StorePath, tmp_path: Pat
     process = sweep(tmp_path, "--out", str(folder), address=cluster.address)
     wait_until(lambda: len(written(folder)) >= 2, process)
     before = written(folder)
-    node = node_of(cluster, "ray::Rank")
-    assert node is not None
+    (node,) = homes(cluster, "ray::Rank").values()
     cluster.remove_node(node, allow_graceful=False)
     code, out, err = finish(process)
     assert code == 0, out + err
