@@ -40,6 +40,7 @@ class Head:
         return subprocess.Popen(
             [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={free_port()}",
              f"--dashboard-port={self.dashboard_port}", "--dashboard-host=127.0.0.1", "--num-cpus=2",
+             f"--dashboard-agent-listen-port={free_port()}",  # by default one that the last Ray here may hold yet
              f"--temp-dir={self.folder / 'ray'}", "--disable-usage-stats"],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
