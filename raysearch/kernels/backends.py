@@ -31,14 +31,18 @@ class Backend(NamedTuple):
     """x [T, K], packed, bias [O] or None, variant -> [T, O]; waits for nothing, so that a CUDA graph can hold it."""
 
 
+def _runs_on_hopper(device: torch.device, library: Callable[[], Any]) -> bool:
+    return device.type == "cuda" and hopper(device.index or 0) and compiles("nvcc", library)
+
+
 def _decode_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
-    if device.type != "cuda" or not hopper(device.index or 0) or not compiles("nvcc", decode.library):
+    if not _runs_on_hopper(device, decode.library):
         return []
     return [cluster for cluster in decode.CLUSTERS if decode.fits_decode(weight, dtype, num_tokens, cluster)]
 
 
 def _bitmap_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:
-    if device.type != "cuda" or not hopper(device.index or 0) or not compiles("nvcc", bitmap.library):
+    if not _runs_on_hopper(device, bitmap.library):
         return []
     return [variant for variant in bitmap.VARIANTS if bitmap.fits_bitmap(weight, dtype, num_tokens, variant)]
 
@@ -116,5 +120,5 @@ def compiles(compiler: str, library: Callable[[], Any]) -> bool:
 
 @functools.cache
 def hopper(index: int) -> bool:
-    """Whether the GPU runs what decode.NVCC compiles: code for sm_90 runs on no later generation."""
+    """Whether the GPU runs what HOPPER_NVCC compiles: code for sm_90 runs on no later generation."""
     return torch.cuda.get_device_capability(index)[0] == 9

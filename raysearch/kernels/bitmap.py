@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raysearch.kernels.compiled import build
+from raysearch.kernels.compiled import HOPPER_NVCC, build
 from raysearch.kernels.weight import SparseWeight, pack_bits
 
 MAX_TOKENS = 16
@@ -27,7 +27,6 @@ MAX_STAGES = 31
 """Of a warp: a lane knows where one of them begins."""
 PAIRS_BELOW = 0.4
 """Density below which a bit stands for two weights, which takes more bytes and half of the instructions."""
-NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC")
 
 
 class BitmapPacked(NamedTuple):
@@ -47,7 +46,7 @@ class BitmapPacked(NamedTuple):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel; OSError without nvcc."""
-    lib = build(Path(__file__).with_name("bitmap.cu"), NVCC)
+    lib = build(Path(__file__).with_name("bitmap.cu"), HOPPER_NVCC)
     lib.bitmap_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
     lib.bitmap_error.restype = ctypes.c_char_p
     return lib

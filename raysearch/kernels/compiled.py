@@ -13,6 +13,8 @@ from pathlib import Path
 from raysearch.data import default_cache_dir
 
 NUM_LOG_LINES = 3  # of the compiler's output in the error's sentence
+NVCC = ("nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC")
+HOPPER_NVCC = (*NVCC, "-gencode=arch=compute_90,code=sm_90")
 
 
 def build(source: Path, command: Sequence[str]) -> ctypes.CDLL:

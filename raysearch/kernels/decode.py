@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raysearch.kernels.compiled import build
+from raysearch.kernels.compiled import HOPPER_NVCC, build
 from raysearch.kernels.weight import SparseWeight
 
 MAX_TOKENS = 16
@@ -27,7 +27,6 @@ CHUNK = 6144
 SHARED_BYTES = 227 * 1024
 GAP = 36
 """Most inputs from one entry of a list to the next: 7 gaps then fit into a byte. A zero weight stands between others."""
-NVCC = ("nvcc", "-O3", "-std=c++17", "-gencode=arch=compute_90,code=sm_90", "-shared", "-Xcompiler", "-fPIC")
 
 
 class DecodePacked(NamedTuple):
@@ -49,7 +48,7 @@ class DecodePacked(NamedTuple):
 @functools.cache
 def library() -> ctypes.CDLL:
     """The compiled kernel; OSError without nvcc."""
-    lib = build(Path(__file__).with_name("decode.cu"), NVCC)
+    lib = build(Path(__file__).with_name("decode.cu"), HOPPER_NVCC)
     lib.decode_linear.argtypes = [ctypes.c_void_p] * 7 + [ctypes.c_int] * 6 + [ctypes.c_void_p]
     lib.decode_error.restype = ctypes.c_char_p
     return lib

@@ -49,8 +49,9 @@ class Choice(Frozen):
     @property
     def ratio(self) -> float:
         """How many times faster than dense the chosen backend is."""
-        timed = self.backend != "dense" and self.dense_us is not None and self.sparse_us is not None
-        return self.dense_us / self.sparse_us if timed else 1.0  # type: ignore[operator]
+        if self.backend == "dense" or self.dense_us is None or self.sparse_us is None:
+            return 1.0
+        return self.dense_us / self.sparse_us
 
 
 def token_bucket(num_tokens: int) -> int:
