@@ -9,7 +9,8 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
@@ -81,46 +82,48 @@ def test_damaged_weights_are_computed_again(apart: Bench, damage: Callable[[Path
 # ---- storage that refuses ----
 
 
-@pytest.fixture
-def refusing(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Call it: from now on, and for `seconds`, the system refuses every file of this process above 20 kB (EFBIG)."""
-    monkeypatch.setattr(raysearch.ledger, "WRITE_RETRY_S", 0.5)
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+@contextmanager
+def refusing(seconds: float = threading.TIMEOUT_MAX) -> Iterator[None]:
+    """For `seconds`, but no longer than the block, the system refuses every file of this process above 20 kB (EFBIG).
 
-    def allow() -> None:
+    A block, not a fixture: pytest's own output can be such a file, and it writes there before it tears fixtures down.
+    """
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    timer = threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, old))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
-    def refuse(seconds: float) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
-        threading.Timer(seconds, allow).start()
 
-    yield refuse
-    allow()
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused write is tried again after half a second."""
+    monkeypatch.setattr(raysearch.ledger, "WRITE_RETRY_S", 0.5)
 
 
-def test_storage_that_refuses_once_costs_a_moment(apart: Bench, refusing: Callable[[float], None]) -> None:
+@pytest.mark.usefixtures("soon")
+def test_storage_that_refuses_once_costs_a_moment(apart: Bench) -> None:
     dense = dense_round(apart)
-    refusing(0.25)
     started = time.monotonic()
-    while True:  # the refusal must meet the write, however long the round takes
-        try:
-            persist(apart.ledger.directory / "x", lambda: (apart.ledger.directory / "x").write_bytes(b"0" * 30_000))
-            break
-        finally:
-            assert time.monotonic() - started < 5
-    assert time.monotonic() - started >= 0.5
+    with refusing(seconds=0.25):
+        persist(apart.ledger.directory / "x", lambda: (apart.ledger.directory / "x").write_bytes(b"0" * 30_000))
+    assert 0.5 <= time.monotonic() - started < 5
     record = run_round(apart, dense, ACTION)
     assert apart.ledger.candidate(record.key) == record
 
 
-def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Bench, study: Study,
-                                                                  refusing: Callable[[float], None]) -> None:
+@pytest.mark.usefixtures("soon")
+def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Bench, study: Study) -> None:
     config = TrialConfig(target_sparsity=0.5, num_rounds=1, schedule="linear")
     trial = TrialRecord(number=0, config=config, started_at=utc_now(),
                         actions=resolve_actions(config, study, apart.inputs.num_train_tokens))
     dense_round(apart)
-    refusing(60)
-    with pytest.raises(OSError, match=r"weights.safetensors|rounds/"):
+    with refusing(), pytest.raises(OSError, match=r"weights.safetensors|rounds/"):
         list(run_trial(apart, trial))
     failed = apart.ledger.trial(0)
     assert failed.status == "failed"
@@ -130,11 +133,11 @@ def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Bench,
     assert not [path for path in (apart.ledger.directory / "rounds").iterdir() if path.name.startswith(".")]
 
 
-def test_a_refused_record_leaves_the_old_one(tmp_path: Path, refusing: Callable[[float], None]) -> None:
+@pytest.mark.usefixtures("soon")
+def test_a_refused_record_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    refusing(60)
-    with pytest.raises(OSError, match="a.json: cannot be written"):
+    with refusing(), pytest.raises(OSError, match="a.json: cannot be written"):
         persist(path, lambda: write_json(path, {"a": "1" * 30_000}))
     assert path.read_text() == '{\n "a": 1\n}'
     assert list(tmp_path.iterdir()) == [path]
