@@ -4,12 +4,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from lm_eval.api.task import Task
 from torch import Tensor
 
 from raysearch.config import Study, higher_is_better
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
-from raysearch.evaluation import Evaluation, Race, Scorer, evaluate, heldout_tasks, load_tasks
+from raysearch.evaluation import Evaluation, Race, Scorer, evaluate, heldout_tasks, load_tasks, metric_names
+from raysearch.evaluation import fingerprint as tasks_fingerprint
 from raysearch.evaluation.racing import is_dominated, item_order
 from raysearch.ledger import Ledger, RoundRecord, hash_json
 from raysearch.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
@@ -29,8 +31,8 @@ class Inputs:
     root_key: str
     """Key of the dense baseline: a hash of all that is fixed and can change a number, and of nothing else."""
     num_train_tokens: int
-    heldout: Mapping[str, Sequence[str]]
-    """Split ("selection", "report") -> documents; empty without a corpus."""
+    tasks: Mapping[str, Sequence[Task]]
+    """Split ("selection", "report") -> evaluation tasks."""
     blocks: Blocks | None
     """Packed training text; None without a corpus."""
 
@@ -43,7 +45,8 @@ def resolve(study: Study) -> Study:
 
 
 def read_inputs(study: Study) -> Inputs:
-    """Reads and packs the corpus and hashes what determines the results; ValueError of one sentence for bad input."""
+    """Reads and packs the corpus, makes the tasks and hashes what determines the results; ValueError of one sentence for
+    bad input."""
     model_hash = fingerprint(study.model)
     tokenizer = load_tokenizer(study.model)
     config = load_config(study.model)
@@ -51,18 +54,31 @@ def read_inputs(study: Study) -> Inputs:
     limit = context_limit(config)
     if study.corpus is not None and study.context_tokens > limit:
         raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.context_tokens}")
-    blocks, heldout, corpus_hash = None, {}, None
+    blocks, documents = None, {}
+    own, named = [], []
+    for task in study.tasks:
+        (own if task in HELDOUT_TASKS else named).append(task)
+    if own and study.corpus is None:
+        raise ValueError(f"tasks {', '.join(own)} are made from the corpus's held-out documents, but corpus is None; "
+                         "give a corpus or other tasks")
     if study.corpus is not None:
         documents = split_documents(load_documents(study.corpus))
-        heldout = {split: documents[split] for split in ("selection", "report")}
         blocks = pack(study.corpus, tokenizer, study.context_tokens, "train")
-        corpus_hash = hash_json([blocks.fingerprint, heldout])
-    if missing := [task for task in study.tasks if task in HELDOUT_TASKS and not heldout.get("report")]:
-        raise ValueError(f"tasks {', '.join(missing)} are made from the corpus's held-out documents, but corpus is None; "
-                         "give a corpus or other tasks")
+    tasks = {split: heldout_tasks(documents.get(split, ()), own, limit=study.eval_items, seed=study.seed)
+             + load_tasks(named, data_dir=Path(study.data_dir) if study.data_dir else None, split=split, limit=study.eval_items)
+             for split in ("selection", "report")}
     unused = NOT_IN_KEY if study.racing_level else NOT_IN_KEY | {"racing_level"}
-    key = hash_json([study.model_dump(exclude=unused, mode="json"), model_hash, corpus_hash])
-    return Inputs(key, blocks.num_tokens if blocks else 0, heldout, blocks)
+    key = hash_json([study.model_dump(exclude=unused, mode="json"), model_hash, blocks.fingerprint if blocks else None,
+                     {split: tasks_fingerprint(each) for split, each in tasks.items()}])
+    return Inputs(key, blocks.num_tokens if blocks else 0, tasks, blocks)
+
+
+def check_objective(study: Study, inputs: Inputs) -> None:
+    """ValueError of one sentence unless the objective is a metric of the study's tasks."""
+    names = metric_names(inputs.tasks["selection"])
+    if study.objective not in names:
+        raise ValueError(f"objective must be one of the metrics {', '.join(names)}, got {study.objective!r}; change it in "
+                         "STUDY, or add its task")
 
 
 class Bench:
@@ -81,31 +97,20 @@ class Bench:
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
                              gather=self.engine.gather_objects, lockstep=study.zero_stage == 3)
-        own = [task for task in study.tasks if task in HELDOUT_TASKS]
-        named = [task for task in study.tasks if task not in HELDOUT_TASKS]
-        self.tasks = {
-            split: heldout_tasks(inputs.heldout.get(split, ()), own, limit=study.eval_items, seed=study.seed)
-            + load_tasks(named, data_dir=Path(study.data_dir) if study.data_dir else None, split=split, limit=study.eval_items)
-            for split in ("selection", "report")
-        }
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
-        """Of the engine's current weights, on "selection" or "report"; ValueError where the objective is not among it."""
+        """Of the engine's current weights, on "selection" or "report"."""
         self.engine.model.eval()
-        found = evaluate(self.scorer, self.tasks[split], race=race)
-        if self.study.tasks and self.study.objective not in found.metrics:
-            raise ValueError(f"objective must be one of the metrics {', '.join(found.metrics)}, got {self.study.objective!r}; "
-                             "change it in STUDY, with a new --out")
-        return found
+        return evaluate(self.scorer, self.inputs.tasks[split], race=race)
 
     def race(self, size: int | None) -> tuple[Race | None, str | None]:
         """(the race of a candidate of this size, key of its rival, the best finished one that is no larger); without
         racing (None, None). With no size or no rival the items still come in the same parts, which rounding depends on.
         """
         study = self.study
-        if study.racing_level is None or not self.tasks["selection"]:
+        if study.racing_level is None or not self.inputs.tasks["selection"]:
             return None, None
         level = study.racing_level
         key, losses = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, [])

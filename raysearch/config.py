@@ -177,9 +177,6 @@ class Study(Frozen):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         higher_is_better(self.objective)
-        if self.tasks and self.objective.partition("/")[0] not in self.tasks:
-            raise ValueError(f"objective must be a metric of one of the tasks {', '.join(self.tasks)}, "
-                             f"got {self.objective!r}")
         num_ranks = 1 if self.num_ranks == "auto" else self.num_ranks
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be at least 1, or auto, got {num_ranks}")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from raysearch.kernels import SparseWeight
-from raysearch.model import Prunable, load_model, parameter_shape, prunable_parameters
+from raysearch.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
 from raysearch.pruning.proximal import soft_threshold_
 
 T = TypeVar("T")
@@ -136,6 +136,8 @@ class Engine:
 
             self._hf_config = HfDeepSpeedConfig(settings)
         model: PreTrainedModel = load_model(model_path, getattr(torch, dtype))
+        if dtype == "bfloat16" and not cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            multiply_in_fp32(model)
         self.prunables: list[Prunable] = prunable_parameters(model, prunable)
         names = {p.name for p in self.prunables}
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())

@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 
 from analysis.tables import human_bytes
-from raysearch.bench import Bench, Inputs, read_inputs, resolve
+from raysearch.bench import Bench, Inputs, check_objective, read_inputs, resolve
 from raysearch.cluster import placed
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.ledger import Ledger, round_key
-from raysearch.round import Diverged, finetune, select, store_round, written_meanwhile
+from raysearch.round import Diverged, finetune, select, store_round, weigh, written_meanwhile
 from raysearch.search import load_space, sample_trials
 from raysearch.storage import AnyPath, location
 
@@ -73,6 +73,7 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
     inputs = read_inputs(study)
+    check_objective(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.num_trials)
     return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials))
@@ -102,7 +103,7 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
             step_s = time_steps(bench, num_steps) / num_steps
         evaluate_s, num_items = time_evaluation(bench)
         with written_meanwhile(bench, "calibration") as weights:
-            record = store_round(bench, "calibration", None, action, None, None, [0.0] * 5, weights)
+            record = store_round(bench, "calibration", None, action, weigh(bench), None, None, [0.0] * 5, weights)
         candidate_bytes = sum(f.stat().st_size for f in bench.ledger.round_directory(record.key).iterdir())
         return Calibration(record.provenance.device, bench.engine.device.type == "cuda", start_s, step_s, prune_s,
                            evaluate_s, num_steps, num_items, candidate_bytes, sparsity)
@@ -122,7 +123,7 @@ def time_evaluation(bench: Bench) -> tuple[float, int]:
     """(seconds of the whole selection split, timed items): each task's items cost what a few of them did."""
     total_s, num_items = 0.0, 0
     bench.engine.model.eval()
-    for task in bench.tasks["selection"]:
+    for task in bench.inputs.tasks["selection"]:
         for limit in (FEW_ITEMS, NUM_ITEMS):
             num_timed = min(limit, len(task.eval_docs))
             started = time.perf_counter()

@@ -6,6 +6,7 @@ from typing import Any
 
 from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study, TrialConfig, parse
+from raysearch.evaluation import metric_names
 from raysearch.export import export
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord
 from raysearch.model import context_limit, load_config
@@ -27,6 +28,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     if config.finetune_epochs and study.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
     inputs = read_inputs(study)
+    if study.tasks:  # nothing is searched, but results and report have to show something
+        study = study.model_copy(update={"objective": metric_names(inputs.tasks["selection"])[0]})
     actions = resolve_actions(config, study, inputs.num_train_tokens)
     ledger = Ledger(out)
     record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key, provenance=provenance("cpu"))

@@ -142,14 +142,15 @@ def run_round(bench: Bench, parent: RoundRecord, action: Action) -> RoundRecord:
     if (done := stored_round(bench, key)) is not None:
         return done
     train_loss, times = train_candidate(bench, parent, action)
+    weighed = weigh(bench)
     with written_meanwhile(bench, key) as weights:
-        race, rival = bench.race(getattr(weigh(bench), bench.study.size))
+        race, rival = bench.race(getattr(weighed, bench.study.size))
         started = time.perf_counter()
         evaluation = bench.evaluate("selection", race)
         check_quality(evaluation.metrics, bench.vocab_size)
         times += [started, time.perf_counter()]
         bench.loaded_key = key
-        return store_round(bench, key, parent, action, evaluation, train_loss, times, weights,
+        return store_round(bench, key, parent, action, weighed, evaluation, train_loss, times, weights,
                            rival if evaluation.was_stopped else None)
 
 
@@ -163,7 +164,7 @@ def dense_round(bench: Bench) -> RoundRecord:
     started = time.perf_counter()
     evaluation = bench.evaluate("selection", bench.race(None)[0])
     check_quality(evaluation.metrics, bench.vocab_size)
-    return store_round(bench, key, None, None, evaluation, None, [started] * 4 + [time.perf_counter()], None)
+    return store_round(bench, key, None, None, weigh(bench), evaluation, None, [started] * 4 + [time.perf_counter()], None)
 
 
 def report_round(bench: Bench, record: RoundRecord) -> dict[str, Metric]:
@@ -385,15 +386,14 @@ def link_or_copy(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, evaluation: Evaluation | None,
-                train_loss: float | None, times: Sequence[float], weights: Written | None,
+def store_round(bench: Bench, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,
+                evaluation: Evaluation | None, train_loss: float | None, times: Sequence[float], weights: Written | None,
                 dominated_by: str | None = None) -> RoundRecord:
-    """Counts the engine's weights and writes the round's folder: weights, record and, for later races, losses.
+    """Writes the round's folder: weights, record and, for later races, losses.
 
     `times`: clock before and after the prune, after fine-tuning, before and after the evaluation.
     """
-    engine, weighed = bench.engine, weigh(bench)
-    nonzero = weighed.nonzero
+    engine, nonzero = bench.engine, weighed.nonzero
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     prunable = {p.name for p in engine.prunables}
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)

@@ -35,7 +35,7 @@ from ray.tune.search import Searcher
 
 from analysis.frontier import pareto_front
 from analysis.tables import human_bytes
-from raysearch.bench import Inputs, read_inputs, resolve
+from raysearch.bench import Inputs, check_objective, read_inputs, resolve
 from raysearch.cluster import out_of_memory_as_death, placed, start_ray, stopping_on_signals
 from raysearch.config import Action, Study, TrialConfig, higher_is_better, parse
 from raysearch.ledger import Ledger, StudyRecord, TrialRecord, config_hash, hash_json, persist, round_key
@@ -94,6 +94,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
     study = resolve(study)
     inputs = read_inputs(study)
+    check_objective(study, inputs)
     sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     started = time.monotonic()
     recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
@@ -110,12 +111,21 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
             ledger.delete_leftovers()
+            if searcher.dense_failed:
+                raise ValueError("the dense baseline could not be scored, so no trial can run: "
+                                 + last_line(ledger.log_path(-1, 0)))
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
     keys = {key for trial in trials for key in trial.keys}
     return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
+
+
+def last_line(log: AnyPath) -> str:
+    """What a failed job said last, and where it said it; of one that was killed, anything."""
+    lines = log.read_text().split("\n") if log.is_file() else []
+    return f"{next((line for line in reversed(lines) if line.strip()), 'its process died')} (log in {log})"
 
 
 def logger_callbacks(name: str, mlflow_uri: str | None, wandb_project: str | None) -> list[tune.Callback]:
@@ -266,6 +276,8 @@ class StudySearcher(Searcher):
         self.optuna = open_journal(ledger, study, echo)
         self.progress = Progress(ledger, study, inputs.root_key, echo)
         self.finished = False
+        self.dense_failed = False
+        """Twice, and left no record: then no trial can run."""
         self._deadline = time.monotonic() + study.time_budget_s if study.time_budget_s else None
         self._running: dict[str, Job] = {}
         self._reported: set[str] = set()
@@ -306,6 +318,8 @@ class StudySearcher(Searcher):
         return job
 
     def _next_job(self) -> Job | None:
+        if self.dense_failed:
+            return None
         if self.ledger.report_metrics(self.inputs.root_key) is None and "dense" not in self._reported:
             self._reported.add("dense")
             return {"kind": "dense"}
@@ -345,7 +359,8 @@ class StudySearcher(Searcher):
         if job["kind"] == "trial":
             self._tell(job["number"], error)
         elif error:
-            self.progress.echo(f"{job['kind']} job failed: the log is under {self.ledger.directory / 'tune'}")
+            self.dense_failed |= self.ledger.round(self.inputs.root_key) is None
+            self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
         if result is not None or error:
             self.progress.ended(job, error)
 

@@ -14,6 +14,7 @@ import faulthandler
 import os
 import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -100,6 +101,9 @@ class Rank:
             with (uploaded_when_stuck(limit_s, path, self._push_log) if isinstance(path, StorePath)
                   else ended_when_stuck(limit_s, path)):
                 return next(self._results)
+        except Exception:
+            traceback.print_exc()  # into the log
+            raise
         finally:
             self._push_log()
 

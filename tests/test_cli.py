@@ -148,6 +148,18 @@ def test_books_30m_is_pruned_like_torch(run: Run, tmp_path: Path) -> None:
         assert_pruned_like_torch(dense, pruned, sparsity)
 
 
+def test_a_prune_is_shown_by_its_first_metric(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "data" / "lambada").mkdir(parents=True)
+    lines = [json.dumps({"text": f"The dog of house {n} ran home to house {n}"}) for n in range(20)]
+    (tmp_path / "data" / "lambada" / "test.jsonl").write_text("\n".join(lines))
+    code, out, err = run("prune", tiny_model, "--out", "out", "--sparsity", 0.5, "--tasks", "lambada", "--data-dir", "data")
+    assert code == 0, err
+    assert "lambada/perplexity " in out
+    code, out, err = run("results", "out")
+    assert code == 0, err
+    assert "selection and report: lambada/perplexity" in out
+
+
 def test_prune_with_fine_tuning_is_found_again(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
     command = ["prune", tiny_model, "--out", "out", "--sparsity", 0.6, "--schedule", "cubic", "--rounds", 2, "--corpus",
                stories, "--finetune-epochs", 0.05, "--context-tokens", 64, "--batch-tokens", 256, "--eval-items", 5,

@@ -1,10 +1,12 @@
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers.pytorch_utils import Conv1D
 
-from raysearch.model import fingerprint, load_model, model_folder, prunable_parameters
+from raysearch.model import fingerprint, load_model, model_folder, multiply_in_fp32, prunable_parameters
 
 
 def test_gpt2_matrices(tiny_model: Path) -> None:
@@ -37,6 +39,22 @@ def test_other_architectures(model: torch.nn.Module, num_per_layer: int) -> None
     assert not any(p.transposed for p in found)
     extra = {p.name for p in prunable_parameters(model, "all")} - {p.name for p in found}
     assert any("embed" in name for name in extra)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(24, 40), torch.nn.Linear(24, 40, bias=False), Conv1D(40, 24)])
+def test_fp32_products_of_bf16_are_rounded_once(layer: torch.nn.Module) -> None:
+    torch.manual_seed(0)
+    layer = layer.to(torch.bfloat16)
+    x = torch.randn(2, 3, 24, dtype=torch.bfloat16)
+    exact = copy.deepcopy(layer).double()(x.double())
+    multiply_in_fp32(torch.nn.ModuleList([layer]))
+    y = layer(x)
+    assert y.dtype == torch.bfloat16
+    assert ((y.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()  # half a unit in the last place
+    y.float().sum().backward()
+    columns = x.double().sum((0, 1))
+    expected = columns.expand(40, 24) if isinstance(layer, torch.nn.Linear) else columns[:, None].expand(24, 40)
+    assert torch.allclose(layer.weight.grad.double(), expected, rtol=2**-8, atol=1e-6)
 
 
 def test_fingerprint_follows_the_weights(tiny_model: Path, tmp_path: Path) -> None:

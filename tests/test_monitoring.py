@@ -1,4 +1,4 @@
-"""What can be seen of a study while it runs and after: TensorBoard, logs, optuna-dashboard, other loggers; and no secret."""
+"""A whole sweep, what can be seen of it while it runs and after (TensorBoard, logs, optuna-dashboard), and no secret in it."""
 
 import io
 import json
@@ -12,7 +12,7 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna_dashboard import wsgi
-from test_search import finish, sweep, write_space
+from test_search import check_whole, finish, sweep, write_space
 
 import raysearch.search
 from raysearch.config import Action, Study
@@ -25,6 +25,7 @@ SECRETS = {"HF_TOKEN": "hf_planted6b1f0a", "WANDB_API_KEY": "planted0c4d7e52", "
 
 @dataclass
 class Watched:
+    folder: Path
     ledger: Ledger
     out: str
     while_running: dict
@@ -59,7 +60,19 @@ def watched(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, stories:
             seen = dashboard(journal, "/api/studies")
     code, out, err = finish(process)
     assert code == 0, out + err
-    return Watched(Ledger.open(folder / "study"), out, seen)
+    return Watched(folder, Ledger.open(folder / "study"), out, seen)
+
+
+def test_a_study_is_whole_and_found_finished(watched: Watched) -> None:
+    check_whole(watched.folder, 3)
+    assert "trial 1 failed: round 1" in watched.out
+    before = {path: path.stat().st_mtime_ns for path in watched.ledger.directory.glob("rounds/*/*")}
+    started = time.monotonic()
+    code, out, err = finish(sweep(watched.folder))  # nothing is left to do, so Ray does not even start
+    assert code == 0, err
+    assert "resuming" in out
+    assert time.monotonic() - started < 60
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
 
 
 def test_optuna_dashboard_opens_the_journal(watched: Watched) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from transformers import GPT2LMHeadModel
 
 from raysearch import search
+from raysearch.config import Study
 from raysearch.ledger import Ledger
 from raysearch.search import remove_stale_lock, repair_journal
 
@@ -82,23 +86,6 @@ def check_whole(folder: Path, num_trials: int) -> Ledger:
     assert ledger.report_metrics(ledger.study().root_key) is not None
     assert not list(ledger.directory.glob("rounds/.*"))
     return ledger
-
-
-def test_a_sweep_finds_a_frontier_and_is_found_finished(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
-    write_space(tmp_path, tiny_model, stories)
-    code, out, err = finish(sweep(tmp_path))
-    assert code == 0, err
-    ledger = check_whole(tmp_path, 4)
-    assert "trial 1 failed: round 1" in out
-    before = {p: p.stat().st_mtime_ns for p in ledger.directory.glob("rounds/*/*")}
-
-    started = time.monotonic()
-    code, out, err = finish(sweep(tmp_path))  # nothing is left to do, so Ray does not even start
-    assert code == 0, err
-    assert "resuming" in out
-    assert time.monotonic() - started < 60
-
-    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
 
 
 def test_killed_and_started_again_with_more_trials(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
@@ -212,16 +199,29 @@ def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, 
     assert "give --autoscaling" in err
 
 
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"objective": "text/acc"}, r"objective must be one of the metrics text/bits_per_byte, .*text/token_perplexity, "
+                                r"last_word/acc, last_word/perplexity, got 'text/acc'; change it in STUDY"),
+    ({"tasks": ("text", "lambda_x")}, r"task 'lambda_x' is not known; the nearest names are .*lambada"),
+    ({"tasks": ("text", "lambada"), "data_dir": "nowhere"}, r"task 'lambada' needs the file nowhere/lambada/test.jsonl"),
+])
+def test_tasks_and_objective_are_checked_before_anything_is_written(tmp_path: Path, study: Study, settings: dict,
+                                                                    sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        search.sweep("space", tmp_path / "study", study.model_copy(update=settings), dict, print)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-def test_an_objective_that_the_task_does_not_have_fails_trials_with_the_names_it_has(tmp_path: Path, tiny_model: Path,
-                                                                                     stories: Path) -> None:
-    write_space(tmp_path, tiny_model, stories, num_trials=1)
-    text = (tmp_path / "space.py").read_text()
-    (tmp_path / "space.py").write_text(text.replace('STUDY = {', 'STUDY = {"objective": "text/acc", '))
+def test_a_model_that_is_no_better_than_chance_ends_the_sweep(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    model = GPT2LMHeadModel.from_pretrained(broken)
+    torch.nn.init.normal_(model.transformer.ln_f.bias, std=30.0)
+    model.save_pretrained(broken)
+    write_space(tmp_path, broken, stories, num_trials=9)
     code, out, err = finish(sweep(tmp_path))
-    assert code == 0, err
-    (trial,) = Ledger.open(tmp_path / "study").trials()
-    assert trial.status == "failed"
-    assert "objective must be one of the metrics " in trial.reason
-    assert "text/bits_per_byte" in trial.reason
-    assert "got 'text/acc'" in trial.reason
+    assert code == 2, out + err
+    sentence = err.splitlines()[-1]  # Tune has printed its traceback before
+    assert "the dense baseline could not be scored, so no trial can run: raysearch.round.Diverged: quality at" in sentence
+    assert sentence.endswith(f"(log in {tmp_path / 'study' / 'trials' / '-0001.rank-0.log'})")
+    assert len(Ledger.open(tmp_path / "study").trials()) <= 3  # those that began beside it

@@ -1,5 +1,6 @@
 """Evaluation: lm-eval's tasks and metrics, scored by our own fast `Scorer`."""
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -19,10 +20,12 @@ from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import losses, summarise
 from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
 
-__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "forward_sizes", "heldout_tasks", "load_tasks"]
+__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "fingerprint", "forward_sizes", "heldout_tasks",
+           "load_tasks", "metric_names"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
+TOKEN_PERPLEXITY = "token_perplexity"
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,25 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
 
 
+def fingerprint(tasks: Sequence[Task]) -> str:
+    """Hex; equal for equal names and items."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for row in [task.config.task, *task.eval_docs]:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def metric_names(tasks: Sequence[Task]) -> list[str]:
+    """The metrics, as "task/metric", that `evaluate` will give."""
+    found = []
+    for task in tasks:
+        filters = [f",{each.name}" for each in task._filters] if len(task._filters) > 1 else [""]
+        found += [f"{task.config.task}/{name}{suffix}" for name in task.aggregation() for suffix in filters]
+        found += [f"{task.config.task}/{TOKEN_PERPLEXITY}"] * (task.OUTPUT_TYPE == "loglikelihood_rolling")
+    return found
+
+
 def forward_sizes(scorer: Scorer, tasks: Sequence[Task], *, num_fewshot: int | None = None) -> dict[int, int]:
     """Tokens per forward -> about how many such forwards `evaluate` will take."""
     return scorer.forward_sizes([request for task in tasks for request in _requests(task, None, num_fewshot)])
@@ -110,7 +132,7 @@ def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samp
         name = task.config.task
         values, identities = _process(scorer, task, requests)
         for metric, column in values.items():
-            aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)
+            aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)  # token_perplexity is ours
             value, stderr, items[f"{name}/{metric}"] = summarise(column, aggregation)
             if race is not None and race.objective == f"{name}/{metric}":
                 objective_losses = losses(column, aggregation, higher_is_better(race.objective))
@@ -172,7 +194,7 @@ def _process(scorer: Any, task: Any, requests: list[Instance]) -> tuple[dict[str
                 values.setdefault(metric if len(filters) == 1 else f"{metric},{key}", []).append(value)
             if group[0].request_type == "loglikelihood_rolling":
                 num_tokens = len(scorer.tok_encode(group[0].args[0]))
-                values.setdefault("token_perplexity", []).append((results[0], num_tokens))
+                values.setdefault(TOKEN_PERPLEXITY, []).append((results[0], num_tokens))
     identities = [str(group[0].doc.get("item_id", doc_id)) for doc_id, group in by_item.items()]
     return values, identities
 

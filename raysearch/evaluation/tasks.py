@@ -194,7 +194,7 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
         elif name in HELDOUT_CONFIGS:
             raise ValueError(f"task {name!r} is made from held-out documents: it needs a corpus, not a data directory")
         else:
-            made.extend(_hub_tasks(name, split))
+            made.extend(_hub_tasks(name, split, limit))
     return made
 
 
@@ -291,7 +291,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Item]]:
             yield reader.line_num, {field: value for field, value in row.items() if value is not None}
 
 
-def _hub_tasks(name: str, split: Split) -> list[Task]:
+def _hub_tasks(name: str, split: Split, limit: int | None) -> list[Task]:
     if name in FILE_TASKS and FILE_TASKS[name].lm_eval_name is None:
         source = "stanfordnlp/web_questions"
         config = {**FILE_TASKS[name].config, "task": name, "doc_to_target": "answers", "dataset_path": source,
@@ -310,9 +310,10 @@ def _hub_tasks(name: str, split: Split) -> list[Task]:
         if name not in manager.all_tasks:
             raise ValueError(_unknown(name, [*known, *manager.all_tasks]))
         tasks = _downloaded(name, lambda: manager.load([name])["tasks"])
-    if split != "all":
-        for task in tasks.values():
-            _keep_split(task, split)
+    for task in tasks.values():
+        _keep(task, split, limit)
+        if name in FILE_TASKS:
+            task.config.task = name  # its name here, for lambada and for lambada_openai
     return list(tasks.values())
 
 
@@ -345,12 +346,13 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
                          + folder) from error
 
 
-def _keep_split(task: Any, split: Split) -> None:
+def _keep(task: Any, split: Split, limit: int | None) -> None:
+    """The task with the first `limit` items of the split only."""
     name = task.config.test_split or task.config.validation_split
     rows = task.dataset[name]
-    kept = [index for index, row in enumerate(rows)
-            if in_split(item_id(json.dumps(row, sort_keys=True, default=str)), split)]
-    task.dataset[name] = rows.select(kept)
+    kept = (index for index, row in enumerate(rows)
+            if in_split(item_id(json.dumps(row, sort_keys=True, default=str)), split))
+    task.dataset[name] = rows.select(list(islice(kept, limit)))
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

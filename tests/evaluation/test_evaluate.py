@@ -18,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from tiny_models import story, tiny_model
 
 from raysearch.config import higher_is_better
-from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
+from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks, metric_names
 from raysearch.evaluation.generation import shared_prefix
 from raysearch.evaluation.statistics import summarise
 
@@ -76,8 +76,9 @@ def test_equals_lm_eval(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_every_metric_has_a_stderr_a_direction_and_contributions(gpt2: Any, tokenizer: Any) -> None:
-    result = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL))
-    assert set(result.metrics) == {
+    tasks = heldout_tasks(DOCUMENTS, ALL)
+    result = evaluate(Scorer(gpt2, tokenizer), tasks)
+    assert set(metric_names(tasks)) == set(result.metrics) == {
         "text/bits_per_byte", "text/byte_perplexity", "text/word_perplexity", "text/token_perplexity", "last_word/acc",
         "last_word/perplexity", "choice/acc", "choice/acc_norm"}
     for key, metric in result.metrics.items():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,9 @@ import numpy as np
 import pytest
 from tiny_models import story
 
-from raysearch.evaluation import describe_tasks, heldout_tasks, load_tasks
+from raysearch.evaluation import describe_tasks, fingerprint, heldout_tasks, load_tasks
 from raysearch.evaluation.heldout import choice_items, last_word_items, text_items
-from raysearch.evaluation.tasks import FILE_TASKS, STORY_COLUMNS, in_split
+from raysearch.evaluation.tasks import FILE_TASKS, STORY_COLUMNS, _keep, in_split
 
 DOCUMENTS = [story(7 * n) for n in range(12)]
 
@@ -80,6 +81,27 @@ def test_selection_and_report_are_disjoint_halves(data_dir: Path, name: str) -> 
     assert sorted(ids["selection"] + ids["report"]) == sorted(ids["all"])
     assert len(set(ids["all"])) == 30
     assert min(len(ids["selection"]), len(ids["report"])) >= 6
+
+
+def test_equal_items_have_equal_fingerprints(data_dir: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(data_dir, tmp_path / "data")
+    tasks = load_tasks(["lambada", "hellaswag"], data_dir=data_dir)
+    assert fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) == fingerprint(tasks)
+    path = copy / "lambada/test.jsonl"
+    path.write_text(path.read_text().replace("house 7", "house 8"))
+    assert fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) != fingerprint(tasks)
+    assert fingerprint(tasks[:1]) != fingerprint(tasks)
+
+
+def test_a_task_of_the_hub_keeps_the_first_items_of_a_split(data_dir: Path) -> None:
+    kept = {}
+    for split, limit in (("selection", None), ("report", None), ("selection", 3)):
+        (task,) = load_tasks(["lambada"], data_dir=data_dir)  # the same class as the hub's
+        _keep(task, split, limit)
+        kept[split, limit] = [doc["item_id"] for doc in task.eval_docs]
+    assert kept["selection", 3] == kept["selection", None][:3]
+    assert len(set(kept["selection", None]) | set(kept["report", None])) == 30
+    assert not set(kept["selection", None]) & set(kept["report", None])
 
 
 def test_split_does_not_depend_on_the_order_of_lines(data_dir: Path, tmp_path: Path) -> None:
