@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lm_eval.api.task import Task
 from torch import Tensor
 
 from raysearch.config import Study, higher_is_better
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
-from raysearch.evaluation import Evaluation, Race, Scorer, evaluate, heldout_tasks, load_tasks, metric_names
+from raysearch.evaluation import Evaluation, Race, Scorer, Task, evaluate, heldout_tasks, load_tasks, metric_names
 from raysearch.evaluation import fingerprint as tasks_fingerprint
 from raysearch.evaluation.racing import is_dominated, item_order
 from raysearch.ledger import Ledger, RoundRecord, hash_json

@@ -5,6 +5,7 @@ A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -141,6 +142,8 @@ def sweep(
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:
         raise KeyboardInterrupt
+    if result.num_failed == result.num_trials > 0:
+        fail(f"every trial failed; the reasons: raysearch status {shlex.quote(str(result.directory))}", code=1)
 
 
 @app.command()

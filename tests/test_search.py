@@ -225,3 +225,16 @@ def test_a_model_that_is_no_better_than_chance_ends_the_sweep(tmp_path: Path, ti
     assert "the dense baseline could not be scored, so no trial can run: raysearch.round.Diverged: quality at" in sentence
     assert sentence.endswith(f"(log in {tmp_path / 'study' / 'trials' / '-0001.rank-0.log'})")
     assert len(Ledger.open(tmp_path / "study").trials()) <= 3  # those that began beside it
+
+
+@pytest.mark.slow
+def test_a_sweep_in_which_every_trial_failed_exits_with_1(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=1)
+    space = tmp_path / "space.py"
+    space.write_text(space.read_text().replace("trial.number == 1", "trial.number < 2"))
+    for extend in ("1", "2"):
+        code, out, err = finish(sweep(tmp_path, "--trials", extend))
+        assert code == 1, out + err
+        assert f"candidates of {extend} trials ({extend} failed)" in out
+        assert err.splitlines()[-1] == ("raysearch: every trial failed; the reasons: raysearch status "
+                                        f"{tmp_path / 'study'}")

@@ -20,8 +20,8 @@ from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import losses, summarise
 from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
 
-__all__ = ["Evaluation", "Race", "Scorer", "describe_tasks", "evaluate", "fingerprint", "forward_sizes", "heldout_tasks",
-           "load_tasks", "metric_names"]
+__all__ = ["Evaluation", "Race", "Scorer", "Task", "describe_tasks", "evaluate", "fingerprint", "forward_sizes",
+           "heldout_tasks", "load_tasks", "metric_names"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
