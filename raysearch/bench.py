@@ -76,8 +76,8 @@ def check_objective(study: Study, inputs: Inputs) -> None:
     """ValueError of one sentence unless the objective is a metric of the study's tasks."""
     names = metric_names(inputs.tasks["selection"])
     if study.objective not in names:
-        raise ValueError(f"objective must be one of the metrics {', '.join(names)}, got {study.objective!r}; change it in "
-                         "STUDY, or add its task")
+        raise ValueError(f"objective must be one of the metrics {', '.join(names) or '(there is no task)'}, got "
+                         f"{study.objective!r}; change it in STUDY, or add its task")
 
 
 class Bench:

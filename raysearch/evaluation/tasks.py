@@ -311,7 +311,8 @@ def _hub_tasks(name: str, split: Split, limit: int | None) -> list[Task]:
             raise ValueError(_unknown(name, [*known, *manager.all_tasks]))
         tasks = _downloaded(name, lambda: manager.load([name])["tasks"])
     for task in tasks.values():
-        _keep(task, split, limit)
+        if split != "all" or limit is not None:
+            _keep(task, split, limit)
         if name in FILE_TASKS:
             task.config.task = name  # its name here, for lambada and for lambada_openai
     return list(tasks.values())
