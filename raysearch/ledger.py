@@ -318,7 +318,7 @@ class Ledger:
         if old.space_hash != record.space_hash:
             changed.append("the code of space()")
         if not changed and old.root_key != record.root_key:
-            changed.append("the files of the model or the corpus")
+            changed.append("the files of the model, the corpus or the tasks")
         if changed:
             raise ValueError(f"{self.directory}: holds another study, which differs in {'; '.join(changed)}; undo the "
                              "change, or give a new directory with --out")

@@ -214,7 +214,7 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
     inputs = read_inputs(described.study)
     if inputs.root_key != described.root_key:
         raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
-                         "model or the corpus are not the study's; put those back")
+                         "model, the corpus or the tasks are not the study's; put those back")
     echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
     study = described.study.model_copy(update={"num_ranks": 1, "zero_stage": 0})
     load_candidate(Bench(study, ledger, inputs), record)

@@ -74,7 +74,7 @@ class Rank:
         torch.set_num_threads(max(1, int(study.cpus_per_rank)))
         inputs = read_inputs(study)
         if inputs.root_key != root_key:
-            raise ValueError(f"rank {environment['RANK']} reads another model or corpus than the driver (root key "
+            raise ValueError(f"rank {environment['RANK']} reads another model, corpus or task than the driver (root key "
                              f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model}")
         self.bench = Bench(study, Ledger(directory), inputs, map_base(ray.get(base[0]), getattr(torch, study.dtype)))
         self._results: Iterator[dict[str, Any]] = iter(())

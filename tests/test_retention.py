@@ -85,5 +85,5 @@ def test_files_that_changed_are_named(ended: tuple[Bench, list[RoundRecord]], st
     bench.ledger.delete_weights([better.key])
     bench.ledger.write_study(bench.ledger.study().model_copy(update={"root_key": "another"}))
     say: Callable[[str], None] = print
-    with pytest.raises(ValueError, match="the files of the model or the corpus are not the study's; put those back"):
+    with pytest.raises(ValueError, match="the files of the model, the corpus or the tasks are not the study's; put those back"):
         recover_weights(bench.ledger, better.key, say)
