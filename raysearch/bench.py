@@ -9,8 +9,17 @@ from torch import Tensor
 from raysearch.config import Study, higher_is_better
 from raysearch.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 from raysearch.engine import Engine
-from raysearch.evaluation import Evaluation, Race, Scorer, Task, evaluate, heldout_tasks, load_tasks, metric_names
-from raysearch.evaluation import fingerprint as tasks_fingerprint
+from raysearch.evaluation import (
+    Evaluation,
+    Race,
+    Scorer,
+    Task,
+    evaluate,
+    heldout_tasks,
+    load_tasks,
+    metric_names,
+    tasks_fingerprint,
+)
 from raysearch.evaluation.racing import is_dominated, item_order
 from raysearch.ledger import Ledger, RoundRecord, hash_json
 from raysearch.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
@@ -54,9 +63,8 @@ def read_inputs(study: Study) -> Inputs:
     if study.corpus is not None and study.context_tokens > limit:
         raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.context_tokens}")
     blocks, documents = None, {}
-    own, named = [], []
-    for task in study.tasks:
-        (own if task in HELDOUT_TASKS else named).append(task)
+    own = [task for task in study.tasks if task in HELDOUT_TASKS]
+    named = [task for task in study.tasks if task not in HELDOUT_TASKS]
     if own and study.corpus is None:
         raise ValueError(f"tasks {', '.join(own)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")

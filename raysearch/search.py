@@ -124,8 +124,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
 
 def last_line(log: AnyPath) -> str:
     """What a failed job said last, and where it said it; of one that was killed, anything."""
-    lines = log.read_text().split("\n") if log.is_file() else []
-    return f"{next((line for line in reversed(lines) if line.strip()), 'its process died')} (log in {log})"
+    text = log.read_text().strip() if log.is_file() else ""
+    return f"{text.splitlines()[-1] if text else 'its process died'} (log in {log})"
 
 
 def logger_callbacks(name: str, mlflow_uri: str | None, wandb_project: str | None) -> list[tune.Callback]:

@@ -202,6 +202,7 @@ def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, 
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"objective": "text/acc"}, r"objective must be one of the metrics text/bits_per_byte, .*text/token_perplexity, "
                                 r"last_word/acc, last_word/perplexity, got 'text/acc'; change it in STUDY"),
+    ({"objective": "lambada/acc"}, r"objective must be one of the metrics text/.*, got 'lambada/acc'"),
     ({"tasks": ()}, r"objective must be one of the metrics \(there is no task\), got 'text/bits_per_byte'; .* add its task"),
     ({"tasks": ("text", "lambda_x")}, r"task 'lambda_x' is not known; the nearest names are .*lambada"),
     ({"tasks": ("text", "lambada"), "data_dir": "nowhere"}, r"task 'lambada' needs the file nowhere/lambada/test.jsonl"),

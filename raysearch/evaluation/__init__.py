@@ -20,8 +20,8 @@ from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import losses, summarise
 from raysearch.evaluation.tasks import describe_tasks, heldout_tasks, load_tasks
 
-__all__ = ["Evaluation", "Race", "Scorer", "Task", "describe_tasks", "evaluate", "fingerprint", "forward_sizes",
-           "heldout_tasks", "load_tasks", "metric_names"]
+__all__ = ["Evaluation", "Race", "Scorer", "Task", "describe_tasks", "evaluate", "forward_sizes", "heldout_tasks",
+           "load_tasks", "metric_names", "tasks_fingerprint"]
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -77,7 +77,7 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
 
 
-def fingerprint(tasks: Sequence[Task]) -> str:
+def tasks_fingerprint(tasks: Sequence[Task]) -> str:
     """Hex; equal for equal names and items."""
     digest = hashlib.sha256()
     for task in tasks:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_models import story
 
-from raysearch.evaluation import describe_tasks, fingerprint, heldout_tasks, load_tasks
+from raysearch.evaluation import describe_tasks, heldout_tasks, load_tasks, tasks_fingerprint
 from raysearch.evaluation.heldout import choice_items, last_word_items, text_items
 from raysearch.evaluation.tasks import FILE_TASKS, STORY_COLUMNS, _keep, in_split
 
@@ -86,11 +86,11 @@ def test_selection_and_report_are_disjoint_halves(data_dir: Path, name: str) -> 
 def test_equal_items_have_equal_fingerprints(data_dir: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(data_dir, tmp_path / "data")
     tasks = load_tasks(["lambada", "hellaswag"], data_dir=data_dir)
-    assert fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) == fingerprint(tasks)
+    assert tasks_fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) == tasks_fingerprint(tasks)
     path = copy / "lambada/test.jsonl"
     path.write_text(path.read_text().replace("house 7", "house 8"))
-    assert fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) != fingerprint(tasks)
-    assert fingerprint(tasks[:1]) != fingerprint(tasks)
+    assert tasks_fingerprint(load_tasks(["lambada", "hellaswag"], data_dir=copy)) != tasks_fingerprint(tasks)
+    assert tasks_fingerprint(tasks[:1]) != tasks_fingerprint(tasks)
 
 
 def test_a_task_of_the_hub_keeps_the_first_items_of_a_split(data_dir: Path) -> None:
