@@ -4,9 +4,9 @@
 // gives them to mma.m16n8k16. The inputs of two tiles are dealt out so that a lane has 8 in a row of x, which it then reads at
 // once, without shared memory. A stage is 8 tiles along the inputs: a bitmap of the lane's 64 weights, then rows of one word
 // for each lane, with the kept weights of the first 4 tiles in its low half, in order, and those of the others in its high
-// half. So lanes that read at different places never meet in a bank of shared memory. A warp owns 16 outputs and a part of
-// the inputs, streams its stages through a ring in shared memory and expands them in registers. The parts and the blocks of
-// a cluster are summed in a fixed order.
+// half. So lanes that read at different places never meet in a bank of shared memory. A warp owns a part of the inputs and
+// one or two tiles of outputs, streams its stages through two buffers in shared memory and expands them in registers. The
+// warps and the blocks of a cluster are summed in a fixed order.
 
 #include <cooperative_groups.h>
 #include <cuda_bf16.h>
@@ -14,15 +14,22 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int TILES = 8, MAX_BUFFERS = 4, UNIT = 128;  // UNIT: bytes, one word of each lane
+constexpr int TILES = 8, UNIT = 128, BARRIER_BYTES = 512;  // UNIT: bytes, one word of each lane
 
 __device__ uint32_t address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
 __device__ void fetch(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+  if (bytes == 0) return;
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier)
                : "memory");
+}
+
+__device__ uint32_t word(uint32_t at) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at));
+  return value;
 }
 
 __device__ void wait(uint32_t barrier, uint32_t parity) {
@@ -53,104 +60,110 @@ __device__ void multiply(float (&sum)[4], const uint32_t (&w)[4], uint32_t x0, u
 }
 
 // N: tokens in eights, 1 or 2. PAIRS: a bit and a word for each two weights of which one is kept, instead of for each weight.
-// A block's W warps share `row_tiles` times 16 outputs.
-template <int N, bool PAIRS, int W>
+// The W warps of a block share its inputs; each multiplies its part with R tiles of 16 outputs, so that x is read once for R.
+template <int N, bool PAIRS, int W, int R>
 __global__ void __launch_bounds__(32 * W, 1)
 bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const __nv_bfloat16* __restrict__ x,
        const __nv_bfloat16* __restrict__ bias, __nv_bfloat16* __restrict__ y, int num_tokens, int num_outputs, int num_inputs,
-       int num_stages, int stage_bytes, int num_buffers, int row_tiles) {
+       int num_stages, int stage_bytes) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = gridDim.x, first = num_stages * blockIdx.x / blocks, count = num_stages * (blockIdx.x + 1) / blocks - first;
-  uint8_t* ring = shared + 8 * W * MAX_BUFFERS;
-  ring += size_t(warp) * num_buffers * stage_bytes;
-  const uint32_t barriers = address(shared) + 8 * MAX_BUFFERS * warp;
-  const int parts = W / row_tiles, row_tile = blockIdx.y * row_tiles + warp / parts, part = warp % parts;
-  const int mine = count * part / parts, num_mine = count * (part + 1) / parts - mine;  // stages, from the block's first
-  const bool active = row_tile * 16 < num_outputs;
-  const int start = active && lane <= num_mine ? starts[row_tile * num_stages + first + mine + lane] : 0;  // in units
-  auto request = [&](int i) {  // stage i into its buffer
-    const int from = __shfl_sync(~0u, start, i), to = __shfl_sync(~0u, start, i + 1), buffer = i % num_buffers;
-    if (lane == 0)
-      fetch(address(ring) + buffer * stage_bytes, data + size_t(from) * UNIT, (to - from) * UNIT, barriers + 8 * buffer);
-  };
-  if (active) {
-    if (lane < num_buffers) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * lane) : "memory");
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    __syncwarp();
-    for (int i = 0; i < min(num_buffers, num_mine); i++) request(i);
+  const int blocks = gridDim.x, part = blockIdx.x * W + warp, parts = blocks * W;
+  const int mine = num_stages * part / parts, num_mine = num_stages * (part + 1) / parts - mine;  // stages of this warp
+  const uint32_t buffers = address(shared) + BARRIER_BYTES + warp * 2 * stage_bytes, barriers = address(shared) + 16 * warp;
+  const int num_items = num_mine * R;  // item i: stage i / R of tile i % R
+  cudaGridDependencySynchronize();     // launched while the kernel before this one ends
+  int start = 0, stop = 0;             // in units, of item `lane`
+  if (lane < num_items && (blockIdx.y * R + lane % R) * 16 < num_outputs) {
+    const int* at = starts + (blockIdx.y * R + lane % R) * num_stages + mine + lane / R;
+    start = at[0], stop = at[1];
   }
+  auto request = [&](int i) {  // item i into its buffer
+    const int from = __shfl_sync(~0u, start, i), to = __shfl_sync(~0u, stop, i);
+    if (lane == 0) fetch(buffers + i % 2 * stage_bytes, data + size_t(from) * UNIT, (to - from) * UNIT, barriers + i % 2 * 8);
+  };
+  if (lane < 2) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barriers + 8 * lane) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  __syncwarp();
+  for (int i = 0; i < min(2, num_items); i++) request(i);
 
-  float sums[N][4] = {};
-  if (active) {
-    uint4 inputs[TILES / 2][N];  // of two tiles and 8 tokens each
-    auto load = [&](int stage, int pair) {
-      const int k = (first + mine + stage) * TILES * 16 + pair * 32 + lane % 4 * 8;
+  uint4 inputs[TILES / 2][N];  // of two tiles and 8 tokens each
+  auto load = [&](int stage, int pair) {
+    const int k = (mine + stage) * TILES * 16 + pair * 32 + lane % 4 * 8;
 #pragma unroll
-      for (int n = 0; n < N; n++) {
-        const int token = n * 8 + lane / 4;
-        inputs[pair][n] = make_uint4(0, 0, 0, 0);
-        if (token < num_tokens && k < num_inputs && stage < num_mine)
-          inputs[pair][n] = __ldg(reinterpret_cast<const uint4*>(x + size_t(token) * num_inputs + k));
-      }
-    };
+    for (int n = 0; n < N; n++) {
+      const int token = n * 8 + lane / 4;
+      inputs[pair][n] = make_uint4(0, 0, 0, 0);
+      if (token < num_tokens && k < num_inputs && stage < num_mine)
+        inputs[pair][n] = __ldg(reinterpret_cast<const uint4*>(x + size_t(token) * num_inputs + k));
+    }
+  };
 #pragma unroll
-    for (int pair = 0; pair < TILES / 2; pair++) load(0, pair);
-    for (int i = 0; i < num_mine; i++) {
-      const int buffer = i % num_buffers;
-      const uint8_t* stage = ring + buffer * stage_bytes;
-      wait(barriers + 8 * buffer, i / num_buffers % 2);
-      const uint32_t* bits = reinterpret_cast<const uint32_t*>(stage) + (PAIRS ? 1 : 2) * lane;
-      const uint32_t halves[2] = {bits[0], PAIRS ? 0 : bits[1]};
-      uint32_t at[2];
-      at[0] = address(stage) + (PAIRS ? 1 : 2) * UNIT + 4 * lane, at[1] = at[0] + 2;
+  for (int pair = 0; pair < TILES / 2; pair++) load(0, pair);
+  float sums[R][N][4] = {};
+  for (int i = 0; i < num_mine; i++) {
 #pragma unroll
-      for (int j = 0; j < TILES; j++) {
-        const int half = PAIRS ? 0 : j % 2, tile = PAIRS ? j : half * 4 + j / 2;
-        uint32_t w[4];
+    for (int row = 0; row < R; row++) {
+      const int item = i * R + row;
+      wait(barriers + item % 2 * 8, item / 2 % 2);
+      const uint32_t stage = buffers + item % 2 * stage_bytes;
+      if ((blockIdx.y * R + row) * 16 < num_outputs) {
+        const uint32_t bits = stage + (PAIRS ? 4 : 8) * lane;
+        const uint32_t halves[2] = {word(bits), PAIRS ? 0 : word(bits + 4)};
+        uint32_t at[2];
+        at[0] = stage + (PAIRS ? 1 : 2) * UNIT + 4 * lane, at[1] = at[0] + 2;
 #pragma unroll
-        for (int r = 0; r < 4; r++) {
-          if (PAIRS) {
-            w[r] = next<true>(halves[0], tile * 4 + r, at[0]);
-          } else {
-            const uint32_t low = next<false>(halves[half], j / 2 * 8 + 2 * r, at[half]);
-            const uint32_t high = next<false>(halves[half], j / 2 * 8 + 2 * r + 1, at[half]);
-            asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(w[r]) : "r"(high), "r"(low));  // not on the pipe that tests the bits
+        for (int j = 0; j < TILES; j++) {
+          const int half = PAIRS ? 0 : j % 2, tile = PAIRS ? j : half * 4 + j / 2;
+          uint32_t w[4];
+#pragma unroll
+          for (int r = 0; r < 4; r++) {
+            if (PAIRS) {
+              w[r] = next<true>(halves[0], tile * 4 + r, at[0]);
+            } else {
+              const uint32_t low = next<false>(halves[half], j / 2 * 8 + 2 * r, at[half]);
+              const uint32_t high = next<false>(halves[half], j / 2 * 8 + 2 * r + 1, at[half]);
+              asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(w[r]) : "r"(high), "r"(low));  // not on the pipe that tests the bits
+            }
           }
-        }
 #pragma unroll
-        for (int n = 0; n < N; n++) {
-          const uint4 part = inputs[tile / 2][n];
-          if (tile % 2) multiply(sums[n], w, part.z, part.w);
-          else multiply(sums[n], w, part.x, part.y);
-        }
-        if (PAIRS ? j % 2 : j % 4 == 3) {  // the next stage's, while this one's are expanded
-          if (!PAIRS) load(i + 1, tile / 2 - 2);
-          load(i + 1, tile / 2);
+          for (int n = 0; n < N; n++) {
+            const uint4 some = inputs[tile / 2][n];
+            if (tile % 2) multiply(sums[row][n], w, some.z, some.w);
+            else multiply(sums[row][n], w, some.x, some.y);
+          }
+          if (row == R - 1 && (PAIRS ? j % 2 : j % 4 == 3)) {  // the next stage's, while this one's are expanded
+            if (!PAIRS) load(i + 1, tile / 2 - 2);
+            load(i + 1, tile / 2);
+          }
         }
       }
       __syncwarp();
-      if (i + num_buffers < num_mine) request(i + num_buffers);
+      if (item + 2 < num_items) request(item + 2);
     }
   }
 
   __syncthreads();
   cg::cluster_group cluster = cg::this_cluster();
-  float* partial = reinterpret_cast<float*>(shared + 8 * W * MAX_BUFFERS);  // [part][token][output]
-  const int num_own = 16 * row_tiles;  // outputs of the block
+  float* partial = reinterpret_cast<float*>(shared + BARRIER_BYTES);  // [warp][token][output]
+  constexpr int OWN = 16 * R;                                         // outputs of the block
 #pragma unroll
-  for (int n = 0; n < N; n++)
+  for (int row = 0; row < R; row++)
 #pragma unroll
-    for (int j = 0; j < 4; j++)
-      partial[(part * 8 * N + n * 8 + lane % 4 * 2 + j % 2) * num_own + warp / parts * 16 + lane / 4 + j / 2 * 8] = sums[n][j];
+    for (int n = 0; n < N; n++)
+#pragma unroll
+      for (int j = 0; j < 4; j++)
+        partial[(warp * 8 * N + n * 8 + lane % 4 * 2 + j % 2) * OWN + row * 16 + lane / 4 + j / 2 * 8] = sums[row][n][j];
   if (blocks > 1) cluster.sync();
   else __syncthreads();
-  for (int j = threadIdx.x + 32 * W * blockIdx.x; j < num_tokens * num_own; j += 32 * W * blocks) {
-    const int token = j / num_own, output = blockIdx.y * num_own + j % num_own;
+  for (int j = threadIdx.x + 32 * W * blockIdx.x; j < num_tokens * OWN; j += 32 * W * blocks) {
+    const int token = j / OWN, output = blockIdx.y * OWN + j % OWN;
     float sum = 0;
+    for (int block = 0; block < blocks; block++) {
+      const float* from = blocks > 1 ? cluster.map_shared_rank(partial, block) : partial;
 #pragma unroll 4
-    for (int i = 0; i < blocks * parts; i++)
-      sum += (blocks > 1 ? cluster.map_shared_rank(partial, i / parts) : partial)[i % parts * 8 * N * num_own + j];
+      for (int i = 0; i < W; i++) sum += from[i * 8 * N * OWN + j];
+    }
     if (output < num_outputs) {
       if (bias) sum += static_cast<float>(bias[output]);
       y[size_t(token) * num_outputs + output] = __float2bfloat16(sum);
@@ -159,36 +172,42 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
   if (blocks > 1) cluster.sync();  // nobody leaves while others read its sums
 }
 
-template <int N, bool PAIRS, int W>
+template <int N, bool PAIRS, int W, int R>
 int launch(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens, int num_outputs,
-           int num_inputs, int num_stages, int stage_bytes, int num_buffers, int shared_bytes, int cluster,
-           int row_tiles, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS, W>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+           int num_inputs, int num_stages, int stage_bytes, int shared_bytes, int cluster, cudaStream_t stream) {
+  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS, W, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(cluster, (num_outputs + 16 * row_tiles - 1) / (16 * row_tiles));
+  config.gridDim = dim3(cluster, (num_outputs + 16 * R - 1) / (16 * R));
   config.blockDim = dim3(32 * W);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS, W>, starts, static_cast<const uint8_t*>(data),
+  cudaLaunchAttribute attributes[2];
+  attributes[0].id = cudaLaunchAttributeClusterDimension;
+  attributes[0].val.clusterDim.x = cluster;
+  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = attributes;
+  config.numAttrs = 2;
+  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS, W, R>, starts, static_cast<const uint8_t*>(data),
                             static_cast<const __nv_bfloat16*>(x), static_cast<const __nv_bfloat16*>(bias),
-                            static_cast<__nv_bfloat16*>(y), num_tokens, num_outputs, num_inputs, num_stages, stage_bytes,
-                            num_buffers, row_tiles);
+                            static_cast<__nv_bfloat16*>(y), num_tokens, num_outputs, num_inputs, num_stages, stage_bytes);
 }
 
-// 0, or a cudaError. At most 16 tokens and 31 stages per warp; `row_tiles` divides the warps of a block.
+template <int N, bool PAIRS, int W>
+auto launcher(int row_tiles) {
+  return row_tiles == 1 ? launch<N, PAIRS, W, 1> : launch<N, PAIRS, W, 2>;
+}
+
+// 0, or a cudaError. At most 16 tokens; 1 or 2 tiles of 16 outputs for a warp, which has at most 32 / row_tiles stages.
 extern "C" int bitmap_linear(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens,
-                             int num_outputs, int num_inputs, int num_stages, int stage_bytes, int num_buffers,
-                             int shared_bytes, int cluster, int row_tiles, int pairs, void* stream) {
-  auto run = num_tokens <= 8 ? (pairs ? launch<1, true, 24> : launch<1, false, 24>) : (pairs ? launch<2, true, 16> : launch<2, false, 16>);
-  return run(starts, data, x, bias, y, num_tokens, num_outputs, num_inputs, num_stages, stage_bytes, num_buffers, shared_bytes,
-             cluster, row_tiles, static_cast<cudaStream_t>(stream));
+                             int num_outputs, int num_inputs, int num_stages, int stage_bytes, int shared_bytes,
+                             int cluster, int row_tiles, int pairs, void* stream) {
+  auto run = num_tokens <= 8 ? (pairs ? launcher<1, true, 24>(row_tiles) : launcher<1, false, 24>(row_tiles))
+                             : (pairs ? launcher<2, true, 20>(row_tiles) : launcher<2, false, 20>(row_tiles));
+  return run(starts, data, x, bias, y, num_tokens, num_outputs, num_inputs, num_stages, stage_bytes, shared_bytes,
+             cluster, static_cast<cudaStream_t>(stream));
 }
 
 extern "C" const char* bitmap_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -6,7 +6,6 @@ bitmap and the kept ones, in as many rows of a word for each lane as the fullest
 
 import ctypes
 import functools
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,14 +16,16 @@ from raysearch.kernels.compiled import HOPPER_NVCC, build
 from raysearch.kernels.weight import SparseWeight, pack_bits
 
 MAX_TOKENS = 16
-VARIANTS = ((1, 2), (1, 1), (2, 4), (2, 2), (1, 4))
-"""(blocks of a cluster, which share the inputs; tiles of 16 outputs in a block)."""
-SHARED_BYTES = 227 * 1024
-BARRIER_BYTES = 768
+VARIANTS = ((1, 2), (1, 1), (2, 2))
+"""(blocks of a cluster, whose warps share the inputs; tiles of 16 outputs of each warp)."""
+BARRIER_BYTES = 512
+BUFFERS = 2
+"""Of each warp, in shared memory, where later its sums of two tiles lie; with more of them the weights that are on their way
+hold up the inputs. A stage has 34 units at most, so 24 warps have room."""
 UNIT = 128
 STAGE_INPUTS = 128
-MAX_STAGES = 31
-"""Of a warp: a lane knows where one of them begins."""
+MAX_ITEMS = 32
+"""Of a warp, a stage of one tile each: a lane knows where one of them lies."""
 PAIRS_BELOW = 0.4
 """Density below which a bit stands for two weights, which takes more bytes and half of the instructions."""
 
@@ -47,7 +48,7 @@ class BitmapPacked(NamedTuple):
 def library() -> ctypes.CDLL:
     """The compiled kernel; OSError without nvcc."""
     lib = build(Path(__file__).with_name("bitmap.cu"), HOPPER_NVCC)
-    lib.bitmap_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 10 + [ctypes.c_void_p]
+    lib.bitmap_linear.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int] * 9 + [ctypes.c_void_p]
     lib.bitmap_error.restype = ctypes.c_char_p
     return lib
 
@@ -87,25 +88,15 @@ def _pack_rows(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
 
 
 def fits_bitmap(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, variant: tuple[int, int]) -> bool:
-    """Whether the kernel takes the weight and so many tokens with this variant; a very uneven mask may yet be refused."""
-    num_stages, num_parts = -(-weight.shape[1] // STAGE_INPUTS), variant[0] * _warps(num_tokens) // variant[1]
-    items = 32 * weight.density
-    units = 2 + min(32, math.ceil(items + 3 * (items * (1 - weight.density)) ** 0.5))
+    """Whether the kernel takes the weight and so many tokens with this variant."""
+    num_stages, num_warps = -(-weight.shape[1] // STAGE_INPUTS), variant[0] * _warps(num_tokens)
     return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
-            and variant[0] <= num_stages <= num_parts * MAX_STAGES
-            and _shared(units, num_tokens)[0] >= 2)
+            and num_stages <= num_warps * (MAX_ITEMS // variant[1]))
 
 
 def _warps(num_tokens: int) -> int:
     """Of a block; with two planes of tokens a warp needs more registers."""
-    return 24 if num_tokens <= 8 else 16
-
-
-def _shared(stage_units: int, num_tokens: int) -> tuple[int, int]:
-    """(buffers of each warp, bytes of shared memory)."""
-    stage = stage_units * UNIT * _warps(num_tokens)
-    num_buffers = min(4, (SHARED_BYTES - BARRIER_BYTES) // stage)
-    return num_buffers, BARRIER_BYTES + max(num_buffers * stage, MAX_TOKENS * 16 * 16 * 4)
+    return 24 if num_tokens <= 8 else 20
 
 
 def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant: tuple[int, int]) -> Tensor:
@@ -113,14 +104,10 @@ def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant:
     if len(x) > MAX_TOKENS:
         raise ValueError(f"the bitmap kernel takes at most {MAX_TOKENS} tokens, got {len(x)}; use another backend for them")
     x, y = x.contiguous(), torch.empty(len(x), packed.shape[0], dtype=x.dtype, device=x.device)
-    num_stages = -(-packed.shape[1] // STAGE_INPUTS)
-    num_buffers, shared_bytes = _shared(packed.stage_units, len(x))
-    if num_buffers < 2:
-        raise RuntimeError(f"the bitmap kernel has no room for stages of {packed.stage_units * UNIT} bytes; the mask is too "
-                           "uneven or too dense")
     error = library().bitmap_linear(
         packed.starts.data_ptr(), packed.data.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
-        y.data_ptr(), len(x), *packed.shape, num_stages, packed.stage_units * UNIT, num_buffers, shared_bytes, *variant,
+        y.data_ptr(), len(x), *packed.shape, -(-packed.shape[1] // STAGE_INPUTS), packed.stage_units * UNIT,
+        BARRIER_BYTES + _warps(len(x)) * max(BUFFERS * packed.stage_units * UNIT, 2 * 16 * MAX_TOKENS * 4), *variant,
         packed.pairs, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the bitmap kernel was not launched: {library().bitmap_error(error).decode()}")

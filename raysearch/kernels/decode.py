@@ -18,15 +18,22 @@ from torch import Tensor
 from raysearch.kernels.compiled import HOPPER_NVCC, build
 from raysearch.kernels.weight import SparseWeight
 
-MAX_TOKENS = 16
-MAX_INPUTS = 65536
+MAX_TOKENS = 8
+MAX_INPUTS = 57_344
+"""A slot is told in 16 bits."""
 CLUSTERS = (1, 2, 4, 8)
 """Blocks that share the inputs of the same outputs: the variants to try."""
-CHUNK = 6144
-"""Most inputs of a chunk: with 16 tokens they take 192 KiB of shared memory."""
+CHUNK = 12_288
+"""Most inputs of a chunk: with 8 tokens they take 216 KiB of shared memory."""
 SHARED_BYTES = 227 * 1024
-GAP = 36
+SLOTS = 9
+"""Of 8 inputs in shared memory, so that lanes which write 8 inputs each write to different banks."""
+MAX_OFFSET = 255
+GAP = 31
 """Most inputs from one entry of a list to the next: 7 gaps then fit into a byte. A zero weight stands between others."""
+NOWHERE = SLOTS << 20
+MAX_WINDOW = 8
+"""Most octets whose entries may change places."""
 
 
 class DecodePacked(NamedTuple):
@@ -68,7 +75,7 @@ def fits_decode(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, clust
     bytes_per_input = 4 if num_tokens == 1 else 2 * (1 << (num_tokens - 1).bit_length())
     return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
             and weight.shape[1] <= MAX_INPUTS and number % cluster == 0
-            and number // cluster * chunk * bytes_per_input <= SHARED_BYTES)
+            and number // cluster * chunk // 8 * SLOTS * bytes_per_input <= SHARED_BYTES)
 
 
 def pack_decode(weight: SparseWeight, device: torch.device | str) -> DecodePacked:
@@ -96,18 +103,19 @@ def pack_decode(weight: SparseWeight, device: torch.device | str) -> DecodePacke
     counts = torch.bincount(lists, minlength=num_groups * 32).view(num_groups, 32)
     octets = (counts.amax(dim=1) + 7) // 8
     starts = _before(octets)
-    rank = torch.arange(len(lists), device=rows.device) - _before(counts.view(-1))[lists]
-    lane, octet = lists % 32, starts[lists // 32] + rank // 8
-    cell = octet * 32 + lane  # of the bases
-    bases = (torch.arange(num_groups, device=rows.device) % num_chunks * chunk).repeat_interleave(octets * 32)
-    bases[cell[rank % 8 == 0]] = columns[rank % 8 == 0]
-    where = cell * 8 + _spread(cell, (columns - lane) % 8)
-    shape = (int(starts[-1]), 32, 8)
-    packed = torch.zeros(shape, dtype=values.dtype, device=rows.device)
-    offsets = torch.zeros(shape, dtype=torch.uint8, device=rows.device)
-    packed.view(-1)[where] = values
-    offsets.view(-1)[where] = (columns - bases[cell]).to(torch.uint8)
-    return DecodePacked(weight.shape, chunk, starts.int(), packed, offsets, bases.to(torch.int16).view(shape[:2]))
+    slots = columns // 8 * SLOTS + columns % 8
+    cells = _cells(lists, slots, _before(counts.view(-1)), starts, min(MAX_WINDOW, max(1, round(20 * weight.density))))
+    packed, where = values.new_zeros(int(starts[-1]) * 256), slots.new_full((int(starts[-1]) * 256,), NOWHERE)
+    packed[cells], where[cells] = values, slots
+    where = where.view(-1, 32, 8)
+    chunk_slots = torch.arange(num_groups, device=rows.device) % num_chunks * (chunk // 8 * SLOTS)
+    bases = where.amin(dim=2) // SLOTS * SLOTS
+    bases = torch.where(bases < NOWHERE, bases, chunk_slots.repeat_interleave(octets)[:, None])
+    # a cell without an entry reads a slot that its neighbours do not want
+    wanted = torch.arange(32, device=rows.device)[:, None] + torch.arange(8, device=rows.device)
+    offsets = torch.where(where < NOWHERE, where - bases[..., None], (wanted - bases[..., None]) % 8)
+    return DecodePacked(weight.shape, chunk, starts.int(), packed.view(where.shape), offsets.to(torch.uint8),
+                        bases.to(torch.int16))
 
 
 def decode_linear(x: Tensor, packed: DecodePacked, bias: Tensor | None, cluster: int) -> Tensor:
@@ -124,16 +132,38 @@ def decode_linear(x: Tensor, packed: DecodePacked, bias: Tensor | None, cluster:
     return y
 
 
-def _spread(octets: Tensor, preferred: Tensor) -> Tensor:
-    """Places 0 to 7 within the octets [n], all different within one: the preferred one where nobody took it before."""
-    first = _ranks(octets * 8 + preferred) == 0
-    taken = torch.zeros(int(octets.max()) + 1 if len(octets) else 0, 8, dtype=torch.bool, device=octets.device)
-    taken[octets[first], preferred[first]] = True
-    free = taken.byte().argsort(dim=1, stable=True)  # [octets, 8], the free places first
-    rest = ~first
-    place = preferred.clone()
-    place[rest] = free[octets[rest], _ranks(octets[rest])]
-    return place
+def _cells(lists: Tensor, slots: Tensor, firsts: Tensor, starts: Tensor, window: int) -> Tensor:
+    """[E] where each entry goes among the cells [octets, 32 lanes, 8 places].
+
+    Entries of a list change places within `window` octets as long as a byte tells them apart, so that lane l has at place p
+    a slot s with (s - l) mod 8 = p, if there is one: 8 lanes that read 16 bytes each then read different banks. lists and
+    slots [E], ordered; firsts [lists + 1] entries, starts [groups + 1] octets.
+    """
+    ranks = torch.arange(len(lists), device=lists.device) - firsts[lists]
+    group, lane = lists // 32, lists % 32
+    own = starts[group] + ranks // 8  # the octet that an entry is in before
+    first = starts[group] + ranks // (8 * window) * window  # of the window
+    heads = torch.arange(int(starts[-1]), device=lists.device)
+    group_of = torch.repeat_interleave(torch.arange(len(starts) - 1, device=lists.device), starts.diff())
+    heads = starts[group_of] + (heads - starts[group_of]) // window * window
+    begin = heads[:, None].repeat(1, 32)  # [octets, 32] the first octet of the window that a cell is in
+    low, high = torch.full_like(begin, 1 << 40).view(-1), torch.zeros_like(begin).view(-1)
+    low = low.scatter_reduce(0, first * 32 + lane, slots // SLOTS * SLOTS, "amin")
+    high = high.scatter_reduce(0, first * 32 + lane, slots, "amax")
+    wide = (high - low > MAX_OFFSET)[begin * 32 + torch.arange(32, device=lists.device)]  # these stay in their octets
+    begin = torch.where(wide, torch.arange(len(begin), device=lists.device)[:, None], begin)
+    first = begin[own, lane]
+    last = torch.where(wide[own, lane], first + 1, torch.minimum(first + window, starts[group + 1]))
+    key, place = first * 32 + lane, (slots - lane) % 8
+    octet = first + _ranks(key * 8 + place)
+    cells = (octet * 32 + lane) * 8 + place
+    rest = (octet >= last).nonzero()[:, 0]
+    taken = torch.zeros(len(begin) * 256, dtype=torch.bool, device=lists.device)
+    taken[cells[octet < last]] = True
+    free = (~taken).nonzero()[:, 0]
+    free_keys, order = (begin.view(-1)[free // 8] * 32 + free // 8 % 32).sort(stable=True)
+    cells[rest] = free[order[torch.searchsorted(free_keys, key[rest]) + _ranks(key[rest])]]
+    return cells
 
 
 def _before(counts: Tensor) -> Tensor:

@@ -67,7 +67,9 @@ def test_the_decode_layout_holds_the_weight(shape: tuple[int, int], sparsity: fl
     packed = decode.pack_decode(compress(dense, mask), "cpu")
     num_chunks, chunk = decode.chunks(shape[1])
     groups = torch.repeat_interleave(torch.arange(len(packed.starts) - 1), packed.starts.diff().long())
-    columns = (packed.bases.int() & 0xFFFF)[..., None] + packed.offsets.int()  # [octets, 32, 8]
+    slots = (packed.bases.int() & 0xFFFF)[..., None] + packed.offsets.int()  # [octets, 32, 8]
+    assert (slots % decode.SLOTS < 8).all()  # the ninth holds nothing
+    columns = slots // decode.SLOTS * 8 + slots % decode.SLOTS
     first = (groups % num_chunks * chunk)[:, None, None]
     assert ((columns >= first) & (columns < first + chunk)).all()  # no lane reads beyond its block's inputs
     rows = ((groups // num_chunks * 32)[:, None, None] + torch.arange(32)[:, None]).expand_as(columns)
