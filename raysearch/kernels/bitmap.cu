@@ -14,7 +14,7 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int TILES = 8, UNIT = 128, BARRIER_BYTES = 512;  // UNIT: bytes, one word of each lane
+constexpr int WARPS = 20, TILES = 8, UNIT = 128, BARRIER_BYTES = 512;  // UNIT: bytes, one word of each lane
 
 __device__ uint32_t address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
@@ -60,25 +60,26 @@ __device__ void multiply(float (&sum)[4], const uint32_t (&w)[4], uint32_t x0, u
 }
 
 // N: tokens in eights, 1 or 2. PAIRS: a bit and a word for each two weights of which one is kept, instead of for each weight.
-// The W warps of a block share its inputs; each multiplies its part with R tiles of 16 outputs, so that x is read once for R.
-template <int N, bool PAIRS, int W, int R>
-__global__ void __launch_bounds__(32 * W, 1)
+// The warps of a block share its inputs; each multiplies its part with R tiles of 16 outputs, so that x is read once for R.
+template <int N, bool PAIRS, int R>
+__global__ void __launch_bounds__(32 * WARPS, 1)
 bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const __nv_bfloat16* __restrict__ x,
        const __nv_bfloat16* __restrict__ bias, __nv_bfloat16* __restrict__ y, int num_tokens, int num_outputs, int num_inputs,
        int num_stages, int stage_bytes) {
   extern __shared__ __align__(128) uint8_t shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int blocks = gridDim.x, part = blockIdx.x * W + warp, parts = blocks * W;
-  const int mine = num_stages * part / parts, num_mine = num_stages * (part + 1) / parts - mine;  // stages of this warp
+  const int blocks = gridDim.x, part = blockIdx.x * WARPS + warp, parts = blocks * WARPS;
+  // item i: stage i / R of tile i % R
+  const int first = num_stages * R * part / parts, num_items = num_stages * R * (part + 1) / parts - first;
   const uint32_t buffers = address(shared) + BARRIER_BYTES + warp * 2 * stage_bytes, barriers = address(shared) + 16 * warp;
-  const int num_items = num_mine * R;  // item i: stage i / R of tile i % R
-  cudaGridDependencySynchronize();     // launched while the kernel before this one ends
-  int start = 0, stop = 0;             // in units, of item `lane`
-  if (lane < num_items && (blockIdx.y * R + lane % R) * 16 < num_outputs) {
-    const int* at = starts + (blockIdx.y * R + lane % R) * num_stages + mine + lane / R;
+  cudaGridDependencySynchronize();  // launched while the kernel before this one ends
+  int start = 0, stop = 0;          // in units, of the warp's item `lane`
+  const int own_tile = blockIdx.y * R + (first + lane) % R;
+  if (lane < num_items && own_tile * 16 < num_outputs) {
+    const int* at = starts + own_tile * num_stages + (first + lane) / R;
     start = at[0], stop = at[1];
   }
-  auto request = [&](int i) {  // item i into its buffer
+  auto request = [&](int i) {  // the warp's item i into its buffer
     const int from = __shfl_sync(~0u, start, i), to = __shfl_sync(~0u, stop, i);
     if (lane == 0) fetch(buffers + i % 2 * stage_bytes, data + size_t(from) * UNIT, (to - from) * UNIT, barriers + i % 2 * 8);
   };
@@ -89,22 +90,23 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
 
   uint4 inputs[TILES / 2][N];  // of two tiles and 8 tokens each
   auto load = [&](int stage, int pair) {
-    const int k = (mine + stage) * TILES * 16 + pair * 32 + lane % 4 * 8;
+    const int k = stage * TILES * 16 + pair * 32 + lane % 4 * 8;
 #pragma unroll
     for (int n = 0; n < N; n++) {
       const int token = n * 8 + lane / 4;
       inputs[pair][n] = make_uint4(0, 0, 0, 0);
-      if (token < num_tokens && k < num_inputs && stage < num_mine)
+      if (token < num_tokens && k < num_inputs && stage * R < first + num_items)
         inputs[pair][n] = __ldg(reinterpret_cast<const uint4*>(x + size_t(token) * num_inputs + k));
     }
   };
 #pragma unroll
-  for (int pair = 0; pair < TILES / 2; pair++) load(0, pair);
+  for (int pair = 0; pair < TILES / 2; pair++) load(first / R, pair);
   float sums[R][N][4] = {};
-  for (int i = 0; i < num_mine; i++) {
+  for (int i = first / R; i * R < first + num_items; i++) {
 #pragma unroll
     for (int row = 0; row < R; row++) {
-      const int item = i * R + row;
+      const int item = i * R + row - first;
+      if (item < 0 || item >= num_items) continue;
       wait(barriers + item % 2 * 8, item / 2 % 2);
       const uint32_t stage = buffers + item % 2 * stage_bytes;
       if ((blockIdx.y * R + row) * 16 < num_outputs) {
@@ -156,13 +158,13 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
         partial[(warp * 8 * N + n * 8 + lane % 4 * 2 + j % 2) * OWN + row * 16 + lane / 4 + j / 2 * 8] = sums[row][n][j];
   if (blocks > 1) cluster.sync();
   else __syncthreads();
-  for (int j = threadIdx.x + 32 * W * blockIdx.x; j < num_tokens * OWN; j += 32 * W * blocks) {
+  for (int j = threadIdx.x + 32 * WARPS * blockIdx.x; j < num_tokens * OWN; j += 32 * WARPS * blocks) {
     const int token = j / OWN, output = blockIdx.y * OWN + j % OWN;
     float sum = 0;
     for (int block = 0; block < blocks; block++) {
       const float* from = blocks > 1 ? cluster.map_shared_rank(partial, block) : partial;
 #pragma unroll 4
-      for (int i = 0; i < W; i++) sum += from[i * 8 * N * OWN + j];
+      for (int i = 0; i < WARPS; i++) sum += from[i * 8 * N * OWN + j];
     }
     if (output < num_outputs) {
       if (bias) sum += static_cast<float>(bias[output]);
@@ -172,14 +174,14 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
   if (blocks > 1) cluster.sync();  // nobody leaves while others read its sums
 }
 
-template <int N, bool PAIRS, int W, int R>
+template <int N, bool PAIRS, int R>
 int launch(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens, int num_outputs,
            int num_inputs, int num_stages, int stage_bytes, int shared_bytes, int cluster, cudaStream_t stream) {
-  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS, W, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  cudaError_t error = cudaFuncSetAttribute(bitmap<N, PAIRS, R>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(cluster, (num_outputs + 16 * R - 1) / (16 * R));
-  config.blockDim = dim3(32 * W);
+  config.blockDim = dim3(32 * WARPS);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
@@ -190,24 +192,21 @@ int launch(const int* starts, const void* data, const void* x, const void* bias,
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
   config.numAttrs = 2;
-  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS, W, R>, starts, static_cast<const uint8_t*>(data),
+  return cudaLaunchKernelEx(&config, bitmap<N, PAIRS, R>, starts, static_cast<const uint8_t*>(data),
                             static_cast<const __nv_bfloat16*>(x), static_cast<const __nv_bfloat16*>(bias),
                             static_cast<__nv_bfloat16*>(y), num_tokens, num_outputs, num_inputs, num_stages, stage_bytes);
 }
 
-template <int N, bool PAIRS, int W>
-auto launcher(int row_tiles) {
-  return row_tiles == 1 ? launch<N, PAIRS, W, 1> : launch<N, PAIRS, W, 2>;
-}
-
-// 0, or a cudaError. At most 16 tokens; 1 or 2 tiles of 16 outputs for a warp, which has at most 32 / row_tiles stages.
+// 0, or a cudaError. At most 16 tokens; 1 or 2 row tiles, and at most 32 items for each warp.
 extern "C" int bitmap_linear(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens,
                              int num_outputs, int num_inputs, int num_stages, int stage_bytes, int shared_bytes,
                              int cluster, int row_tiles, int pairs, void* stream) {
-  auto run = num_tokens <= 8 ? (pairs ? launcher<1, true, 24>(row_tiles) : launcher<1, false, 24>(row_tiles))
-                             : (pairs ? launcher<2, true, 20>(row_tiles) : launcher<2, false, 20>(row_tiles));
-  return run(starts, data, x, bias, y, num_tokens, num_outputs, num_inputs, num_stages, stage_bytes, shared_bytes,
-             cluster, static_cast<cudaStream_t>(stream));
+  using Launch = decltype(&launch<1, true, 1>);
+  const Launch launches[2][2][2] = {{{launch<1, false, 1>, launch<1, false, 2>}, {launch<1, true, 1>, launch<1, true, 2>}},
+                                    {{launch<2, false, 1>, launch<2, false, 2>}, {launch<2, true, 1>, launch<2, true, 2>}}};
+  return launches[num_tokens > 8][pairs != 0][row_tiles == 2](starts, data, x, bias, y, num_tokens, num_outputs, num_inputs,
+                                                              num_stages, stage_bytes, shared_bytes, cluster,
+                                                              static_cast<cudaStream_t>(stream));
 }
 
 extern "C" const char* bitmap_error(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

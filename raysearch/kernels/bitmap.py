@@ -18,10 +18,12 @@ from raysearch.kernels.weight import SparseWeight, pack_bits
 MAX_TOKENS = 16
 VARIANTS = ((1, 2), (1, 1), (2, 2))
 """(blocks of a cluster, whose warps share the inputs; tiles of 16 outputs of each warp)."""
+WARPS = 20
+"""Of a block."""
 BARRIER_BYTES = 512
 BUFFERS = 2
 """Of each warp, in shared memory, where later its sums of two tiles lie; with more of them the weights that are on their way
-hold up the inputs. A stage has 34 units at most, so 24 warps have room."""
+hold up the inputs. A stage has 34 units at most, so all warps have room."""
 UNIT = 128
 STAGE_INPUTS = 128
 MAX_ITEMS = 32
@@ -89,14 +91,9 @@ def _pack_rows(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
 
 def fits_bitmap(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, variant: tuple[int, int]) -> bool:
     """Whether the kernel takes the weight and so many tokens with this variant."""
-    num_stages, num_warps = -(-weight.shape[1] // STAGE_INPUTS), variant[0] * _warps(num_tokens)
+    num_items = -(-weight.shape[1] // STAGE_INPUTS) * variant[1]
     return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
-            and num_stages <= num_warps * (MAX_ITEMS // variant[1]))
-
-
-def _warps(num_tokens: int) -> int:
-    """Of a block; with two planes of tokens a warp needs more registers."""
-    return 24 if num_tokens <= 8 else 20
+            and num_items <= variant[0] * WARPS * MAX_ITEMS)
 
 
 def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant: tuple[int, int]) -> Tensor:
@@ -107,7 +104,7 @@ def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant:
     error = library().bitmap_linear(
         packed.starts.data_ptr(), packed.data.data_ptr(), x.data_ptr(), None if bias is None else bias.data_ptr(),
         y.data_ptr(), len(x), *packed.shape, -(-packed.shape[1] // STAGE_INPUTS), packed.stage_units * UNIT,
-        BARRIER_BYTES + _warps(len(x)) * max(BUFFERS * packed.stage_units * UNIT, 2 * 16 * MAX_TOKENS * 4), *variant,
+        BARRIER_BYTES + WARPS * max(BUFFERS * packed.stage_units * UNIT, 2 * 16 * MAX_TOKENS * 4), *variant,
         packed.pairs, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"the bitmap kernel was not launched: {library().bitmap_error(error).decode()}")
