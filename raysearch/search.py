@@ -459,6 +459,7 @@ class Progress:
     def __init__(self, ledger: Ledger, study: Study, root_key: str, echo: Callable[[str], None]) -> None:
         self.ledger, self.study, self.root_key, self.echo = ledger, study, root_key, echo
         self.began = time.monotonic()
+        self._gangs_ready_s: float | None = None
         self.count = {"running": 0, "done": 0, "stopped": 0, "failed": 0}
         for trial in ledger.trials():
             self.count[trial.status] += trial.status != "running"
@@ -488,8 +489,11 @@ class Progress:
         ended = self.count["done"] + self.count["stopped"] + self.count["failed"]
         elapsed = time.monotonic() - self.began
         left = ""
-        if ended > self._before:
-            left = f", about {elapsed / (ended - self._before) * max(0, self.study.num_trials - ended):.0f} s left"
+        if self._gangs_ready_s is None:
+            self._gangs_ready_s = elapsed
+        elif ended > self._before:
+            to_do = max(0, self.study.num_trials - ended - self.count["running"] / 2)  # what runs is half done
+            left = f", about {(elapsed - self._gangs_ready_s) / (ended - self._before) * to_do:.0f} s left"
         counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
         self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "
                   f"{self.study.num_trials}{left}")
