@@ -63,6 +63,17 @@ def watched(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, stories:
     return Watched(folder, Ledger.open(folder / "study"), out, seen)
 
 
+def test_the_time_left_counts_from_the_first_line(watched: Watched) -> None:
+    pattern = r"\[ *(\d+) s\] .* (\d+) running, (\d+) done, (\d+) stopped, (\d+) failed of 3(?:, about (\d+) s left)?$"
+    found = [re.match(pattern, line) for line in watched.out.splitlines()]
+    lines = [[int(number or -1) for number in line.groups()] for line in found if line]
+    told = [line for line in lines if line[5] >= 0]
+    assert told
+    for elapsed_s, running, done, _, _, left_s in told:
+        expected_s = (elapsed_s - lines[0][0]) / done * (3 - done - running / 2)
+        assert abs(left_s - expected_s) <= 3.5  # the seconds of two lines are rounded
+
+
 def test_a_study_is_whole_and_found_finished(watched: Watched) -> None:
     check_whole(watched.folder, 3)
     assert "trial 1 failed: round 1" in watched.out
