@@ -197,10 +197,11 @@ int launch(const int* starts, const void* data, const void* x, const void* bias,
                             static_cast<__nv_bfloat16*>(y), num_tokens, num_outputs, num_inputs, num_stages, stage_bytes);
 }
 
-// 0, or a cudaError. At most 16 tokens; 1 or 2 row tiles, and at most 32 items for each warp.
+// 0, or a cudaError. At most 16 tokens and 32 items for each warp; 1 or 2 row tiles, which divide the tiles of outputs.
 extern "C" int bitmap_linear(const int* starts, const void* data, const void* x, const void* bias, void* y, int num_tokens,
                              int num_outputs, int num_inputs, int num_stages, int stage_bytes, int shared_bytes,
                              int cluster, int row_tiles, int pairs, void* stream) {
+  if ((num_outputs + 15) / 16 % row_tiles) return cudaErrorInvalidValue;
   using Launch = decltype(&launch<1, true, 1>);
   const Launch launches[2][2][2] = {{{launch<1, false, 1>, launch<1, false, 2>}, {launch<1, true, 1>, launch<1, true, 2>}},
                                     {{launch<2, false, 1>, launch<2, false, 2>}, {launch<2, true, 1>, launch<2, true, 2>}}};

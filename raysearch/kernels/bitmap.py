@@ -91,9 +91,9 @@ def _pack_rows(rows: Tensor, pairs: bool) -> tuple[Tensor, Tensor]:
 
 def fits_bitmap(weight: SparseWeight, dtype: torch.dtype, num_tokens: int, variant: tuple[int, int]) -> bool:
     """Whether the kernel takes the weight and so many tokens with this variant."""
-    num_items = -(-weight.shape[1] // STAGE_INPUTS) * variant[1]
+    num_tiles, num_items = -(-weight.shape[0] // 16), -(-weight.shape[1] // STAGE_INPUTS) * variant[1]
     return (weight.block == 1 and dtype == torch.bfloat16 and 0 < num_tokens <= MAX_TOKENS and weight.shape[1] % 8 == 0
-            and num_items <= variant[0] * WARPS * MAX_ITEMS)
+            and num_tiles % variant[1] == 0 and num_items <= variant[0] * WARPS * MAX_ITEMS)
 
 
 def bitmap_linear(x: Tensor, packed: BitmapPacked, bias: Tensor | None, variant: tuple[int, int]) -> Tensor:

@@ -13,6 +13,8 @@ from raysearch.kernels.weight import compress
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
                                                                                 reason="needs a CUDA device")])]
+LARGE = [(512, 1024), (80, 11008), (96, 11008)]
+"""Of weights on a GPU: more inputs than a block's threads or warps take at once, an odd and an even number of 16 outputs."""
 PATTERNS = [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 32), ("block", 64), ("block", 128)]
 
 
@@ -22,7 +24,7 @@ PATTERNS = [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 32), ("blo
 def test_products(device: str, pattern: str, block: int, dtype: torch.dtype) -> None:
     num_runs = 0
     torch.manual_seed(1)
-    for shape in [*SHAPES, (512, 1024)] if device == "cuda" else SHAPES:
+    for shape in [*SHAPES, *LARGE] if device == "cuda" else SHAPES:
         for sparsity in (0.0, 0.5, 0.95, 1.1):  # nothing, some, much and everything pruned
             mask = mask_of(pattern, block, shape, sparsity).to(device)
             dense = torch.where(mask, torch.randn(shape, device=device), 0).to(dtype)
@@ -107,6 +109,12 @@ def test_the_bitmap_layout_holds_the_weight(shape: tuple[int, int], sparsity: fl
                 found[rows + lower * 8, place:place + 2] = fragment[tile, upper, lower]
     assert torch.equal(found[:shape[0], :shape[1]], dense)
     assert found.count_nonzero() == dense.count_nonzero()
+
+
+def test_a_bitmap_kernel_that_takes_two_tiles_needs_an_even_number() -> None:
+    for outputs, fits in ((80, [(1, 1)]), (96, list(bitmap.VARIANTS)), (33, [(1, 1)])):
+        weight = compress(torch.ones(outputs, 1024).bfloat16(), torch.rand(outputs, 1024) < 0.5)
+        assert [v for v in bitmap.VARIANTS if bitmap.fits_bitmap(weight, torch.bfloat16, 4, v)] == fits
 
 
 def test_amx_tiles_hold_the_weight() -> None:
