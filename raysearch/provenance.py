@@ -34,20 +34,25 @@ def versions() -> dict[str, str]:
 
 @functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout that this code runs from, or None where it is installed elsewhere."""
+    """The commit of the checkout that this code runs from, with "-dirty" where tracked files differ from it; None where the
+    code is installed elsewhere."""
     git = shutil.which("git")
     if git is None:
         return None
-    command = [git, "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
-@functools.cache
 def device_name(device: str) -> str:
     """The accelerator's own name, or the processor's and the number of threads that torch uses."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
+    return f"{cpu_model()}, {torch.get_num_threads()} threads"
+
+
+@functools.cache
+def cpu_model() -> str:
+    """As Linux names it; elsewhere the architecture."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -17,9 +17,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.kernels.compact import compact
-from raysearch.kernels.dispatch import Copies, device_name, time_in_turn, wins
+from raysearch.kernels.dispatch import Copies, time_in_turn, wins
 from raysearch.kernels.inference import own_forward
 from raysearch.kernels.weight import compress
+from raysearch.provenance import device_name
 
 NUM_ROUNDS = 11
 
@@ -122,11 +123,9 @@ def whole_model(device: torch.device, num_tokens: int = 16384) -> dict[str, Any]
 
 def header(device: torch.device) -> dict[str, Any]:
     """What every number depends on."""
-    found = {"date": datetime.date.today().isoformat(), "device": device_name(device), "torch": torch.__version__}
+    found = {"date": datetime.date.today().isoformat(), "device": device_name(str(device)), "torch": torch.__version__}
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
-    else:
-        found |= {"threads": torch.get_num_threads()}
     return found
 
 

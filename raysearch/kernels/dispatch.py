@@ -24,6 +24,7 @@ from raysearch.data import default_cache_dir
 from raysearch.kernels.backends import BACKENDS, Backend
 from raysearch.kernels.weight import SparseWeight
 from raysearch.ledger import write_json
+from raysearch.provenance import device_name
 
 WIN = 1.03
 NUM_PAIRS = 15
@@ -81,11 +82,10 @@ def decision_key(weight: SparseWeight, num_tokens: int) -> str:
     """What a decision depends on: device, versions, kernels, shape, tokens, dtype, pattern and density, whose buckets
     are 9 % wide: time goes with density, so one width in points would put 3 % and 7 % together."""
     bucket = round(8 * math.log2(weight.density)) if weight.density else "none"
-    device = weight.values.device
-    return " ".join([device_name(device), torch.__version__, kernels_hash(), f"{weight.shape[0]}x{weight.shape[1]}",
-                     f"{num_tokens} tokens", str(weight.values.dtype).removeprefix("torch."),
-                     f"{weight.pattern}/{weight.block}", f"density 2^({bucket}/8)",
-                     *([f"{torch.get_num_threads()} threads"] if device.type == "cpu" else [])])
+    return " ".join([device_name(str(weight.values.device)), torch.__version__, kernels_hash(),
+                     f"{weight.shape[0]}x{weight.shape[1]}", f"{num_tokens} tokens",
+                     str(weight.values.dtype).removeprefix("torch."), f"{weight.pattern}/{weight.block}",
+                     f"density 2^({bucket}/8)"])
 
 
 @functools.cache
@@ -94,13 +94,6 @@ def kernels_hash() -> str:
     folder = Path(__file__).parent
     texts = [path.read_bytes() for path in sorted(folder.iterdir()) if path.suffix in (".py", ".cu", ".cpp")]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:8]
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), "cpu")
 
 
 Run = Callable[[Tensor], Tensor]
