@@ -1,8 +1,10 @@
 """The Ray cluster that a sweep runs on: joining it, what fits it, and how it ends."""
 
+import atexit
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,6 +103,12 @@ def stopping_on_signals() -> Iterator[None]:
     """SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within EXIT_WITHIN_S,
     and at once on a second signal: nothing needs to be saved. Enter it after `ray.init`, which sets its own handler."""
 
+    def end(code: int) -> None:  # as the first thing at exit: the interpreter's own end takes seconds and stops the clock
+        ray.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
     def stop(number: int, frame: object) -> None:
         code = 128 + number
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
@@ -108,6 +116,7 @@ def stopping_on_signals() -> Iterator[None]:
         limit = threading.Timer(EXIT_WITHIN_S, os._exit, (code,))
         limit.daemon = True
         limit.start()
+        atexit.register(end, code)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -41,6 +41,8 @@ Job = dict[str, Any]
 
 RANK_0_EXTRA_S = 2.0
 """Its clock for a round runs longer, so that its peers have written their stacks when its death ends them."""
+RANK_0_UPLOAD_EXTRA_S = 10.0
+"""The same where they upload them to a store."""
 UPLOAD_LIMIT_S = 30.0
 """For a stuck process to upload its stacks to a store."""
 GRACE_S = 5.0
@@ -95,8 +97,9 @@ class Rank:
 
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
-        limit_s = self.bench.study.round_limit_s + RANK_0_EXTRA_S * (self.bench.engine.rank == 0)
-        path = self._stack_path
+        path, limit_s = self._stack_path, self.bench.study.round_limit_s
+        if self.bench.engine.rank == 0:
+            limit_s += RANK_0_UPLOAD_EXTRA_S if isinstance(path, StorePath) else RANK_0_EXTRA_S
         try:
             with (uploaded_when_stuck(limit_s, path, self._push_log) if isinstance(path, StorePath)
                   else ended_when_stuck(limit_s, path)):
