@@ -35,7 +35,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
-    * `attrs` holds "directory" (absolute), "model", "objective", "size", "device" and "created_at" of the study.
+    * `attrs` holds "directory" (absolute), "model", "objective", "size" and "created_at" of the study, and "device": those
+      that its rounds ran on, the driver's before there is one.
 
     ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
     ledger = Ledger.open(directory)
@@ -54,9 +55,9 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
+    devices = sorted({done.provenance.device for done in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model, objective=record.study.objective,
-                       size=record.study.size, device=record.provenance.device,
-                       created_at=record.provenance.created_at)
+                       size=record.study.size, device=", ".join(devices), created_at=record.provenance.created_at)
     return frame
 
 

@@ -37,8 +37,7 @@ def write_report(directory: str | AnyPath, out: str | AnyPath | None = None) -> 
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
         raise ValueError(f"the report must be a file, got the folder {path}; name the file, such as {path}/report.html")
-    devices = sorted({record.provenance.device for record in ledger.rounds().values()})
-    page = _page(frame, ledger.study(), devices or [ledger.study().provenance.device])
+    page = _page(frame, ledger.study())
     with new_file(path) as file:
         file.write_text(page, encoding="utf-8")
     return path
@@ -105,7 +104,7 @@ def _smallest(frame: pd.DataFrame, good: pd.DataFrame, words: str, split: str) -
             f"dense {reference}.")
 
 
-def _page(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> str:
+def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
     """The whole page; every string that is not ours goes through html.escape."""
     title = f"{PurePath(record.study.model).name}: {record.space}"
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in headlines(frame))
@@ -122,7 +121,7 @@ def _page(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> s
                  "share was computed once."),
         _section("What matters at equal size", *_importance(frame)),
         _section("Trials that failed or were stopped", *_ends(frame)),
-        _section("How these numbers were made", _method(frame, record, devices), ""),
+        _section("How these numbers were made", _method(frame, record), ""),
     ]
     return f"""<!doctype html>
 <html lang="en">
@@ -139,7 +138,7 @@ def _page(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> s
 <header>
 <p class="kicker">raysearch study</p>
 <h1>{html.escape(title)}</h1>
-<p class="meta">{html.escape(_meta(frame, record, devices))}</p>
+<p class="meta">{html.escape(_meta(frame, record))}</p>
 </header>
 {_cards(frame)}
 <ul class="headlines">{told}</ul>
@@ -171,10 +170,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _meta(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> str:
+def _meta(frame: pd.DataFrame, record: StudyRecord) -> str:
     trials = frame.dropna(subset=["trial"]).drop_duplicates("trial")["status"].value_counts()
     counts = ", ".join(f"{count} {status}" for status, count in trials.items())
-    return " · ".join([record.provenance.created_at[:10], ", ".join(devices),
+    return " · ".join([record.provenance.created_at[:10], setting(frame, "device"),
                        f"trials: {counts}" if len(trials) else "no trial yet", f"{record.study.model}"])
 
 
@@ -270,7 +269,7 @@ def _ends(frame: pd.DataFrame) -> tuple[str, str]:
             "trials/NUMBER.json of the study directory.")
 
 
-def _method(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) -> str:
+def _method(frame: pd.DataFrame, record: StudyRecord) -> str:
     study = record.study
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record.provenance.versions.items()))
     rows: list[tuple[str, str]] = [
@@ -289,7 +288,7 @@ def _method(frame: pd.DataFrame, record: StudyRecord, devices: Sequence[str]) ->
         ("model", study.model), ("corpus", study.corpus or "none"), ("tasks", ", ".join(study.tasks)),
         ("prunable", study.prunable), ("precision, ranks", f"{study.dtype}, ZeRO {study.zero_stage}, {study.num_ranks} "
                                        f"rank(s), seed {study.seed}"),
-        ("hardware", ", ".join(devices)), ("host", record.provenance.hostname),
+        ("hardware", setting(frame, "device")), ("host", record.provenance.hostname),
         ("made", record.provenance.created_at), ("git commit", record.provenance.git_commit or "not recorded"),
         ("versions", versions), ("study directory", setting(frame, "directory")),
     ]

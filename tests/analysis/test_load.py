@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_study import EVIL, NUM_PARAMETERS, ROOT, SyntheticStudy
+from synthetic_study import EVIL, NUM_PARAMETERS, PROVENANCE, ROOT, SyntheticStudy
 
 from analysis.load import HYPERPARAMETERS, load, metric_names
 
@@ -71,6 +71,15 @@ def test_no_trials_not_even_a_baseline(tmp_path: Path) -> None:
     assert load(tmp_path / "study").empty
     study.dense(report=False)
     assert load(tmp_path / "study")["round"].tolist() == [0]
+
+
+def test_the_device_is_where_the_rounds_ran_not_where_the_driver_did(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    head_node = PROVENANCE.model_copy(update={"device": "CPU of the head node"})
+    study.ledger.write_study(study.ledger.study().model_copy(update={"provenance": head_node}))
+    assert load(tmp_path / "study").attrs["device"] == "CPU of the head node"
+    study.dense(report=False)
+    assert load(tmp_path / "study").attrs["device"] == PROVENANCE.device
 
 
 def test_all_failed(tmp_path: Path) -> None:
