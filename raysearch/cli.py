@@ -119,6 +119,8 @@ def sweep(
     space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
     out: StudyOut = None,
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total; a larger number extends.")] = None,
+    trials_from: Annotated[Path | None, typer.Option(help="Run these trials, JSON lines of settings, instead of sampling.",
+                                                     metavar="FILE")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
@@ -127,17 +129,21 @@ def sweep(
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
-    from raysearch.search import load_space
+    from raysearch.search import load_space, read_trials
     from raysearch.search import sweep as run
 
     if keep not in ("frontier", "all", "none"):
         raise ValueError(f"--keep must be frontier, all or none, got {keep!r}")
+    if trials is not None and trials_from is not None:
+        raise ValueError(f"--trials {trials} and --trials-from {trials_from} contradict each other: the file says how many; "
+                         "give one of them")
+    given = read_trials(trials_from) if trials_from else None
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.model_copy(update={name: value for name, value in changes.items() if value is not None})
-    result = run(space, out or default_directory(space), study, sample, echo, keep=keep, autoscaling=autoscaling,
-                 mlflow_uri=mlflow, wandb_project=wandb)
+    result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
+                 autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,31 +82,74 @@ def space_hash(space: Space) -> str:
     return hash_json(ast.dump(tree))
 
 
+GIVEN = "given"
+"""What stands for the space's hash in a study whose trials are given."""
+
+
+def read_trials(file: Path) -> list[TrialConfig]:
+    """The configurations of a file of JSON lines, blank ones left out; ValueError names the line."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--trials-from {file}: cannot be read ({error}); give a file of JSON lines, each the settings of one "
+                         "trial") from error
+    configs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"--trials-from {file}, line {number}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: is not JSON ({error}); give one object of trial settings in each line") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: must be an object of trial settings, got {line.strip()[:40]}")
+        configs.append(parse(TrialConfig, fields, where))
+    if not configs:
+        raise ValueError(f"--trials-from {file}: holds no trial; give one object of trial settings in each line")
+    return configs
+
+
+def check_given(given: Sequence[TrialConfig], trials: Sequence[TrialRecord]) -> None:
+    """ValueError unless the study's trials are the first of the given ones."""
+    for position, (config, trial) in enumerate(zip(given, trials), start=1):
+        if config != trial.config:
+            raise ValueError(f"trial {trial.number} of the study is not number {position} of the given trials; give the same "
+                             "list, longer or not, or a new directory with --out")
+
+
 def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space, echo: Callable[[str], None], *,
-          keep: Keep = "all", autoscaling: bool = False, mlflow_uri: str | None = None,
-          wandb_project: str | None = None) -> SweepResult:
+          given: Sequence[TrialConfig] | None = None, keep: Keep = "all", autoscaling: bool = False,
+          mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
-    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds.
+    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run, in
+    their order, instead of what the sampler makes of `space`; a longer list extends the study.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
     ledger = Ledger(directory)
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
-    study = resolve(study)
+    study = resolve(study if given is None else study.model_copy(update={"num_trials": len(given)}))
     inputs = read_inputs(study)
     check_objective(study, inputs)
-    sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
+    if given is None:
+        sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
+    else:
+        for config in given:
+            resolve_actions(config, study, inputs.num_train_tokens)
     started = time.monotonic()
     recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
     study = placed(study, recorded, echo)
     with ledger.lock():
-        attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=space_hash(space),
+        attached = ledger.attach(StudyRecord(study=study, space=space_name,
+                                             space_hash=GIVEN if given is not None else space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance("cpu")))
+        check_given(given or (), ledger.trials())
         if attached:
             ledger.delete_leftovers()
             echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given)
         if searcher.has_work():
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
@@ -270,9 +313,10 @@ def draw(space: Space, trial: optuna.Trial) -> TrialConfig:
 class StudySearcher(Searcher):
     """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the report of the frontier."""
 
-    def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None]) -> None:
+    def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
+                 given: Sequence[TrialConfig] | None = None) -> None:
         super().__init__()
-        self.ledger, self.study, self.space, self.inputs = ledger, study, space, inputs
+        self.ledger, self.study, self.space, self.inputs, self.given = ledger, study, space, inputs, given
         self.optuna = open_journal(ledger, study, echo)
         self.progress = Progress(ledger, study, inputs.root_key, echo)
         self.finished = False
@@ -327,7 +371,6 @@ class StudySearcher(Searcher):
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
         if self._num_asked < self.study.num_trials and not out_of_time:
-            self._num_asked += 1
             return self._ask()
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
@@ -339,7 +382,8 @@ class StudySearcher(Searcher):
 
     def _ask(self) -> Job:
         trial = self.optuna.ask()
-        config = draw(self.space, trial)
+        config = draw(self.space, trial) if self.given is None else self.given[self._num_asked]
+        self._num_asked += 1
         actions = resolve_actions(config, self.study, self.inputs.num_train_tokens)
         record = TrialRecord(number=trial.number, config=config, actions=actions, started_at=utc_now())
         self.ledger.write_trial(record)
