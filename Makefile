@@ -21,7 +21,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 chaos: install
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_faults.py tests/test_nodes.py tests/test_partition.py tests/test_signals.py tests/test_jobs.py tests/test_search.py tests/test_storage.py
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/end_to_end tests/search
 
 check: install
 	$(BIN)/ruff check .

@@ -3,9 +3,9 @@
 import numpy as np
 import pandas as pd
 
-from analysis.frontier import front_probability, hypervolume, pareto_front
 from analysis.load import metric_names
 from raysearch.config import higher_is_better
+from raysearch.pruning.pareto import front_probability, hypervolume, pareto_front
 
 SIZES = ("num_nonzero", "stored_bytes")
 

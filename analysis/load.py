@@ -3,8 +3,9 @@
 import pandas as pd
 
 from raysearch.config import Metric, TrialConfig
-from raysearch.ledger import Ledger, RoundRecord, TrialRecord
-from raysearch.storage import AnyPath
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import RoundRecord, TrialRecord
+from raysearch.study.storage import AnyPath
 
 Cell = str | int | float | bool | None
 Reports = dict[str, dict[str, Metric]]

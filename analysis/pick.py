@@ -5,24 +5,20 @@ by the objective (better first), then by key; take the first.
 """
 
 import math
-import re
 from collections.abc import Sequence
-from decimal import Decimal
 from typing import Literal
 
 import pandas as pd
 
 from analysis.candidates import candidates, dense, quality, setting
 from analysis.load import HYPERPARAMETERS, metric_names
-from analysis.tables import aligned, describe_config, human_bytes, human_count, with_stderr
+from analysis.tables import aligned, describe_config, with_stderr
 from raysearch.config import Frozen, higher_is_better, parse
-from raysearch.ledger import write_json
-from raysearch.storage import AnyPath, location
+from raysearch.study.files import write_json
+from raysearch.study.storage import AnyPath, location
+from raysearch.units import human_bytes, human_count, parse_bytes, parse_count
 
 NUM_RUNNERS_UP = 5
-_BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20,
-               "GIB": 2**30, "TIB": 2**40}
-_COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
 class Constraint(Frozen):
@@ -98,16 +94,6 @@ class Pick(Candidate):
     """Candidates with the metrics that the constraints name on the report split, among which the choice was made."""
     runners_up: tuple[Candidate, ...]
     """The next larger ones that satisfy everything."""
-
-
-def parse_bytes(text: str) -> int:
-    """"1.2GB", "300MB" (powers of 1000), "2GiB" (powers of 1024) or plain bytes, as bytes."""
-    return _parse_quantity(text, _BYTE_UNITS, "a size must be a number of bytes such as 1200000, 300MB or 1.2GB")
-
-
-def parse_count(text: str) -> int:
-    """"24M", "1.5B", "300k" or a plain number of parameters."""
-    return _parse_quantity(text, _COUNT_UNITS, "a count must be a number of parameters such as 24000000, 24M or 1.5B")
 
 
 def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
@@ -204,13 +190,6 @@ def _pair(measured: Measured | None) -> tuple[float, float]:
     if measured is None:
         return math.nan, math.nan
     return measured.value, math.nan if measured.stderr is None else measured.stderr
-
-
-def _parse_quantity(text: str, units: dict[str, int], rule: str) -> int:
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?(?:[eE]\d{1,2})?)\s*([A-Za-z]*)\s*", text, re.ASCII)
-    if match is None or match[2].upper() not in units or Decimal(match[1]) == 0:
-        raise ValueError(f"{rule}, got {text!r}")
-    return int(Decimal(match[1]) * units[match[2].upper()])
 
 
 def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str) -> Constraint:

@@ -13,8 +13,9 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from analysis.candidates import SIZES, candidates, frontier, frontier_split, quality, quality_stderr, setting
-from analysis.tables import describe_config, human_bytes, with_stderr
+from analysis.tables import describe_config, with_stderr
 from raysearch.config import higher_is_better
+from raysearch.units import human_bytes
 
 INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes"}

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.candidates import dense, frontier, frontier_split, setting
+from raysearch.units import human_bytes, human_count
 
 MAX_WIDTH = 140
 """Characters in a line of the terminal table."""
@@ -39,22 +40,6 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
                  for name, cell, width in zip(header, row, widths)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"
-
-
-def human_bytes(num_bytes: float) -> str:
-    """Powers of 1000: 512 B, 3.42 MB, 1.90 GB."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= 0.9995 * divisor:
-            return f"{num_bytes / divisor:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
-
-
-def human_count(count: float) -> str:
-    """Powers of 1000: 512, 24.1M, 1.5B."""
-    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * divisor:
-            return f"{count / divisor:.3g}{unit}"
-    return f"{count:.0f}"
 
 
 def with_stderr(value: float, stderr: float) -> str:

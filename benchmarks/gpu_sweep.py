@@ -20,11 +20,12 @@ import ray
 import torch
 from random_study import model_folder, num_parameters, write_corpus
 
-from raysearch.bench import resolve
 from raysearch.config import Study
-from raysearch.ledger import Ledger
-from raysearch.provenance import device_name, versions
+from raysearch.kernels.device import device_name
 from raysearch.search import sweep
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import versions
+from raysearch.trial.inputs import resolve
 
 
 def main() -> None:

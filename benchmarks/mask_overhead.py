@@ -13,9 +13,9 @@ import time
 
 import torch
 
-from raysearch.engine import Engine
-from raysearch.provenance import device_name
+from raysearch.kernels.device import device_name
 from raysearch.pruning.selection import keep_masks, num_to_prune
+from raysearch.training.engine import Engine
 
 
 def timed_step(engine: Engine, tokens: torch.Tensor) -> float:
@@ -38,9 +38,9 @@ def main() -> None:
     options = parser.parse_args()
     engine = Engine(options.model, prunable="matrices", zero_stage=options.zero_stage, dtype=options.dtype,
                     batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1)
-    values = [piece.values for piece in engine.prunable_pieces]
+    values = [shard.values for shard in engine.prunable_shards]
     num_prunable = sum(value.numel() for value in values)
-    engine.prune(keep_masks(values, [piece.index for piece in engine.prunable_pieces], num_to_prune(0.5, num_prunable)))
+    engine.prune(keep_masks(values, [shard.index for shard in engine.prunable_shards], num_to_prune(0.5, num_prunable)))
     engine.restart(0.0)
     masks = engine.optimizer.keep
     tokens = torch.randint(0, engine.model.config.vocab_size, (engine.sequences_per_rank, options.context_tokens))

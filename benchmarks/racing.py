@@ -23,7 +23,7 @@ import torch
 
 from raysearch.evaluation import Race, Scorer, evaluate, load_tasks
 from raysearch.evaluation.racing import is_dominated, item_order, looks
-from raysearch.model import load_model, load_tokenizer, prunable_parameters
+from raysearch.models.model import load_model, load_tokenizer, prunable_parameters
 
 MIN_Z = 3.0
 

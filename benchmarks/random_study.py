@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.pretrain import PRESETS
+from raysearch.training.presets import PRESETS
 
 MODELS = {"tiny": "tiny", "gpt2-124m": "gpt2-small"}
 WORDS = ("the", "a", "dog", "cat", "fox", "saw", "ran", "red", "old", "big", "near", "river", "house", "and", "then", "it",

@@ -24,12 +24,16 @@ from typing import Any
 import torch
 from random_study import model_folder, write_corpus
 
-from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study, TrialConfig
-from raysearch.engine import free_port
-from raysearch.ledger import Ledger
-from raysearch.provenance import device_name, versions
-from raysearch.round import Diverged, dense_round, resolve_actions, run_round
+from raysearch.kernels.device import device_name
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import versions
+from raysearch.training.engine import free_port
+from raysearch.training.finetune import Diverged
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.inputs import read_inputs, resolve
+from raysearch.trial.round import dense_round, run_round
+from raysearch.trial.worker import Worker
 
 GANGS = {"1 rank, ZeRO-0": (1, 0), "2 ranks, ZeRO-3": (2, 3)}
 CHAINS = Path(__file__).with_name("chains.jsonl")
@@ -90,41 +94,41 @@ def run_rank(job: dict[str, Any]) -> None:
                           tasks=("text", "choice"), weight_decay=0.01, num_ranks=job["num_ranks"],
                           zero_stage=job["zero_stage"]))
     inputs = read_inputs(study)
-    bench = Bench(study, Ledger(Path(job["folder"]) / f"study-{job['num_ranks']}"), inputs)
+    worker = Worker(study, Ledger(Path(job["folder"]) / f"study-{job['num_ranks']}"), inputs)
     losses: list[str] = []
-    train_step = bench.engine.train_step
+    train_step = worker.engine.train_step
 
     def noted(*arguments: Any) -> torch.Tensor:
         loss = train_step(*arguments)
         losses.append(float(loss).hex())
         return loss
 
-    bench.engine.train_step = noted
-    rounds = [numbers(bench, dense_round(bench), 0, losses)]
+    worker.engine.train_step = noted
+    rounds = [numbers(worker, dense_round(worker), 0, losses)]
     for chain, fields in enumerate(job["chains"]):
-        candidate = dense_round(bench)
+        candidate = dense_round(worker)
         for action in resolve_actions(TrialConfig(**fields), study, inputs.num_train_tokens):
             losses.clear()
             try:
-                candidate = run_round(bench, candidate, action)
+                candidate = run_round(worker, candidate, action)
             except Diverged as error:
                 rounds.append({"chain": chain, "depth": candidate.depth + 1, "diverged": str(error), "losses": list(losses)})
                 break
-            rounds.append(numbers(bench, candidate, chain, losses))
-    if bench.engine.rank == 0:
+            rounds.append(numbers(worker, candidate, chain, losses))
+    if worker.engine.rank == 0:
         (Path(job["folder"]) / "rounds.json").write_text(json.dumps(rounds))
 
 
-def numbers(bench: Any, record: Any, chain: int, losses: list[str]) -> dict[str, Any]:
+def numbers(worker: Any, record: Any, chain: int, losses: list[str]) -> dict[str, Any]:
     """What must stay equal of one round. Collective."""
     weights, masks = hashlib.sha256(), hashlib.sha256()
-    prunable = {p.name for p in bench.engine.prunables}
-    if bench.loaded_key == record.key:
-        for name in bench.engine.shapes:
-            whole = bench.engine.full(name).cpu()
+    prunable = {p.name for p in worker.engine.prunables}
+    if worker.loaded_key == record.key:
+        for name in worker.engine.shapes:
+            whole = worker.engine.gather(name).cpu()
             weights.update(whole.numpy().tobytes())
             masks.update((whole != 0).numpy().tobytes() if name in prunable else b"")
-    return {"chain": chain, "depth": record.depth, "key": record.key, "losses": bench.engine.gather_objects(list(losses)),
+    return {"chain": chain, "depth": record.depth, "key": record.key, "losses": worker.engine.gather_objects(list(losses)),
             "weights": weights.hexdigest(), "masks": masks.hexdigest(),
             "sizes": [record.num_nonzero, record.stored_bytes, record.resident_bytes, record.sparsity, record.model_sparsity],
             "train_loss": record.train_loss,

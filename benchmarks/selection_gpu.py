@@ -24,10 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from raysearch.engine import free_port
 from raysearch.kernels import selection_passes
-from raysearch.provenance import device_name, versions
+from raysearch.kernels.device import device_name
 from raysearch.pruning.selection import TORCH, Passes, keep_masks, num_to_prune
+from raysearch.study.provenance import versions
+from raysearch.training.engine import free_port
 
 NUM_LAYERS = 96
 """Weight matrices of a GPT of 24 layers."""
@@ -59,13 +60,13 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
     length = arguments.num_weights // NUM_LAYERS // world_size
     parts = [[shard(layer, part, length, device, arguments.zeros) for layer in range(NUM_LAYERS)]
              for part in (range(world_size) if rank == 0 and not arguments.no_check else [rank])]
-    pieces = parts[rank if len(parts) > 1 else 0]
+    shards = parts[rank if len(parts) > 1 else 0]
     num_weights = length * NUM_LAYERS * world_size
     num_prune = num_to_prune(arguments.sparsity, num_weights)
     index = list(range(NUM_LAYERS))
 
     def select(passes: Passes) -> list[Tensor]:
-        return keep_masks(pieces, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size, passes=passes)
+        return keep_masks(shards, index, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size, passes=passes)
 
     masks = select(selection_passes(device))
     seconds = timed(lambda: select(selection_passes(device)), device, arguments.repetitions)
@@ -78,14 +79,14 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
             equal = all(torch.equal(mine, alone) for mine, alone in zip(joined, whole))
             assert equal
             assert num_weights - sum(int(mask.sum()) for mask in whole) == num_prune
-            parts = [pieces]
+            parts = [shards]
             del whole, joined
         print(json.dumps({
             "benchmark": "selection_gpu", "num_weights": num_weights, "num_ranks": world_size,
             "sparsity": arguments.sparsity, "select_and_mask_ms": ms(seconds), "worst_ms": round(1000 * max(seconds), 3),
             "share_of_zeros": arguments.zeros, "torch_only_ms": ms(torch_only),
             "equal_to_one_rank": equal,
-            **peers(pieces, arguments.sparsity, device, arguments.repetitions),
+            **peers(shards, arguments.sparsity, device, arguments.repetitions),
             "date": date.today().isoformat(), "device": device_name(str(device)), **versions()}), flush=True)
     dist.barrier()
     dist.destroy_process_group()
@@ -132,11 +133,11 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peers(pieces: list[Tensor], sparsity: float, device: torch.device, repetitions: int) -> dict[str, float | int]:
+def peers(shards: list[Tensor], sparsity: float, device: torch.device, repetitions: int) -> dict[str, float | int]:
     """torch's own selections on rank 0's shard alone, which need no communication and are a part of the work."""
-    flat = torch.cat(pieces)
+    flat = torch.cat(shards)
     k = num_to_prune(sparsity, flat.numel())
-    read = timed(lambda: [piece.sum() for piece in pieces], device, repetitions, together=False)
+    read = timed(lambda: [shard.sum() for shard in shards], device, repetitions, together=False)
     kth = timed(lambda: flat.abs() > flat.abs().kthvalue(k).values, device, 1, together=False)
     top = timed(lambda: torch.zeros_like(flat, dtype=torch.bool).scatter_(
         0, flat.abs().topk(flat.numel() - k, sorted=False).indices, True), device, 1, together=False)

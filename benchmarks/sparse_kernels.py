@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from raysearch.kernels import benchmark
+from raysearch import kernel_benchmark as benchmark
 
 
 def main() -> None:

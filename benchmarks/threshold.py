@@ -36,20 +36,20 @@ def main() -> None:
     layers = [nn.Linear(NUM_COLUMNS, num_rows, bias=False) for _ in range(NUM_LAYERS)]
     for layer in layers:
         nn.init.normal_(layer.weight, std=0.02)
-    pieces = [layer.weight.detach().flatten() for layer in layers]
-    num_weights = sum(piece.numel() for piece in pieces)
+    shards = [layer.weight.detach().flatten() for layer in layers]
+    num_weights = sum(shard.numel() for shard in shards)
     num_prune = num_to_prune(arguments.sparsity, num_weights)
     index = list(range(NUM_LAYERS))
     keep_masks([torch.ones(10)], [0], 5)  # first calls load code
-    masks, ours_s, ours_bytes = measure(lambda: keep_masks(pieces, index, num_prune))
-    check(pieces, masks, num_prune)
+    masks, ours_s, ours_bytes = measure(lambda: keep_masks(shards, index, num_prune))
+    check(shards, masks, num_prune)
     amount = num_prune  # an int is a count: no second rounding rule
     pairs = [(layer, "weight") for layer in layers]
     _, torch_s, torch_bytes = measure(lambda: prune.global_unstructured(pairs, prune.L1Unstructured, amount=amount))
     num_different = sum(
         int((layer.weight_mask.flatten().bool() ^ mask).sum()) for layer, mask in zip(layers, masks, strict=True)
     )
-    cut = kth_smallest(pieces, num_prune)
+    cut = kth_smallest(shards, num_prune)
     assert num_different <= 2 * min(cut.num_ties_to_prune, cut.num_ties - cut.num_ties_to_prune), num_different
     print(json.dumps(record(num_weights, arguments.sparsity, cut, (ours_s, ours_bytes), (torch_s, torch_bytes))))
 
@@ -69,9 +69,9 @@ def memory_bytes(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def check(pieces: Sequence[Tensor], masks: Sequence[Tensor], num_prune: int) -> None:
+def check(shards: Sequence[Tensor], masks: Sequence[Tensor], num_prune: int) -> None:
     """Everything below torch's k-th magnitude is pruned, everything above it kept, and the count is exact."""
-    magnitudes = torch.cat(list(pieces)).abs()
+    magnitudes = torch.cat(list(shards)).abs()
     kept = torch.cat(list(masks))
     threshold = magnitudes.kthvalue(num_prune).values
     assert int((~kept).sum()) == num_prune

@@ -28,12 +28,13 @@ from ray import tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
-import raysearch.search
-from raysearch.bench import resolve
+import raysearch.search.sweep
 from raysearch.config import Study
-from raysearch.engine import Engine
-from raysearch.provenance import device_name, versions
-from raysearch.trial import PruneTrial
+from raysearch.kernels.device import device_name
+from raysearch.study.provenance import versions
+from raysearch.training.engine import Engine
+from raysearch.trial.gang import Gang
+from raysearch.trial.inputs import resolve
 
 NUM_STEPS = 3
 
@@ -114,12 +115,12 @@ class Stopwatch:
         return loss
 
 
-class TimedTrial(PruneTrial):
+class TimedGang(Gang):
     """The product's trainable with a stopwatch on rank 0."""
 
     def setup(self, config: dict[str, Any], **kwargs: Any) -> None:
         super().setup(config, **kwargs)
-        self.watch = self.rank_0.bench.engine.train_step = Stopwatch(self.rank_0.bench.engine)
+        self.watch = self.rank_0.worker.engine.train_step = Stopwatch(self.rank_0.worker.engine)
 
     def step(self) -> dict[str, Any]:
         result = super().step()
@@ -135,8 +136,8 @@ def space(trial: Any) -> dict[str, Any]:
 
 
 def warm_gang(study: Study, folder: Path) -> None:
-    raysearch.search.PruneTrial = TimedTrial
-    raysearch.search.sweep("trial_start", folder / "study", study, space, lambda line: print(line, file=sys.stderr))
+    raysearch.search.sweep.Gang = TimedGang
+    raysearch.search.sweep.sweep("trial_start", folder / "study", study, space, lambda line: print(line, file=sys.stderr))
 
 
 def fresh_trainers(study: Study, num_trials: int, folder: Path) -> None:

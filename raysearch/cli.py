@@ -4,7 +4,6 @@ A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_
 """
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import Annotated
 
 import typer
 
+from raysearch.units import parse_seconds
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search over pruning schedules for GPT language models.")
-
 Out = Annotated[Path, typer.Option(help="Directory to write to.")]
 StudyDir = Annotated[str, typer.Argument(help="Directory of a study, or its URI.", metavar="DIR")]
 StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
@@ -67,7 +67,7 @@ def pretrain(
     zero_stage: Annotated[int, typer.Option(min=0, max=3)] = 0,
 ) -> None:
     """Train a dense GPT with Ray Train and DeepSpeed; the same command resumes."""
-    from raysearch.pretrain import pretrain as run
+    from raysearch.training.pretrain import pretrain as run
 
     run(preset, corpus, out, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
 
@@ -129,8 +129,8 @@ def sweep(
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
-    from raysearch.search import load_space, read_trials
-    from raysearch.search import sweep as run
+    from raysearch.search.space import load_space, read_trials
+    from raysearch.search.sweep import sweep as run
 
     if keep not in ("frontier", "all", "none"):
         raise ValueError(f"--keep must be frontier, all or none, got {keep!r}")
@@ -178,7 +178,7 @@ def doctor(
     directory: Annotated[str, typer.Argument(help="Where studies will be written.", metavar="[DIR]")] = ".",
 ) -> None:
     """What is missing or unsafe on this machine and its Ray cluster; exit code 1 when something will not work."""
-    from raysearch.doctor import examine
+    from raysearch.cluster.doctor import examine
 
     checks = examine(directory)
     for check in checks:
@@ -203,9 +203,9 @@ def results(
 @app.command()
 def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
     """Write one self-contained report.html."""
-    from analysis.report import write_report
+    from analysis.page import write_page
 
-    echo(str(write_report(directory, out)))
+    echo(str(write_page(directory, out)))
 
 
 @app.command()
@@ -222,7 +222,7 @@ def pick(
     from analysis.load import load
     from analysis.pick import describe_pick, parse_constraints, write_pick
     from analysis.pick import pick as choose
-    from raysearch.storage import location
+    from raysearch.study.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
     picked = choose(load(directory), constraints)
@@ -238,9 +238,9 @@ def export(
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     from analysis.pick import read_pick
-    from raysearch.export import export as run
-    from raysearch.ledger import Ledger
-    from raysearch.round import recover_weights
+    from raysearch.deploy.export import export as run
+    from raysearch.study.ledger import Ledger
+    from raysearch.trial.round import recover_weights
 
     picked = read_pick(pick_file)
     ledger = Ledger.open(picked.study_directory)
@@ -288,8 +288,8 @@ def kernels(
 ) -> None:
     """Which sparse kernel each layer runs on, how much faster than dense, and what the whole model gains."""
     from analysis.tables import aligned
-    from raysearch.export import open_model
-    from raysearch.kernels import sparsify_for_inference
+    from raysearch.deploy.load import open_model
+    from raysearch.models.sparse import sparsify_for_inference
 
     if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
         raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
@@ -319,7 +319,7 @@ def bench_kernels(
 
     import torch
 
-    from raysearch.kernels import benchmark
+    from raysearch import kernel_benchmark as benchmark
 
     groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
     if cases not in groups:
@@ -342,11 +342,3 @@ def tasks() -> None:
 
 def default_directory(space: str) -> str:
     return f"studies/{space.rpartition('.')[2]}"
-
-
-def parse_seconds(text: str) -> float:
-    """ "90s", "10m", "2h" or a number of seconds."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
-    if match is None or float(match[1]) == 0:
-        raise ValueError(f"--time-budget must be a positive time such as 90s, 10m or 2h, got {text!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]

@@ -5,14 +5,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from analysis.load import load
+from analysis.page import write_page
 from analysis.pick import describe_pick, parse_constraints, pick, write_pick
-from analysis.report import write_report
 from analysis.tables import results_table
-from raysearch.cluster import start_ray
-from raysearch.export import export
-from raysearch.ledger import Ledger
-from raysearch.pretrain import pretrain
-from raysearch.search import load_space, sweep
+from raysearch.cluster.joining import start_ray
+from raysearch.deploy.export import export
+from raysearch.search import sweep
+from raysearch.search.space import load_space
+from raysearch.study.ledger import Ledger
+from raysearch.training.pretrain import pretrain
 
 SPACE = "search_spaces.demo"
 MAX_DROP = "text/bits_per_byte=0.25"
@@ -32,7 +33,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
         raise KeyboardInterrupt
     echo("3/4 frontier")
     frame = load(result.directory)
-    report = write_report(result.directory)
+    report = write_page(result.directory)
     echo("4/4 pick and export\n")
     picked = pick(frame, parse_constraints(max_drop=[MAX_DROP]))
     pick_file = write_pick(picked, out / "pick.json")

@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 
-from raysearch.data import check_tokenizer, load_documents, split_documents
+from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
-from raysearch.export import open_model
-from raysearch.kernels import Report, sparsify_for_inference
-from raysearch.kernels.inference import is_sparse, linear_layers, own_forward
-from raysearch.model import load_tokenizer
+from raysearch.models.model import load_tokenizer
+from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
+from raysearch.training.data import check_tokenizer, load_documents, split_documents
 
 TIMED_FORWARDS = 50
 """What timing sparse kernels for one number of tokens costs, about: 32 forwards of the model, and those of its layers."""
@@ -74,11 +73,11 @@ def worth_timing(model: Any, sizes: Mapping[int, int]) -> list[int]:
     return found
 
 
-def backends_used(report: Report) -> dict[int, dict[str, Any]]:
+def backends_used(sparsified: Sparsified) -> dict[int, dict[str, Any]]:
     """{tokens per forward: {"layers": {backend: number of sparse layers}, "model_ratio": times as fast as dense}}."""
     return {num_tokens: {"layers": dict(Counter("dense" if ratio <= 1 else layer.choices[num_tokens].backend
-                                                for layer in report.layers)), "model_ratio": ratio}
-            for num_tokens, ratio in report.model_ratio.items()}
+                                                for layer in sparsified.layers)), "model_ratio": ratio}
+            for num_tokens, ratio in sparsified.model_ratio.items()}
 
 
 def in_words(kernels: Mapping[int, Mapping[str, Any]], num_sparse: int) -> str:

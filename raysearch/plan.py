@@ -15,15 +15,19 @@ from pathlib import Path
 
 import torch
 
-from analysis.tables import human_bytes
-from raysearch.bench import Bench, Inputs, check_objective, read_inputs, resolve
-from raysearch.cluster import placed
+from raysearch.cluster.joining import placed
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
-from raysearch.ledger import Ledger, round_key
-from raysearch.round import Diverged, finetune, select, store_round, weigh, written_meanwhile
-from raysearch.search import load_space, sample_trials
-from raysearch.storage import AnyPath, location
+from raysearch.search.space import load_space, sample_trials
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import round_key
+from raysearch.study.storage import AnyPath, location
+from raysearch.training.finetune import Diverged, finetune
+from raysearch.trial.candidate import store_round, weigh, written_meanwhile
+from raysearch.trial.inputs import Inputs, check_objective, read_inputs, resolve
+from raysearch.trial.pruner import select
+from raysearch.trial.worker import Worker
+from raysearch.units import human_bytes
 
 NUM_DRAWS = 200
 NUM_STEPS = 4
@@ -91,44 +95,46 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     torch.set_num_threads(max(1, int(study.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
         started = time.perf_counter()
-        bench = Bench(one_rank, Ledger(folder), inputs)
+        worker = Worker(one_rank, Ledger(folder), inputs)
         start_s = time.perf_counter() - started
-        warm_s = step_s = time_steps(bench, 1) if trains else 0.0
+        warm_s = step_s = time_steps(worker, 1) if trains else 0.0
         started = time.perf_counter()
         action = Action(sparsity=sparsity)
-        bench.engine.prune(select(bench.engine, action))
-        prune_s = _now(bench) - started
+        worker.engine.prune(select(worker.engine, action))
+        prune_s = _now(worker) - started
         num_steps = (NUM_STEPS if warm_s < SLOW_S else 1) * trains
         if num_steps:
-            step_s = time_steps(bench, num_steps) / num_steps
-        evaluate_s, num_items = time_evaluation(bench)
-        with written_meanwhile(bench, "calibration") as weights:
-            record = store_round(bench, "calibration", None, action, weigh(bench), None, None, [0.0] * 5, weights)
-        candidate_bytes = sum(f.stat().st_size for f in bench.ledger.round_directory(record.key).iterdir())
-        return Calibration(record.provenance.device, bench.engine.device.type == "cuda", start_s, step_s, prune_s,
+            step_s = time_steps(worker, num_steps) / num_steps
+        evaluate_s, num_items = time_evaluation(worker)
+        with written_meanwhile(worker, "calibration") as weights:
+            record = store_round(worker, "calibration", None, action, weigh(worker), None, None, [0.0] * 5, weights)
+        candidate_bytes = sum(f.stat().st_size for f in worker.ledger.round_directory(record.key).iterdir())
+        return Calibration(record.provenance.device, worker.engine.device.type == "cuda", start_s, step_s, prune_s,
                            evaluate_s, num_steps, num_items, candidate_bytes, sparsity)
 
 
-def time_steps(bench: Bench, num_steps: int) -> float:
+def time_steps(worker: Worker, num_steps: int) -> float:
     """Seconds of `num_steps` optimizer steps at learning rate 0."""
     started = time.perf_counter()
     try:
-        finetune(bench, Action(finetune_tokens=num_steps * bench.study.batch_tokens))
+        assert worker.inputs.blocks is not None
+        finetune(worker.engine, worker.inputs.blocks, Action(finetune_tokens=num_steps * worker.study.batch_tokens),
+                 worker.study.warmup_fraction)
     except Diverged as error:
-        raise ValueError(f"model {bench.study.model}: {error}, so it is broken; give a model that works") from error
-    return _now(bench) - started
+        raise ValueError(f"model {worker.study.model}: {error}, so it is broken; give a model that works") from error
+    return _now(worker) - started
 
 
-def time_evaluation(bench: Bench) -> tuple[float, int]:
+def time_evaluation(worker: Worker) -> tuple[float, int]:
     """(seconds of the whole selection split, timed items): each task's items cost what a few of them did."""
     total_s, num_items = 0.0, 0
-    bench.engine.model.eval()
-    for task in bench.inputs.tasks["selection"]:
+    worker.engine.model.eval()
+    for task in worker.inputs.tasks["selection"]:
         for limit in (FEW_ITEMS, NUM_ITEMS):
             num_timed = min(limit, len(task.eval_docs))
             started = time.perf_counter()
-            evaluate(bench.scorer, [task], limit=num_timed)
-            task_s = _now(bench) - started
+            evaluate(worker.scorer, [task], limit=num_timed)
+            task_s = _now(worker) - started
             if task_s > SLOW_S:
                 break
         total_s += task_s / num_timed * len(task.eval_docs)
@@ -136,8 +142,8 @@ def time_evaluation(bench: Bench) -> tuple[float, int]:
     return total_s, num_items
 
 
-def _now(bench: Bench) -> float:
-    if bench.engine.device.type == "cuda":
+def _now(worker: Worker) -> float:
+    if worker.engine.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -4,14 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study, TrialConfig, parse
+from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
-from raysearch.export import export
-from raysearch.ledger import Ledger, StudyRecord, TrialRecord
-from raysearch.model import context_limit, load_config
-from raysearch.provenance import provenance, utc_now
-from raysearch.round import report_round, resolve_actions, run_trial
+from raysearch.kernels.device import device_name
+from raysearch.models.model import context_limit, load_config
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import provenance, utc_now
+from raysearch.study.records import StudyRecord, TrialRecord
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.inputs import read_inputs, resolve
+from raysearch.trial.round import report_round
+from raysearch.trial.run import run_trial
+from raysearch.trial.worker import Worker
 
 DEFAULT_CONTEXT_TOKENS = 128
 
@@ -32,14 +37,15 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         study = study.model_copy(update={"objective": metric_names(inputs.tasks["selection"])[0]})
     actions = resolve_actions(config, study, inputs.num_train_tokens)
     ledger = Ledger(out)
-    record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key, provenance=provenance("cpu"))
+    record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key,
+                         provenance=provenance(device_name("cpu")))
     with ledger.lock():
         ledger.attach(record)
-        bench = Bench(study, ledger, inputs)
+        worker = Worker(study, ledger, inputs)
         trials = ledger.trials()
         number = next((trial.number for trial in trials if trial.actions == actions), len(trials))
         trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
-        for latest in run_trial(bench, trial):
+        for latest in run_trial(worker, trial):
             trial = latest
             if trial.status == "running":
                 done = ledger.candidate(trial.keys[-1])
@@ -50,8 +56,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
             raise ValueError(f"the trial failed in {trial.reason}")
         last = ledger.candidate(trial.keys[-1])
         if study.tasks:
-            report_round(bench, ledger.candidate(inputs.root_key))
-            report_round(bench, last)
+            report_round(worker, ledger.candidate(inputs.root_key))
+            report_round(worker, last)
         folder = export(ledger, last.key, ledger.directory / "model")
     echo(f"{last.stored_bytes:,} bytes compressed, {last.resident_bytes:,} dense: {folder}")
     return folder

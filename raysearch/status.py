@@ -7,10 +7,11 @@ from typing import Any
 
 from analysis.candidates import dense, frontier
 from analysis.load import load
-from analysis.tables import human_bytes, human_count, with_stderr
+from analysis.tables import with_stderr
 from raysearch.config import Frozen
-from raysearch.ledger import Ledger
-from raysearch.storage import AnyPath
+from raysearch.study.ledger import Ledger
+from raysearch.study.storage import AnyPath
+from raysearch.units import human_bytes, human_count
 
 MAX_FRONTIER_LINES = 10
 

@@ -16,9 +16,10 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.bench import Bench, read_inputs, resolve
 from raysearch.config import Study
-from raysearch.ledger import Ledger
+from raysearch.study.ledger import Ledger
+from raysearch.trial.inputs import read_inputs, resolve
+from raysearch.trial.worker import Worker
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -88,6 +89,6 @@ def study(tiny_model: Path, stories: Path) -> Study:
 
 
 @pytest.fixture(scope="session")
-def bench(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+def worker(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Worker:
     """A workbench on one rank in this process."""
-    return Bench(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))
+    return Worker(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))

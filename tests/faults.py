@@ -1,4 +1,4 @@
-"""Faults that happen inside a worker: code that runs in every process of a sweep once it has imported raysearch.round."""
+"""Faults that happen inside a worker: code that runs in every process of a sweep once it has imported raysearch.trial.round."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ import importlib.abc, importlib.machinery, os, sys
 
 class Faults(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "raysearch.round":
+        if name != "raysearch.trial.round":
             return None
         sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path)

@@ -1,74 +1,133 @@
-"""Who may import whom (CONTRIBUTING.md)."""
+"""Who may import whom. LAYERS is the one list of the house's floors; the documentation quotes it from here."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-DOORS = {
-    "deepspeed": {"raysearch/engine.py"},
-    "optuna": {"raysearch/search.py"},
-    "lm_eval": {"raysearch/evaluation"},
-    "ray": {"raysearch/search.py", "raysearch/cluster.py", "raysearch/trial.py", "raysearch/pretrain.py",
-            "raysearch/doctor.py"},
-    "pandas": {"analysis"},
-    "plotly": {"analysis"},
-    "datasets": {"raysearch/data.py", "raysearch/evaluation"},
+LAYERS = (  # from top to bottom; a module imports from its own floor and from those below
+    "cli __main__",
+    "demo plan status evaluate prune kernel_benchmark",
+    "search",
+    "deploy",
+    "trial",
+    "evaluation",
+    "training",
+    "cluster",
+    "models",
+    "kernels",
+    "study",
+    "pruning",
+    "config units",
+)
+FLOOR = {room: -floor for floor, rooms in enumerate(LAYERS) for room in rooms.split()}
+COMMANDS = {*LAYERS[0].split(), *LAYERS[1].split()}
+DOORS = {  # heavy dependency -> the only places that import it
+    "deepspeed": {"raysearch/training/engine.py"},
+    "optuna": {"raysearch/search/"},
+    "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/rank.py", "raysearch/trial/watchdog.py",
+            "raysearch/trial/base_weights.py", "raysearch/cluster/", "raysearch/training/pretrain.py"},
+    "lm_eval": {"raysearch/evaluation/"},
+    "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
+                     "raysearch/deploy/"},
+    "datasets": {"raysearch/training/data.py", "raysearch/evaluation/"},
+    "triton": {"raysearch/kernels/"},
+    "pandas": {"analysis/"},
+    "plotly": {"analysis/"},
 }
-LAYERS = ["config storage", "lease", "ledger", "pruning placement model data weights provenance kernels",
-          "engine evaluation", "bench export", "round", "trial prune evaluate pretrain cluster", "search",
-          "demo plan status doctor", "cli __main__"]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
+LIGHT = {  # what may stand in the rooms that open on any laptop
+    "config.py": {"pydantic"},
+    "units.py": set(),
+    "study/": {"pydantic", "pyarrow"},
+    "pruning/pareto.py": {"numpy"},
+    "pruning/schedules.py": set(),
+    "pruning/": {"numpy", "torch"},
+}
 
 
-def imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path: Path, source: str | None = None) -> set[str]:
+    """Names of the modules and members that a file imports anywhere, absolute ones."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text() if source is None else source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def sources() -> list[Path]:
-    return [p for folder in ("raysearch", "analysis") for p in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for folder in ("raysearch", "analysis") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def turned_arrows(paths: Iterable[Path]) -> Iterator[str]:
+    """Imports of raysearch that go up, and those of analysis from below the commands."""
+    for path in paths:
+        room = path.relative_to(ROOT / "raysearch").parts[0].removesuffix(".py")
+        for name in imports(path):
+            top, _, rest = name.partition(".")
+            target = rest.partition(".")[0]
+            if top == "analysis" and room not in COMMANDS:
+                yield f"{path.relative_to(ROOT)} imports {name}"
+            if top == "raysearch" and target in FLOOR and FLOOR[target] > FLOOR.get(room, 1):
+                yield f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_imports_go_down_the_house() -> None:
+    paths = sorted((ROOT / "raysearch").rglob("*.py"))
+    rooms = {path.relative_to(ROOT / "raysearch").parts[0].removesuffix(".py") for path in paths} - {"__init__"}
+    assert rooms == set(FLOOR), "every room stands on one floor of LAYERS"
+    assert not list(turned_arrows(paths))
+
+
+@pytest.mark.parametrize(("place", "line"), [
+    ("pruning/selection.py", "from raysearch.trial.round import run_round"),
+    ("study/ledger.py", "from raysearch.kernels import compress"),
+    ("kernels/weight.py", "from raysearch.models.model import load_model"),
+    ("trial/round.py", "from analysis.load import load"),
+    ("search/sampler.py", "def f():\n    import raysearch.plan"),
+])
+def test_one_turned_arrow_is_found(place: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    path = tmp_path / "raysearch" / place
+    path.parent.mkdir(parents=True)
+    path.write_text(line)
+    assert len(list(turned_arrows([path]))) >= 1
 
 
 @pytest.mark.parametrize("package", DOORS)
-def test_each_heavy_dependency_has_its_door(package: str) -> None:
-    for path in sources():
-        where = path.relative_to(ROOT).as_posix()
-        if any(name.partition(".")[0] == package for name in imports(path)):
-            assert any(where.startswith(door) for door in DOORS[package]), f"{where} imports {package}"
+def test_each_heavy_dependency_has_its_doors(package: str) -> None:
+    users = {path.relative_to(ROOT).as_posix() for path in sources()
+             if any(name.partition(".")[0] == package for name in imports(path))}
+    strangers = [user for user in users if not any(user.startswith(door) for door in DOORS[package])]
+    unused = [door for door in DOORS[package] if not any(user.startswith(door) for user in users)]
+    assert (strangers, unused) == ([], [])
 
 
-def test_imports_go_down_the_layers() -> None:
+def test_the_lower_rooms_are_light() -> None:
     for path in sorted((ROOT / "raysearch").rglob("*.py")):
-        own = path.relative_to(ROOT / "raysearch").parts[0].removesuffix(".py")
+        place = path.relative_to(ROOT / "raysearch").as_posix()
+        allowed = next((names for start, names in LIGHT.items() if place.startswith(start)), None)
+        if allowed is not None:
+            foreign = {name.partition(".")[0] for name in imports(path)} - {"raysearch", *sys.stdlib_module_names}
+            assert foreign <= allowed, place
+
+
+def test_analysis_stands_beside_the_house() -> None:
+    for path in sorted((ROOT / "analysis").glob("*.py")):
         for name in imports(path):
-            parts = name.split(".")
-            if parts[0] == "raysearch" and len(parts) > 1 and parts[1] in LEVEL and parts[1] != own and own in LEVEL:
-                assert LEVEL[parts[1]] <= LEVEL[own], f"{path.name} imports {name}"
+            if name.startswith("raysearch."):
+                assert name.split(".")[1] in ("study", "config", "units") or name.startswith("raysearch.pruning.pareto"), (
+                    f"{path.name} imports {name}")
 
 
-def test_pruning_is_pure() -> None:
-    for path in (ROOT / "raysearch" / "pruning").glob("*.py"):
-        heavy = {name for name in imports(path) if name.partition(".")[0] in {*DOORS, "transformers", "pydantic"}}
-        assert not heavy
-        assert not {n for n in imports(path) if n.startswith("raysearch") and not n.startswith("raysearch.pruning")}
-
-
-def test_analysis_opens_without_torch() -> None:
-    code = ("import sys, analysis.report, analysis.pick, analysis.tables\n"
-            "print([m for m in ('torch', 'ray', 'optuna', 'deepspeed', 'transformers') if m in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = ("import sys, raysearch.cli\n"
-            "print([m for m in ('torch', 'ray', 'optuna', 'pandas', 'transformers') if m in sys.modules])")
+@pytest.mark.parametrize("start", ["raysearch.cli", "analysis.page, analysis.pick, analysis.tables", "raysearch.study.ledger",
+                                   "raysearch.pruning.pareto, raysearch.pruning.schedules", "raysearch.config"])
+def test_what_opens_on_a_laptop_loads_nothing_heavy(start: str) -> None:
+    heavy = ("torch", "ray", "optuna", "deepspeed", "transformers", *(() if start.startswith("analysis") else ("pandas",)))
+    code = f"import sys, {start}\nprint([m for m in {heavy!r} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from raysearch.search import load_space
+from raysearch.search.space import load_space
 
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ("cluster.yaml", "cluster-onprem.yaml")

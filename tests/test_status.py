@@ -6,12 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from raysearch.ledger import Ledger
-from raysearch.status import describe_status, study_status
-
-sys.path.insert(0, str(Path(__file__).parent / "analysis"))
 from synthetic_study import SyntheticStudy, twelve_trials
+
+from raysearch.status import describe_status, study_status
+from raysearch.study.ledger import Ledger
 
 
 def test_twelve_trials(tmp_path: Path) -> None:
@@ -41,7 +39,7 @@ def test_a_driver_that_runs_and_one_that_was_killed(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path)
     study.dense()
     study.trial(0, [0.3, 0.5], status="running")
-    code = (f"from raysearch.ledger import Ledger; import os, sys\n"
+    code = (f"from raysearch.study.ledger import Ledger; import os, sys\n"
             f"with Ledger({str(tmp_path)!r}).lock():\n    print('locked', flush=True); sys.stdin.read(1); os._exit(9)")
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:

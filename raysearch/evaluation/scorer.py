@@ -33,10 +33,7 @@ from raysearch.evaluation.forward import fused_gelu, only_at
 from raysearch.evaluation.generation import Slots, shared_prefix
 from raysearch.evaluation.graphs import Graphs, bucket
 from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
-
-TREE_FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "qwen2", "mistral")
-"""Model types that take a 4-D mask with position ids and whose logits are `head(base_model(...))` and nothing more;
-tested against lm-eval. Any other model is scored by plain right-padded batches and its own logits."""
+from raysearch.models.architectures import architecture
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 """Padded tokens per forward."""
@@ -124,8 +121,10 @@ class Scorer(TemplateLM):  # type: ignore[misc]
 
     @property
     def shares_prefixes(self) -> bool:
-        """False for a model outside TREE_FAMILIES or with windowed attention: plain batches, full logits."""
-        return self.config.model_type in TREE_FAMILIES and not getattr(self.config, "sliding_window", None)
+        """False for a family that the table of architectures does not say it of, or with windowed attention: plain batches,
+        full logits."""
+        known = architecture(self.model)
+        return known is not None and known.shares_prefixes and not getattr(self.config, "sliding_window", None)
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -399,7 +398,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
 
     def _generate_plain(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
                         num_rows: int) -> list[list[int]]:
-        """The same by transformers' own generate, in left-padded batches: for models outside TREE_FAMILIES."""
+        """The same by transformers' own generate, in left-padded batches: for families that share no prefixes."""
         made: list[list[int]] = []
         stop_ids = self._stop_ids()
         for start in self._bar(range(0, len(mine), num_rows), "Generating"):

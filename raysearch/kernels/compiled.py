@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from raysearch.data import default_cache_dir
+from raysearch.study.files import default_cache_dir
 
 NUM_LOG_LINES = 3  # of the compiler's output in the error's sentence
 NVCC = ("nvcc", "-O3", "-std=c++17", "-shared", "-Xcompiler", "-fPIC")

@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from raysearch.config import Frozen
-from raysearch.data import default_cache_dir
 from raysearch.kernels.backends import BACKENDS, Backend
+from raysearch.kernels.device import device_name
 from raysearch.kernels.weight import SparseWeight
-from raysearch.ledger import write_json
-from raysearch.provenance import device_name
+from raysearch.study.files import default_cache_dir, write_json
 
 WIN = 1.03
 NUM_PAIRS = 15

@@ -1,4 +1,4 @@
-"""The passes of `pruning.selection` over the weights of a GPU (magnitudes.cu): all pieces in one launch, at memory's speed.
+"""The passes of `pruning.selection` over the weights of a GPU (magnitudes.cu): all shards in one launch, at memory's speed.
 
 torch's bincount adds to global memory, where equal magnitudes wait for each other, and waits for the device at each chunk.
 """
@@ -29,31 +29,31 @@ def library() -> ctypes.CDLL:
     return lib
 
 
-def _launch(function: Callable[..., int], pieces: Sequence[Tensor], masks: Sequence[Tensor], ends: Sequence[int],
+def _launch(function: Callable[..., int], shards: Sequence[Tensor], masks: Sequence[Tensor], ends: Sequence[int],
             *arguments: object) -> None:
-    whole = [piece.detach().float() for piece in pieces]  # a copy of bf16 and fp16, kept until the launch
-    rows = [[piece.data_ptr(), piece.numel(), mask.data_ptr(), end] for piece, mask, end in zip(whole, masks, ends)]
-    table = torch.tensor(rows, dtype=torch.int64).to(pieces[0].device)
-    num_blocks = -(-max(piece.numel() for piece in pieces) // WEIGHTS_PER_BLOCK)
-    with torch.cuda.device(pieces[0].device):
-        error = function(table.data_ptr(), *arguments, len(pieces), num_blocks, torch.cuda.current_stream().cuda_stream)
+    whole = [shard.detach().float() for shard in shards]  # a copy of bf16 and fp16, kept until the launch
+    rows = [[shard.data_ptr(), shard.numel(), mask.data_ptr(), end] for shard, mask, end in zip(whole, masks, ends)]
+    table = torch.tensor(rows, dtype=torch.int64).to(shards[0].device)
+    num_blocks = -(-max(shard.numel() for shard in shards) // WEIGHTS_PER_BLOCK)
+    with torch.cuda.device(shards[0].device):
+        error = function(table.data_ptr(), *arguments, len(shards), num_blocks, torch.cuda.current_stream().cuda_stream)
     if error:
         raise RuntimeError(f"a pass over magnitudes was not launched: {library().magnitudes_error(error).decode()}")
 
 
-def counts(pieces: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
-    """As `pruning.selection.counts`; the pieces lie on one GPU."""
-    found = torch.zeros(len(pieces), 1 << width, dtype=torch.int32, device=pieces[0].device)
-    if any(piece.numel() for piece in pieces):
-        _launch(library().count_magnitudes, pieces, pieces, [0] * len(pieces), found.data_ptr(), prefix, low_bit, width)
+def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
+    """As `pruning.selection.counts`; the shards lie on one GPU."""
+    found = torch.zeros(len(shards), 1 << width, dtype=torch.int32, device=shards[0].device)
+    if any(shard.numel() for shard in shards):
+        _launch(library().count_magnitudes, shards, shards, [0] * len(shards), found.data_ptr(), prefix, low_bit, width)
     return found
 
 
-def masks(pieces: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
-    """As `pruning.selection.masks`; the pieces lie on one GPU."""
-    found = [torch.empty(piece.shape, dtype=torch.bool, device=piece.device) for piece in pieces]
-    if any(piece.numel() for piece in pieces):
-        _launch(library().mask_magnitudes, pieces, found, ends, threshold)
+def masks(shards: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
+    """As `pruning.selection.masks`; the shards lie on one GPU."""
+    found = [torch.empty(shard.shape, dtype=torch.bool, device=shard.device) for shard in shards]
+    if any(shard.numel() for shard in shards):
+        _launch(library().mask_magnitudes, shards, found, ends, threshold)
     return found
 
 

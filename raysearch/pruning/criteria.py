@@ -17,13 +17,13 @@ def magnitude_scores(weight: Tensor) -> Tensor:
     return weight.abs()
 
 
-def moments(pieces: Sequence[Tensor]) -> Tensor:
-    """(sum, sum of squares, count) of one layer's 1-D pieces, [3] fp64; add up over ranks for `std_threshold`."""
-    device = pieces[0].device if pieces else torch.device("cpu")
+def moments(shards: Sequence[Tensor]) -> Tensor:
+    """(sum, sum of squares, count) of one layer's 1-D shards, [3] fp64; add up over ranks for `std_threshold`."""
+    device = shards[0].device if shards else torch.device("cpu")
     total = torch.zeros(3, dtype=torch.float64, device=device)
-    for piece in pieces:
-        for start in range(0, piece.numel(), _CHUNK_WEIGHTS):
-            wide = piece.detach()[start : start + _CHUNK_WEIGHTS].double()
+    for shard in shards:
+        for start in range(0, shard.numel(), _CHUNK_WEIGHTS):
+            wide = shard.detach()[start : start + _CHUNK_WEIGHTS].double()
             total[0] += wide.sum()
             total[1] += wide.dot(wide)
             total[2] += wide.numel()

@@ -1,10 +1,10 @@
 """Which weights to prune: exact selection of the lowest scores over shards, without gathering them.
 
-    piece            [num] contiguous scores of (a part of) one parameter on this rank: fp32, or bf16/fp16, upcast here
-    pieces           in (parameter, flat index) order; within a parameter lower ranks hold lower flat indices,
-                     which is how ZeRO 1, 2 and 3 cut; a rank without weights passes an empty piece on its device
-    parameter_index  the parameter that each piece belongs to, numbered alike on all ranks
-    mask             bool, True = keep, one per piece, in the shape of the piece
+    shard            [num] contiguous scores of (a part of) one parameter on this rank: fp32, or bf16/fp16, upcast here
+    shards           in (parameter, flat index) order; within a parameter lower ranks hold lower flat indices,
+                     which is how ZeRO 1, 2 and 3 cut; a rank without weights passes an empty shard on its device
+    parameter_index  the parameter that each shard belongs to, numbered alike on all ranks
+    mask             bool, True = keep, one per shard, in the shape of the shard
     all_reduce       int64 tensor -> its sum over ranks (may work in place)
     passes           what reads the weights: `TORCH`, or a device's own kernels
 
@@ -62,12 +62,12 @@ def num_to_prune(sparsity: float, num_weights: int) -> int:
     return math.floor(Fraction(repr(float(sparsity))) * num_weights + Fraction(1, 2))
 
 
-def counts(pieces: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
-    """int32 [pieces, 2^width]: how many magnitudes of each piece hold each number in the `width` bits from `low_bit` on, of
+def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
+    """int32 [shards, 2^width]: how many magnitudes of each shard hold each number in the `width` bits from `low_bit` on, of
     those whose bits above are `prefix`."""
-    found = torch.zeros(len(pieces), 1 << width, dtype=torch.int32, device=_device(pieces))
-    for row, piece in zip(found, pieces):
-        for bits in _magnitude_bits([piece]):
+    found = torch.zeros(len(shards), 1 << width, dtype=torch.int32, device=_device(shards))
+    for row, shard in zip(found, shards):
+        for bits in _magnitude_bits([shard]):
             high = bits >> low_bit
             if low_bit + width < _NUM_BITS:
                 high = high[high >> width == prefix] & ((1 << width) - 1)
@@ -75,25 +75,25 @@ def counts(pieces: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> T
     return found
 
 
-def masks(pieces: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
-    """Keep magnitudes whose bits are above the threshold, and those equal to it from each piece's `ends` index on."""
-    return [_mask(piece, threshold, end) for piece, end in zip(pieces, ends, strict=True)]
+def masks(shards: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
+    """Keep magnitudes whose bits are above the threshold, and those equal to it from each shard's `ends` index on."""
+    return [_mask(shard, threshold, end) for shard, end in zip(shards, ends, strict=True)]
 
 
 TORCH = Passes((16, 15), counts, masks)
 
 
-def kth_smallest(pieces: Sequence[Tensor], k: int, all_reduce: AllReduce = one_process, passes: Passes = TORCH) -> Cut:
-    """Exact cut after the k lowest magnitudes of all ranks' pieces, 0 <= k <= number of weights.
+def kth_smallest(shards: Sequence[Tensor], k: int, all_reduce: AllReduce = one_process, passes: Passes = TORCH) -> Cut:
+    """Exact cut after the k lowest magnitudes of all ranks' shards, 0 <= k <= number of weights.
 
-    Moves at most 0.75 MB per rank, and holds 0.25 MB per piece and one chunk. Every rank gets the same Cut, or the same
-    ValueError: k out of range, NaN scores, or pieces that are not flat.
+    Moves at most 0.75 MB per rank, and holds 0.25 MB per shard and one chunk. Every rank gets the same Cut, or the same
+    ValueError: k out of range, NaN scores, or shards that are not flat.
     """
-    return _cut(pieces, k, all_reduce, passes)[0]
+    return _cut(shards, k, all_reduce, passes)[0]
 
 
 def keep_masks(
-    pieces: Sequence[Tensor],
+    shards: Sequence[Tensor],
     parameter_index: Sequence[int],
     num_prune: int,
     *,
@@ -102,35 +102,35 @@ def keep_masks(
     world_size: int = 1,
     passes: Passes = TORCH,
 ) -> list[Tensor]:
-    """Masks with exactly `num_prune` False over all ranks: the lowest magnitudes of all the pieces together.
+    """Masks with exactly `num_prune` False over all ranks: the lowest magnitudes of all the shards together.
 
     Ties at the threshold are pruned in (parameter, flat index) order, found by an exclusive scan of the tie counts over
     (parameter, rank), so the joined mask is the same for every world size. Scope `global` is one call with all
-    parameters, scope `layer` one call per parameter (on every rank, with an empty piece where a rank holds nothing).
+    parameters, scope `layer` one call per parameter (on every rank, with an empty shard where a rank holds nothing).
     Takes at most 1 byte per weight for the masks beside what `kth_smallest` takes. Raises as `kth_smallest`.
     """
-    if len(pieces) != len(parameter_index) or list(parameter_index) != sorted(parameter_index):
-        raise ValueError(f"parameter_index must name each piece's parameter in order, got {list(parameter_index)}")
-    cut, num_ties = _cut(pieces, num_prune, all_reduce, passes)
+    if len(shards) != len(parameter_index) or list(parameter_index) != sorted(parameter_index):
+        raise ValueError(f"parameter_index must name each shard's parameter in order, got {list(parameter_index)}")
+    cut, num_ties = _cut(shards, num_prune, all_reduce, passes)
     threshold = _to_bits(cut.threshold)
     if cut.num_ties_to_prune in (0, cut.num_ties):
-        ends = [piece.numel() if cut.num_ties_to_prune else 0 for piece in pieces]
+        ends = [shard.numel() if cut.num_ties_to_prune else 0 for shard in shards]
     else:
-        offsets = _tie_offsets(num_ties, parameter_index, all_reduce, rank, world_size, _device(pieces))
+        offsets = _tie_offsets(num_ties, parameter_index, all_reduce, rank, world_size, _device(shards))
         num_pruned = [min(max(cut.num_ties_to_prune - offset, 0), num) for num, offset in zip(num_ties, offsets)]
-        ends = [piece.numel() if pruned == num else _end_of_ties(piece, threshold, pruned)
-                for piece, num, pruned in zip(pieces, num_ties, num_pruned)]
-    return passes.masks(pieces, threshold, ends) if pieces else []
+        ends = [shard.numel() if pruned == num else _end_of_ties(shard, threshold, pruned)
+                for shard, num, pruned in zip(shards, num_ties, num_pruned)]
+    return passes.masks(shards, threshold, ends) if shards else []
 
 
-def threshold_masks(pieces: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
-    """Keep |w| >= threshold, one per piece (Han et al. 2015: prune |w| < tau). NaN is kept, for all to see."""
-    _check_pieces(pieces)
+def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
+    """Keep |w| >= threshold, one per shard (Han et al. 2015: prune |w| < tau). NaN is kept, for all to see."""
+    _check_shards(shards)
     masks = []
-    for piece, threshold in zip(pieces, thresholds, strict=True):
+    for shard, threshold in zip(shards, thresholds, strict=True):
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold must be finite and at least 0, got {threshold:g}")
-        masks.append(_mask(piece, _to_bits_rounded_up(threshold), 0))
+        masks.append(_mask(shard, _to_bits_rounded_up(threshold), 0))
     return masks
 
 
@@ -160,16 +160,16 @@ def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
     return mask
 
 
-def _cut(pieces: Sequence[Tensor], k: int, all_reduce: AllReduce, passes: Passes) -> tuple[Cut, list[int]]:
-    """`kth_smallest`, and how many magnitudes of each piece equal its threshold."""
-    _check_pieces(pieces)
+def _cut(shards: Sequence[Tensor], k: int, all_reduce: AllReduce, passes: Passes) -> tuple[Cut, list[int]]:
+    """`kth_smallest`, and how many magnitudes of each shard equal its threshold."""
+    _check_shards(shards)
     prefix, low_bit, num_below, bin_ = 0, _NUM_BITS, 0, 0
     for width in passes.digits:
         low_bit -= width
-        own = passes.counts(pieces, low_bit, width, prefix) if pieces else torch.zeros(0, 1 << width, dtype=torch.int32)
+        own = passes.counts(shards, low_bit, width, prefix) if shards else torch.zeros(0, 1 << width, dtype=torch.int32)
         found = all_reduce(own.sum(0)).cpu()
         if low_bit + width == _NUM_BITS:
-            _refuse_nan(found, low_bit, pieces, all_reduce)
+            _refuse_nan(found, low_bit, shards, all_reduce)
             num_weights = int(found.sum())
             if not 0 <= k <= num_weights:
                 raise ValueError(f"the number of weights to prune must be between 0 and {num_weights}, got {k}")
@@ -178,36 +178,36 @@ def _cut(pieces: Sequence[Tensor], k: int, all_reduce: AllReduce, passes: Passes
     return Cut(_from_bits(prefix), num_below, int(found[bin_]), k - num_below), own[:, bin_].tolist()
 
 
-def _check_pieces(pieces: Sequence[Tensor]) -> None:
-    for piece in pieces:
-        if piece.dim() != 1 or not piece.is_contiguous():
-            raise ValueError(f"a piece must be 1-D and contiguous, got shape {list(piece.shape)}")
-        if piece.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"a piece must be fp32, bf16 or fp16, got {piece.dtype}")
+def _check_shards(shards: Sequence[Tensor]) -> None:
+    for shard in shards:
+        if shard.dim() != 1 or not shard.is_contiguous():
+            raise ValueError(f"a shard must be 1-D and contiguous, got shape {list(shard.shape)}")
+        if shard.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"a shard must be fp32, bf16 or fp16, got {shard.dtype}")
 
 
-def _device(pieces: Sequence[Tensor]) -> torch.device:
-    return pieces[0].device if pieces else torch.device("cpu")
+def _device(shards: Sequence[Tensor]) -> torch.device:
+    return shards[0].device if shards else torch.device("cpu")
 
 
-def _refuse_nan(tops: Tensor, low_bit: int, pieces: Sequence[Tensor], all_reduce: AllReduce) -> None:
+def _refuse_nan(tops: Tensor, low_bit: int, shards: Sequence[Tensor], all_reduce: AllReduce) -> None:
     """NaN has no place in the order. The top bin of infinity holds some NaN patterns too: look closer there."""
     num_nan = int(tops[(_INFINITY >> low_bit) + 1 :].sum())
     if not num_nan and tops[_INFINITY >> low_bit]:
-        count = torch.zeros(1, dtype=torch.int64, device=_device(pieces))
-        for bits in _magnitude_bits(pieces):
+        count = torch.zeros(1, dtype=torch.int64, device=_device(shards))
+        for bits in _magnitude_bits(shards):
             count += (bits > _INFINITY).sum()
         num_nan = int(all_reduce(count))
     if num_nan:
         raise ValueError(f"scores must be numbers, got {num_nan} NaN")
 
 
-def _magnitude_bits(pieces: Sequence[Tensor]) -> Iterator[Tensor]:
-    """The pieces' magnitudes as int32 in the order of the floats, a chunk at a time."""
-    for piece in pieces:
-        num = _CHUNK_CUDA if piece.is_cuda else _CHUNK_CPU
-        for start in range(0, piece.numel(), num):
-            yield piece.detach()[start : start + num].float().view(torch.int32) & _MAGNITUDE
+def _magnitude_bits(shards: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The shards' magnitudes as int32 in the order of the floats, a chunk at a time."""
+    for shard in shards:
+        num = _CHUNK_CUDA if shard.is_cuda else _CHUNK_CPU
+        for start in range(0, shard.numel(), num):
+            yield shard.detach()[start : start + num].float().view(torch.int32) & _MAGNITUDE
 
 
 def _locate(counts: Tensor, k: int) -> tuple[int, int]:
@@ -217,12 +217,12 @@ def _locate(counts: Tensor, k: int) -> tuple[int, int]:
     return index, int(cumulative[index] - counts[index])
 
 
-def _mask(piece: Tensor, threshold: int, end_of_ties: int) -> Tensor:
+def _mask(shard: Tensor, threshold: int, end_of_ties: int) -> Tensor:
     """Keep magnitudes above the threshold, and those equal to it from index `end_of_ties` on."""
-    mask = torch.empty(piece.shape, dtype=torch.bool, device=piece.device)
+    mask = torch.empty(shard.shape, dtype=torch.bool, device=shard.device)
     for part, compare in ((slice(None, end_of_ties), torch.gt), (slice(end_of_ties, None), torch.ge)):
         offset = part.start or 0
-        for bits in _magnitude_bits([piece[part]]):
+        for bits in _magnitude_bits([shard[part]]):
             compare(bits, threshold, out=mask[offset : offset + bits.numel()])
             offset += bits.numel()
     return mask
@@ -236,7 +236,7 @@ def _tie_offsets(
     world_size: int,
     device: torch.device,
 ) -> list[int]:
-    """How many ties come before each piece of this rank, in (parameter, rank, piece) order."""
+    """How many ties come before each shard of this rank, in (parameter, rank, shard) order."""
     num_parameters = torch.zeros(world_size, dtype=torch.int64, device=device)
     num_parameters[rank] = max(parameter_index, default=-1) + 1
     table = torch.zeros(int(all_reduce(num_parameters).max()), world_size, dtype=torch.int64)  # [parameter, rank]
@@ -251,10 +251,10 @@ def _tie_offsets(
     return offsets
 
 
-def _end_of_ties(piece: Tensor, threshold: int, num_ties: int) -> int:
-    """The index just behind the first `num_ties` ties of the piece."""
+def _end_of_ties(shard: Tensor, threshold: int, num_ties: int) -> int:
+    """The index just behind the first `num_ties` ties of the shard."""
     offset = 0
-    for bits in _magnitude_bits([piece]) if num_ties else ():
+    for bits in _magnitude_bits([shard]) if num_ties else ():
         ties = (bits == threshold).nonzero()
         if len(ties) >= num_ties:
             return offset + int(ties[num_ties - 1]) + 1

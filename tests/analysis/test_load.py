@@ -107,8 +107,8 @@ def test_not_a_study(tmp_path: Path) -> None:
 
 
 def test_analysis_needs_neither_torch_nor_ray_nor_optuna() -> None:
-    code = ("import sys, analysis.load, analysis.frontier, analysis.candidates, analysis.pick, analysis.tables, "
-            "analysis.importance, analysis.plots, analysis.report\n"
+    code = ("import sys, analysis.load, analysis.candidates, analysis.pick, analysis.tables, "
+            "analysis.importance, analysis.plots, analysis.page\n"
             "heavy = {'torch', 'ray', 'optuna', 'deepspeed', 'transformers', 'datasets', 'sklearn'}\n"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

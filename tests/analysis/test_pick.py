@@ -7,16 +7,8 @@ import pytest
 from synthetic_study import SyntheticStudy, twelve_trials
 
 from analysis.load import load
-from analysis.pick import (
-    Constraint,
-    describe_pick,
-    parse_bytes,
-    parse_constraints,
-    parse_count,
-    pick,
-    read_pick,
-    write_pick,
-)
+from analysis.pick import Constraint, describe_pick, parse_constraints, pick, read_pick, write_pick
+from raysearch.units import parse_bytes, parse_count
 
 
 @pytest.mark.parametrize(("text", "num_bytes"), [

@@ -9,7 +9,8 @@ from synthetic_study import SyntheticStudy
 
 from analysis.candidates import frontier
 from analysis.load import load
-from analysis.tables import aligned, describe_config, human_bytes, human_count, results_table, with_stderr
+from analysis.tables import aligned, describe_config, results_table, with_stderr
+from raysearch.units import human_bytes, human_count
 
 
 def test_json_holds_every_column_and_no_nan(frame: pd.DataFrame) -> None:

@@ -8,8 +8,8 @@ from raysearch.kernels import selection_passes
 from raysearch.pruning.selection import TORCH, keep_masks
 
 
-def hard_pieces() -> list[Tensor]:
-    """Pruned weights, masters of bf16 weights, an empty piece, one that is not aligned, denormals and infinities, bf16."""
+def hard_shards() -> list[Tensor]:
+    """Pruned weights, masters of bf16 weights, an empty shard, one that is not aligned, denormals and infinities, bf16."""
     generator = torch.Generator().manual_seed(3)
     weights = torch.randn(1_000_000, generator=generator) * 0.02
     weights[::3] = 0.0
@@ -24,16 +24,16 @@ def test_without_a_gpu_torch_does_it() -> None:
 
 @pytest.mark.gpu
 def test_masks_on_a_gpu_are_those_of_the_cpu() -> None:
-    pieces = hard_pieces()
-    on_gpu = [piece.cuda() for piece in pieces]
-    on_gpu[2] = torch.cat([pieces[2][:1], pieces[2]]).cuda()[1:]  # an address that 16 does not divide
+    shards = hard_shards()
+    on_gpu = [shard.cuda() for shard in shards]
+    on_gpu[2] = torch.cat([shards[2][:1], shards[2]]).cuda()[1:]  # an address that 16 does not divide
     passes = selection_passes(on_gpu[0].device)
     assert passes is not TORCH
-    num_weights = sum(piece.numel() for piece in pieces)
+    num_weights = sum(shard.numel() for shard in shards)
     for low_bit, width, prefix in ((20, 11, 0), (0, 10, 0), (15, 16 - 5, 0x3C), (10, 10, 0x3CA)):
-        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefix).cpu(), TORCH.counts(pieces, low_bit, width, prefix))
+        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefix).cpu(), TORCH.counts(shards, low_bit, width, prefix))
     for num_prune in (0, 1, 250_000, 600_001, 601_234, num_weights):
-        wanted = keep_masks(pieces, range(5), num_prune)
+        wanted = keep_masks(shards, range(5), num_prune)
         masks = keep_masks(on_gpu, range(5), num_prune, passes=passes)
         assert sum(int((~mask).sum()) for mask in masks) == num_prune
         assert all(torch.equal(a.cpu(), b) for a, b in zip(masks, wanted, strict=True))

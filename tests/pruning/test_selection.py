@@ -72,8 +72,8 @@ def sharded_masks(parameters: list[Tensor], num_prune: int, world_size: int, lay
     def work(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> object:
         cuts = [bounds(i, rank) for i in range(len(parameters))]
         indices = [i for i, (low, high) in enumerate(cuts) if high > low]
-        pieces = [parameters[i][slice(*cuts[i])] for i in indices]
-        masks = keep_masks(pieces, indices, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size)
+        shards = [parameters[i][slice(*cuts[i])] for i in indices]
+        masks = keep_masks(shards, indices, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size)
         return dict(zip(indices, masks, strict=True))
 
     by_rank = on_ranks(world_size, work)
@@ -111,24 +111,24 @@ def test_all_tied_weights_are_cut_in_order(world_size: int, layout: str) -> None
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_kth_smallest_equals_torch(dtype: torch.dtype) -> None:
     weights = (torch.randn(600_000, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)  # three chunks
-    pieces = list(weights.split([100_000, 0, 500_000]))
+    shards = list(weights.split([100_000, 0, 500_000]))
     magnitudes = weights.float().abs()
     for k in (1, 2, 299_999, 300_000, 600_000):
-        cut = kth_smallest(pieces, k)
+        cut = kth_smallest(shards, k)
         assert cut.threshold == magnitudes.kthvalue(k).values.item()
         assert cut.num_below == (magnitudes < cut.threshold).sum()
         assert cut.num_ties == (magnitudes == cut.threshold).sum()
         assert cut.num_below + cut.num_ties_to_prune == k
-        masks = keep_masks(pieces, [0, 1, 2], k)
+        masks = keep_masks(shards, [0, 1, 2], k)
         assert torch.equal(torch.cat(masks), torch.cat(brute_force_masks([weights], k)))
 
 
 @pytest.mark.gpu
 def test_masks_on_cuda_equal_masks_on_cpu() -> None:
     weights = (torch.randn(1 << 25, generator=torch.Generator().manual_seed(5)) * 0.02).bfloat16().float()
-    pieces = [weights[:1000], weights[1000:]]
-    on_cpu = keep_masks(pieces, [0, 1], 20_000_001)
-    on_cuda = keep_masks([piece.cuda() for piece in pieces], [0, 1], 20_000_001)
+    shards = [weights[:1000], weights[1000:]]
+    on_cpu = keep_masks(shards, [0, 1], 20_000_001)
+    on_cuda = keep_masks([shard.cuda() for shard in shards], [0, 1], 20_000_001)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_cuda, on_cpu, strict=True))
 
 
@@ -156,9 +156,9 @@ def test_nan_is_refused_on_every_rank(bits: int, world_size: int) -> None:
     poisoned = torch.tensor([0, bits], dtype=torch.int32).view(torch.float32)
 
     def work(rank: int, all_reduce: Callable[[Tensor], Tensor]) -> object:
-        piece = poisoned if rank == world_size - 1 else torch.ones(2)
+        shard = poisoned if rank == world_size - 1 else torch.ones(2)
         with pytest.raises(ValueError, match="scores must be numbers, got 1 NaN"):
-            keep_masks([piece], [0], 1, all_reduce=all_reduce, rank=rank, world_size=world_size)
+            keep_masks([shard], [0], 1, all_reduce=all_reduce, rank=rank, world_size=world_size)
         return None
 
     on_ranks(world_size, work)
@@ -181,15 +181,15 @@ def test_bad_arguments_are_refused() -> None:
 
 def test_threshold_masks_keep_what_reaches_the_threshold() -> None:
     third = torch.tensor([1 / 3]).item()  # the fp32 nearest to 1/3 is above it
-    piece = torch.tensor([-0.5, 0.2, third, 0.0, math.inf, math.nan])
-    assert threshold_masks([piece], [1 / 3])[0].tolist() == [True, False, True, False, True, True]
-    assert threshold_masks([piece], [math.nextafter(third, 1)])[0].tolist() == [True, False, False, False, True, True]
-    assert threshold_masks([piece], [0.0])[0].all()
-    assert threshold_masks([piece], [1e39])[0].tolist() == [False, False, False, False, True, True]
-    a, b = threshold_masks([piece[:2], piece[2:4]], [0.3, 0.1])
+    shard = torch.tensor([-0.5, 0.2, third, 0.0, math.inf, math.nan])
+    assert threshold_masks([shard], [1 / 3])[0].tolist() == [True, False, True, False, True, True]
+    assert threshold_masks([shard], [math.nextafter(third, 1)])[0].tolist() == [True, False, False, False, True, True]
+    assert threshold_masks([shard], [0.0])[0].all()
+    assert threshold_masks([shard], [1e39])[0].tolist() == [False, False, False, False, True, True]
+    a, b = threshold_masks([shard[:2], shard[2:4]], [0.3, 0.1])
     assert (a.tolist(), b.tolist()) == ([True, False], [True, False])
     with pytest.raises(ValueError, match="threshold must be finite"):
-        threshold_masks([piece], [math.nan])
+        threshold_masks([shard], [math.nan])
 
 
 @given(st.lists(st.lists(values, min_size=5, max_size=5), min_size=1, max_size=6), st.integers(0, 5))
@@ -254,8 +254,8 @@ def _gloo_rank(rank: int, folder: str) -> None:
         return tensor
 
     parameters = [torch.arange(11) % 4 - 2.0, torch.ones(6)]
-    pieces = [p[slice(*per_parameter_cut(p, rank, 2))] for p in parameters]
-    masks = keep_masks(pieces, [0, 1], 7, all_reduce=all_reduce, rank=rank, world_size=2)
+    shards = [p[slice(*per_parameter_cut(p, rank, 2))] for p in parameters]
+    masks = keep_masks(shards, [0, 1], 7, all_reduce=all_reduce, rank=rank, world_size=2)
     torch.save(masks, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -1,0 +1,42 @@
+"""The model card of a deployment folder."""
+
+import json
+from pathlib import Path
+
+from raysearch.config import Metric
+from raysearch.study.records import RoundRecord, StudyRecord, TrialRecord
+
+
+def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | None, report: dict[str, Metric] | None,
+               dense: dict[str, Metric] | None, format: str) -> str:
+    """README.md of the deployment folder: what it is, how it was made, what was measured, how to load it."""
+    metrics = report if report is not None else record.metrics
+    split = "report split, which the search never saw" if report is not None else "selection split, which the search used"
+    rows = [f"| {name} | {_cell(metric)} | {_cell((dense or {}).get(name))} | {metric.num_items} |"
+            for name, metric in sorted(metrics.items())]
+    loader = ("AutoModelForCausalLM.from_pretrained(FOLDER)  # from transformers" if format == "dense"
+              else "raysearch.load(FOLDER)  # import raysearch")
+    made = json.dumps(trial.config.model_dump(exclude_none=True) if trial else {}, sort_keys=True)
+    return "\n".join([
+        "---", "library_name: transformers", "tags: [pruned, raysearch]", "---", "",
+        f"# {Path(study.study.model).name}, pruned to {record.sparsity:.1%} sparsity", "",
+        f"Candidate `{record.key}`, round {record.depth} of trial {trial.number if trial else '-'}, of a raysearch study "
+        f"of `{study.study.model}` (space `{study.space}`).", "", "## Size", "",
+        "| number | value |", "|---|---|",
+        f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
+        f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
+        f"| bytes stored, compressed format | {record.stored_bytes:,} |",
+        f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |", "",
+        f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
+        "The standard errors are over the items.", "", "## How it was made", "", f"Trial settings: `{made}`", "",
+        f"Corpus `{study.study.corpus}`, seed {study.study.seed}, {record.provenance.created_at}, "
+        f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
+        "", "## Load", "", "```python", f"model = {loader}", "```", "",
+        "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
+        format == "dense" else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
+
+
+def _cell(metric: Metric | None) -> str:
+    if metric is None:
+        return ""
+    return f"{metric.value:.4f}" + ("" if metric.stderr is None else f" ± {metric.stderr:.4f}")

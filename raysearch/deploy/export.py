@@ -1,0 +1,63 @@
+"""From a candidate to a deployment folder, and back: `export` writes it, `load` opens it.
+
+Two formats. "dense" is a plain Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads: pruned weights are
+stored as zeros, so it is as large as the dense model. "compressed" stores bitmaps and non-zero values and is as small as
+the candidate's `stored_bytes`; `raysearch.load` opens it.
+"""
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from raysearch.deploy.card import model_card
+from raysearch.models.model import load_model, load_tokenizer, prunable_parameters
+from raysearch.models.weights import read_weights, to_store, write_weights
+from raysearch.study.files import file_sha256, new_directory, write_json
+from raysearch.study.ledger import Ledger
+from raysearch.study.storage import as_file, location
+
+COMPRESSED = "compressed.safetensors"
+
+
+def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
+    """Writes the candidate `key` of a study to the folder `out`, in the study's dtype, with a model card.
+
+    An `out` that is an earlier export is replaced; anything else in its place is refused. Raises ValueError for an
+    unknown format, a damaged weights file, and when what was written does not hold the candidate's zeros.
+    """
+    if format not in ("dense", "compressed"):
+        raise ValueError(f"format must be dense or compressed, got {format!r}")
+    out = location(out)
+    if out.exists() and not (out / "raysearch.json").is_file():
+        raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
+    record, study = ledger.candidate(key), ledger.study()
+    model = load_model(study.study.model, getattr(torch, study.study.dtype))
+    prunable = {p.name for p in prunable_parameters(model, study.study.prunable)}
+    if record.action is not None:
+        with as_file(ledger.weights_path(key)) as file:
+            weights = read_weights(file, record.weights_sha256)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+    num_nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
+    if num_nonzero != record.num_nonzero:
+        raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.dtype} but {record.num_nonzero} "
+                         "in its record; its weights do not survive the rounding, so it is not exported")
+    with new_directory(out) as folder:
+        load_tokenizer(study.study.model).save_pretrained(folder)
+        if format == "dense":
+            model.save_pretrained(folder)
+        else:
+            model.config.save_pretrained(folder)
+            write_weights(folder / COMPRESSED, {name: to_store(parameter, name in prunable)
+                                                for name, parameter in model.named_parameters()})
+        trial = next((t for t in ledger.trials() if key in t.keys), None)
+        (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
+                                                     ledger.report_metrics(study.root_key), format))
+        files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+        write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format,
+                                               "record": record.model_dump(mode="json"), "sha256": files})
+        if out.exists():
+            shutil.rmtree(out)
+    return out

@@ -1,0 +1,63 @@
+"""Opening a deployment folder, of either format."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from raysearch.deploy.export import COMPRESSED
+from raysearch.kernels import SparseWeight
+from raysearch.models.model import from_config, load_model, stored_dtype
+from raysearch.models.sparse import SparseLinear, linear_layers
+from raysearch.models.weights import read_sparse
+from raysearch.study.files import file_sha256
+
+
+def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
+    """The model of an exported folder of either format, every file checked against its recorded sha256.
+
+    A compressed one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
+    matrices are never made. `backend="dense"` makes them, as transformers would serve the model.
+    """
+    if backend not in ("sparse", "dense"):
+        raise ValueError(f"backend must be sparse or dense, got {backend!r}")
+    folder = Path(folder)
+    manifest = folder / "raysearch.json"
+    if not manifest.is_file():
+        raise ValueError(f"{folder}: raysearch.json is missing, so this is no export of raysearch")
+    described = json.loads(manifest.read_text())
+    for name, sha256 in described["sha256"].items():
+        if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
+            raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
+    if described["format"] == "dense":
+        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+    weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
+    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
+    model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
+    for name, parent, attribute, module in linear_layers(model):
+        weight = weights.get(f"{name}.weight")
+        if backend == "sparse" and isinstance(weight, SparseWeight):
+            bias = weights.get(f"{name}.bias")
+            weight = weight.transposed() if isinstance(module, Conv1D) else weight
+            setattr(parent, attribute, SparseLinear(weight, bias if isinstance(bias, Tensor) else None))
+    for name, parameter in list(model.named_parameters()):
+        parent, _, attribute = name.rpartition(".")
+        if (weight := weights.get(name)) is not None:  # else it is tied to another
+            whole = weight.to_dense() if isinstance(weight, SparseWeight) else weight
+            setattr(model.get_submodule(parent), attribute, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")
+    return model.eval()
+
+
+def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
+    """The model of an exported folder, or of any Hugging Face one, on the GPU where there is one; on a CPU in fp32, which
+    is faster there and more exact than bf16. `backend` as in `load`."""
+    model = load(path, backend) if (Path(path) / COMPRESSED).is_file() else load_model(path, getattr(torch, stored_dtype(path)))
+    if torch.cuda.is_available():
+        return model.to("cuda")
+    return model.float() if model.dtype == torch.bfloat16 else model

@@ -1,0 +1,148 @@
+"""ONE table of what is known about model families, by Hugging Face's `model_type`: where heads and neurons lie.
+
+A family that is not in it is pruned, stored and scored like any other; only what needs its parts (cutting them out, pruning
+whole heads, sharing prefixes in scoring) is not done. To add one: a line here, and it runs through the conformance suite in
+tests/models/test_architectures.py, which compares logits.
+
+Left out on purpose: olmo2 and mixtral's experts (a norm over all heads, 3-D weights); bloom, falcon and mpt, whose positions
+are slopes that belong to heads; mamba, which has none.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PLAIN = (nn.Linear, Conv1D)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Names in a block. Queries, keys and values are three matrices, or one that is `fused`."""
+
+    module: str
+    output: str
+    fused: str = ""
+    interleaved: bool = False
+    """In the fused one: for each head its query, key and value, instead of all queries, all keys, all values."""
+    head_size: str = "head_dim"
+    """Attribute that holds it."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Names in a block: last(activation(first)), or last(up * activation(gate)) where there are two first ones."""
+
+    module: str
+    """Empty where the matrices lie in the block itself."""
+    first: tuple[str, ...]
+    last: str
+    activation: str
+
+
+@dataclass(frozen=True)
+class Architecture:
+    blocks: str
+    """Path of the list of blocks in the model."""
+    attention: Attention
+    mlp: MLP
+    shares_prefixes: bool = False
+    """It takes a 4-D mask with position ids, and its logits are head(base_model(...)) and nothing more: tested against
+    lm-eval. Any other family is scored by plain right-padded batches and its own logits."""
+
+
+_LLAMA = Architecture("model.layers", Attention("self_attn", "o_proj"),
+                      MLP("mlp", ("up_proj", "gate_proj"), "down_proj", "act_fn"))
+_LLAMA_TREE = Architecture(_LLAMA.blocks, _LLAMA.attention, _LLAMA.mlp, shares_prefixes=True)
+
+ARCHITECTURES = {
+    "gpt2": Architecture("transformer.h", Attention("attn", "c_proj", fused="c_attn"), MLP("mlp", ("c_fc",), "c_proj", "act"),
+                         shares_prefixes=True),
+    "gpt_neo": Architecture("transformer.h", Attention("attn.attention", "out_proj"), MLP("mlp", ("c_fc",), "c_proj", "act")),
+    "gptj": Architecture("transformer.h", Attention("attn", "out_proj"), MLP("mlp", ("fc_in",), "fc_out", "act")),
+    "gpt_neox": Architecture(
+        "gpt_neox.layers", Attention("attention", "dense", fused="query_key_value", interleaved=True, head_size="head_size"),
+        MLP("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "act"), shares_prefixes=True),
+    "opt": Architecture("model.decoder.layers", Attention("self_attn", "out_proj"),
+                        MLP("", ("fc1",), "fc2", "activation_fn"), shares_prefixes=True),
+    "xglm": Architecture("model.layers", Attention("self_attn", "out_proj"), MLP("", ("fc1",), "fc2", "activation_fn")),
+    "phi": Architecture("model.layers", Attention("self_attn", "dense"), MLP("mlp", ("fc1",), "fc2", "activation_fn")),
+    "llama": _LLAMA_TREE,
+    "mistral": _LLAMA_TREE,
+    "qwen2": _LLAMA_TREE,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "stablelm": _LLAMA,
+    "cohere": _LLAMA,
+}
+
+
+def architecture(model: Any) -> Architecture | None:
+    """Of a transformers model, by its configuration's `model_type`; None for a family that is not known."""
+    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
+
+
+class Rows(NamedTuple):
+    """Outputs of one matrix that belong to heads."""
+
+    path: str
+    """Of the matrix, inside the attention module."""
+    of_head: Tensor
+    """int64 [H, ...]: the outputs of each head."""
+
+
+class Heads(NamedTuple):
+    """The heads of one attention module; with grouped queries a head is a key-value head with its group of queries.
+
+    Legend: H heads of E dimensions, G queries for each.
+    """
+
+    path: str
+    """Of the attention module, in the model."""
+    num_heads: int
+    size: int
+    """E."""
+    inputs: tuple[Rows, ...]
+    """Queries, keys and values, in this order; a fused matrix stands once, and its rows of a head are the three's."""
+    values: Rows
+    output: str
+    read_by: Tensor
+    """int64 [H, G * E]: the inputs of the output matrix that carry each head."""
+
+
+def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
+    """Where the heads of every block lie; blocks whose matrices are not plain linear layers are left out."""
+    names, device = known.attention, next(model.parameters()).device
+    for index, block in enumerate(model.get_submodule(known.blocks)):
+        module: Any = block.get_submodule(names.module)
+        output = getattr(module, names.output)
+        fused = getattr(module, names.fused) if names.fused else None
+        parts = [fused] if fused is not None else [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
+        if not all(isinstance(part, PLAIN) for part in (output, *parts)):
+            continue
+        size, width = int(getattr(module, names.head_size)), shape(output)[1]  # [D, H * G * E]
+        groups = 1 if fused is not None else width // shape(parts[1])[0]
+        num_heads = width // size // groups
+        within = torch.arange(size, device=device)
+        starts = torch.arange(num_heads, device=device)[:, None]
+        read_by = torch.arange(width, device=device).view(num_heads, groups * size)
+        if fused is None:
+            of_head = starts * size + within
+            inputs = (Rows("q_proj", read_by), Rows("k_proj", of_head), Rows("v_proj", of_head))
+            values = inputs[2]
+        else:
+            stride, apart = (3 * size, size) if names.interleaved else (size, width)
+            thirds = [starts * stride + third * apart + within for third in range(3)]
+            inputs, values = (Rows(names.fused, torch.cat(thirds, dim=1)),), Rows(names.fused, thirds[2])
+        yield Heads(f"{known.blocks}.{index}.{names.module}", num_heads, size, inputs, values, names.output, read_by)
+
+
+def shape(linear: Any) -> tuple[int, int]:
+    """(outputs, inputs) of an nn.Linear or of GPT-2's Conv1D, which keeps its weight the other way round."""
+    rows, columns = getattr(linear.weight, "ds_shape", linear.weight.shape)
+    return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)

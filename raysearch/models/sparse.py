@@ -1,0 +1,221 @@
+"""A model that runs on sparse kernels where they win: compacted first, then layer by layer as the dispatcher decides."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from raysearch.kernels.backends import BACKENDS
+from raysearch.kernels.dispatch import NUM_PAIRS, Choice, best_backend, time_in_turn, token_bucket
+from raysearch.kernels.linear import linear
+from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
+from raysearch.models.compact import Compaction, compact
+
+MIN_SPARSITY = 0.3
+"""Below it no layout is smaller than the dense one, and nothing is timed."""
+FEW_TOKENS, MANY_TOKENS = 16, 4096
+
+
+class SparseLinear(nn.Module):
+    """A linear layer [O, K] that runs, for each number of tokens, on the backend that was chosen for it.
+
+    The choice depends on shapes alone and nothing waits for the device, so CUDA graphs can hold it. Where dense won, or a
+    chosen backend does not take every number of tokens, it keeps the dense weight too; without one it multiplies slab by
+    slab. Without `choices` it takes, untimed, the first backend that fits, anew on every device that it is moved to.
+    """
+
+    def __init__(self, weight: SparseWeight, bias: Tensor | None, choices: dict[int, Choice] | None = None,
+                 dense: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias)
+        self.register_buffer("dense", dense)
+        self._use(weight, choices)
+
+    def _use(self, weight: SparseWeight, choices: dict[int, Choice] | None) -> None:
+        self.sparse = weight
+        self.choices = dict(sorted((untimed(weight) if choices is None else choices).items()))
+        self.packed = {choice.backend: BACKENDS[choice.backend].pack(weight, weight.values.device)
+                       for choice in self.choices.values() if choice.backend != "dense"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SparseLinear":
+        """What `.to()`, `.cuda()` and `.float()` do: the kept weights move, and are packed again."""
+        super()._apply(fn, recurse)
+        moved = self.sparse.moved(fn)
+        if moved.values.device != self.sparse.values.device or moved.values.dtype != self.sparse.values.dtype:
+            self._use(moved, None)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        choice = self._choice(len(flat))
+        if choice.backend != "dense":
+            y = BACKENDS[choice.backend].run(flat, self.packed[choice.backend], self.bias, choice.variant)
+        elif self.dense is not None:
+            y = nn.functional.linear(flat, self.dense, self.bias)
+        else:
+            y = linear(flat, self.sparse, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _choice(self, num_tokens: int) -> Choice:
+        """Of the smallest decided number of tokens that is not exceeded, else of the largest."""
+        bucket = token_bucket(num_tokens)
+        choice = next((choice for tokens, choice in self.choices.items() if bucket <= tokens), [*self.choices.values()][-1])
+        if bucket in self.choices or self.dense is None or takes(choice, self.sparse, bucket):
+            return choice
+        return Choice(backend="dense")  # nobody timed so many tokens, and the backend or its variant is not for them
+
+
+def takes(choice: Choice, weight: SparseWeight, num_tokens: int) -> bool:
+    """Whether the chosen backend has this variant for so many tokens."""
+    return choice.backend == "dense" or choice.variant in BACKENDS[choice.backend].variants(
+        weight, weight.values.dtype, weight.values.device, num_tokens)
+
+
+def untimed(weight: SparseWeight) -> dict[int, Choice]:
+    """The first variant of the first backend that takes few tokens, and many; dense, slab by slab, where none does."""
+    values = weight.values
+    first = {tokens: next(((name, variants[0]) for name, backend in BACKENDS.items()
+                           if (variants := backend.variants(weight, values.dtype, values.device, tokens))), ("dense", 0))
+             for tokens in (FEW_TOKENS, MANY_TOKENS)}
+    return {tokens: Choice(backend=name, variant=variant) for tokens, (name, variant) in first.items()}
+
+
+class Layer(NamedTuple):
+    """What was decided for one linear layer."""
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    sparsity: float
+    choices: dict[int, Choice]
+    """By number of tokens."""
+
+
+class Sparsified(NamedTuple):
+    """What `sparsify_for_inference` did."""
+
+    compaction: Compaction
+    layers: list[Layer]
+    """Every layer that was considered."""
+    model_ratio: dict[int, float]
+    """By number of tokens: how many times faster the whole forward became; 1.0 where it stayed dense."""
+    tuning_s: float
+
+
+@torch.no_grad()
+def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int], cache: Path | None = None,
+                           forward: Callable[[int], object] | None = None) -> Sparsified:
+    """Cuts out what is dead, then replaces each linear layer for which a sparse backend wins, in place.
+
+    num_tokens: tokens per forward that matter (a scoring batch, a decoding step); each is decided by itself. At the end
+    the whole forward is timed dense and sparse in turn, by `forward(num_tokens)` (by default the model's own on random
+    tokens): numbers of tokens for which it is not faster go back to dense. The output head and embeddings stay dense.
+    """
+    started = time.perf_counter()
+    counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
+    compaction = compact(model)
+    layers: list[Layer] = []
+    swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]] = []
+    for name, parent, attribute, module in linear_layers(model):
+        if not is_sparse(module):
+            continue
+        sparse = module.sparse if isinstance(module, SparseLinear) else _compressed(module)
+        choices = {token_bucket(count): best_backend(sparse, count, cache) for count in counts}
+        pattern = sparse.pattern if sparse.block == 1 else f"{sparse.pattern} {sparse.block}"
+        layers.append(Layer(name, sparse.shape, pattern, 1 - sparse.density, choices))
+        if isinstance(module, SparseLinear) or any(choice.backend != "dense" for choice in choices.values()):
+            bias = None if module.bias is None else module.bias.detach()
+            layer = SparseLinear(sparse, bias, choices, sparse.to_dense())
+            swaps.append((parent, attribute, _dense(layer) if isinstance(module, SparseLinear) else module, layer))
+    ratios = dict.fromkeys(map(token_bucket, counts), 1.0)
+    if swaps:
+        for count in counts:
+            ratio = _model_ratio(model, swaps, count, forward or own_forward(model))
+            ratios[token_bucket(count)] = ratio
+        _install(model, swaps, ratios)
+    return Sparsified(compaction, layers, ratios, time.perf_counter() - started)
+
+
+def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
+    """(name, parent, attribute, layer) of every nn.Linear and Conv1D but the output head."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    names = dict(model.named_modules())
+    return [(name, names[name.rpartition(".")[0]], name.rpartition(".")[2], module) for name, module in names.items()
+            if isinstance(module, nn.Linear | Conv1D | SparseLinear) and module is not head and name]
+
+
+def is_sparse(layer: Any) -> bool:
+    """Whether sparse kernels are tried for this linear layer."""
+    return isinstance(layer, SparseLinear) or float((layer.weight == 0).float().mean()) >= MIN_SPARSITY
+
+
+def _compressed(module: Any) -> SparseWeight:
+    weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+    mask = weight != 0
+    return compress(weight, mask, *detect_pattern(mask))
+
+
+def _dense(layer: SparseLinear) -> nn.Linear:
+    """The same layer as a plain one, which shares the dense weight."""
+    assert layer.dense is not None
+    plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight = nn.Parameter(layer.dense, requires_grad=False)
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias, requires_grad=False)
+    return plain
+
+
+def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]], num_tokens: int,
+                 forward: Callable[[int], object]) -> float:
+    """Time of the forward with the dense layers over that with the sparse ones, or 1.0 where that is below 1."""
+    device = next(model.parameters()).device
+
+    def run(which: int) -> Callable[[], object]:
+        def with_layers() -> None:
+            for parent, attribute, *layers in swaps:
+                setattr(parent, attribute, layers[which])
+            forward(num_tokens)
+        return with_layers
+
+    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS)
+    ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
+    run(0)()
+    return max(1.0, ratio)
+
+
+def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]],
+             ratios: dict[int, float]) -> None:
+    """Puts in the sparse layers that are left when the numbers of tokens with no gain go back to dense."""
+    for parent, attribute, module, layer in swaps:
+        for tokens, choice in layer.choices.items():
+            if ratios[tokens] <= 1.0:
+                layer.choices[tokens] = choice.model_copy(update={"backend": "dense", "variant": 0})
+        used = {choice.backend for choice in layer.choices.values()}
+        layer.packed = {name: packed for name, packed in layer.packed.items() if name in used}
+        if "dense" not in used and all(takes(choice, layer.sparse, tokens) for choice in layer.choices.values()
+                                       for tokens in (1, FEW_TOKENS, MANY_TOKENS)):
+            layer.dense = None
+        setattr(parent, attribute, layer if layer.packed else module)
+
+
+def own_forward(model: Any) -> Callable[[int], object]:
+    """The body of a transformers model as a function of a number of tokens, in sequences of 512 at most, that a CUDA graph
+    can hold."""
+    limit = getattr(model.config, "max_position_embeddings", None) or 1024
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+
+    def forward(num_tokens: int) -> object:
+        length = min(num_tokens, limit, 512)
+        tokens = torch.ones(max(1, num_tokens // length), length, dtype=torch.long, device=device)
+        places = torch.arange(length, device=device)
+        mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+        mask = mask.masked_fill(places > places[:, None], torch.finfo(dtype).min)  # given, so that nothing asks the device
+        return model.base_model(input_ids=tokens, position_ids=places[None], attention_mask=mask, use_cache=False)
+
+    return forward

@@ -1,0 +1,1 @@
+"""Which trial next, and the sweep that runs them."""

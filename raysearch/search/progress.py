@@ -1,0 +1,61 @@
+"""The lines that a sweep prints."""
+
+import time
+from collections.abc import Callable
+
+from raysearch.config import Study
+from raysearch.study.ledger import Ledger
+from raysearch.study.storage import AnyPath
+from raysearch.trial.rank import Job
+
+
+class Progress:
+    """Plain lines for a terminal and a job log alike: what ran, what is left, the best so far."""
+
+    def __init__(self, ledger: Ledger, study: Study, root_key: str, echo: Callable[[str], None]) -> None:
+        self.ledger, self.study, self.root_key, self.echo = ledger, study, root_key, echo
+        self.began = time.monotonic()
+        self._gangs_ready_s: float | None = None
+        self.count = {"running": 0, "done": 0, "stopped": 0, "failed": 0}
+        for trial in ledger.trials():
+            self.count[trial.status] += trial.status != "running"
+        self._before = self.count["done"] + self.count["stopped"] + self.count["failed"]
+
+    def started(self, job: Job) -> None:
+        self.count["running"] += job["kind"] == "trial"
+
+    def round_done(self, job: Job) -> None:
+        trial = self.ledger.trial(job["number"])
+        self._line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
+
+    def ended(self, job: Job, error: bool) -> None:
+        if job["kind"] == "trial":
+            trial = self.ledger.trial(job["number"])
+            self.count["running"] -= 1
+            self.count[trial.status] += trial.status != "running"
+            if trial.status == "failed":
+                self.echo(f"trial {trial.number} failed: {trial.reason}")
+        elif not error:
+            self._line("dense baseline" if job["kind"] == "dense" else "report split", job.get("key", self.root_key))
+
+    def _line(self, what: str, key: str) -> None:
+        candidate = self.ledger.candidate(key)
+        metric = candidate.metrics.get(self.study.objective)
+        quality = f"{self.study.objective} {metric.value:.4f}" if metric else ""
+        ended = self.count["done"] + self.count["stopped"] + self.count["failed"]
+        elapsed = time.monotonic() - self.began
+        left = ""
+        if self._gangs_ready_s is None:
+            self._gangs_ready_s = elapsed
+        elif ended > self._before:
+            to_do = max(0, self.study.num_trials - ended - self.count["running"] / 2)  # what runs is half done
+            left = f", about {(elapsed - self._gangs_ready_s) / (ended - self._before) * to_do:.0f} s left"
+        counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
+        self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "
+                  f"{self.study.num_trials}{left}")
+
+
+def last_line(log: AnyPath) -> str:
+    """What a failed job said last, and where it said it; of one that was killed, anything."""
+    text = log.read_text().strip() if log.is_file() else ""
+    return f"{text.splitlines()[-1] if text else 'its process died'} (log in {log})"

@@ -1,0 +1,46 @@
+"""Whose weights stay when a study has ended."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from raysearch.config import Study, higher_is_better
+from raysearch.pruning.pareto import pareto_front
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import TrialRecord, round_key
+from raysearch.units import human_bytes
+
+Keep = Literal["frontier", "all", "none"]
+"""Whose weights stay when a study has ended: the frontier's on the selection split, everybody's, nobody's."""
+
+
+def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
+    """Keys of the candidates that no other one beats in both size and objective on the selection split; never one that
+    a race stopped, whose metrics (which the sampler does learn from) are of some items only."""
+    rounds = [r for r in ledger.rounds().values() if study.objective in r.metrics and r.dominated_by is None]
+    sign = 1 if higher_is_better(study.objective) else -1
+    on_front = pareto_front([getattr(r, study.size) for r in rounds],
+                            [sign * r.metrics[study.objective].value for r in rounds])
+    return [r.key for r, front in zip(rounds, on_front) if front]
+
+
+def delete_unneeded(ledger: Ledger, study: Study, keep: Keep, echo: Callable[[str], None]) -> None:
+    """Deletes the weights of candidates that `keep` does not name and from which no unfinished trial goes on."""
+    needed = set(frontier_keys(ledger, study)) if keep == "frontier" else set()
+    root_key = ledger.study().root_key
+    for trial in ledger.trials():
+        if trial.status == "running":
+            needed.add(last_finished(ledger, root_key, trial))
+    num_files, num_bytes = ledger.delete_weights(sorted(set(ledger.rounds()) - needed))
+    echo(f"--keep {keep}: deleted {num_files} files of weights, {human_bytes(num_bytes)}; records stay, and export computes "
+         "weights again")
+
+
+def last_finished(ledger: Ledger, root_key: str, trial: TrialRecord) -> str:
+    """Key of the candidate from which a trial that runs again goes on."""
+    key = root_key
+    for action in trial.actions:
+        following = round_key(key, action)
+        if ledger.round(following) is None:
+            return key
+        key = following
+    return key

@@ -1,0 +1,151 @@
+"""Tune's searcher: hands out jobs, observes what became of them, and writes the end of a trial that could not do it itself."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+
+from raysearch.config import Study, TrialConfig
+from raysearch.search.journal import open_journal
+from raysearch.search.progress import Progress, last_line
+from raysearch.search.retention import frontier_keys
+from raysearch.search.sampler import Sampler
+from raysearch.search.space import Space
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import utc_now
+from raysearch.study.records import TrialRecord, config_hash
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.inputs import Inputs
+from raysearch.trial.rank import Job
+from raysearch.trial.watchdog import stuck
+
+
+class StudySearcher(Searcher):
+    """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the report of the frontier.
+
+    Resuming is no special case: what the journal and the ledger hold is the whole state, and nothing of Tune is restored.
+    """
+
+    def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
+                 given: Sequence[TrialConfig] | None = None) -> None:
+        super().__init__()
+        self.ledger, self.study, self.inputs = ledger, study, inputs
+        self.progress = Progress(ledger, study, inputs.root_key, echo)
+        self.finished = False
+        self.dense_failed = False
+        """Twice, and left no record: then no trial can run."""
+        self._deadline = time.monotonic() + study.time_budget_s if study.time_budget_s else None
+        self._running: dict[str, Job] = {}
+        self._reported: set[str] = set()
+        journal = open_journal(ledger, study, echo)
+        recorded = {trial.number for trial in ledger.trials()}
+        self._interrupted: list[int] = []
+        num_asked = 0
+        for trial in journal.get_trials(deepcopy=False):
+            began = trial.number in recorded
+            if trial.state == TrialState.RUNNING and began:  # a dead driver left it: it runs again
+                self._interrupted.append(trial.number)
+            elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
+                journal.tell(trial.number, state=TrialState.FAIL)
+            num_asked += began or trial.state == TrialState.COMPLETE
+        self.sampler = Sampler(journal, study, space, given, num_asked)
+        if (dense := ledger.round(inputs.root_key)) is not None:
+            self.sampler.observe(None, dense)
+
+    def has_work(self) -> bool:
+        """False when the study is finished and nothing needs to run."""
+        return (bool(self._interrupted) or self.sampler.num_asked < self.study.num_trials
+                or any(self.ledger.report_metrics(key) is None for key in self._to_report()))
+
+    def _to_report(self) -> list[str]:
+        return [self.inputs.root_key, *frontier_keys(self.ledger, self.study)]
+
+    def suggest(self, trial_id: str) -> Job | str | None:
+        job = self._next_job()
+        if job is None:
+            if self._running:
+                return None
+            self.finished = True
+            return Searcher.FINISHED
+        self._running[trial_id] = job
+        self.progress.started(job)
+        return job
+
+    def _next_job(self) -> Job | None:
+        if self.dense_failed:
+            return None
+        if self.ledger.report_metrics(self.inputs.root_key) is None and "dense" not in self._reported:
+            self._reported.add("dense")
+            return {"kind": "dense"}
+        out_of_time = self._deadline is not None and time.monotonic() > self._deadline
+        if self._interrupted and not out_of_time:
+            return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
+        if self.sampler.num_asked < self.study.num_trials and not out_of_time:
+            return self._ask()
+        if any(job["kind"] != "report" for job in self._running.values()):
+            return None
+        for key in self._to_report():
+            if key not in self._reported and self.ledger.report_metrics(key) is None:
+                self._reported.add(key)
+                return {"kind": "report", "key": key}
+        return None
+
+    def _ask(self) -> Job:
+        number, config = self.sampler.ask()
+        actions = resolve_actions(config, self.study, self.inputs.num_train_tokens)
+        record = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
+        self.ledger.write_trial(record)
+        return self._trial_job(record)
+
+    def _trial_job(self, trial: TrialRecord) -> Job:
+        return {"kind": "trial", "number": trial.number, "config_hash": config_hash(self.study, trial.actions)}
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """After every round but the last, which comes to `on_trial_complete`."""
+        job = self._running[trial_id]
+        self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
+        self.progress.round_done(job)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        job = self._running.pop(trial_id, None)
+        if job is None:
+            return
+        if job["kind"] == "trial":
+            self._end(job["number"], error)
+        elif error:
+            self.dense_failed |= self.ledger.round(self.inputs.root_key) is None
+            self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
+        if result is not None or error:
+            self.progress.ended(job, error)
+
+    def _end(self, number: int, error: bool) -> None:
+        """The sampler hears the trial's end. Where its processes died, they could not write it, so it is written here."""
+        trial = self.ledger.trial(number)
+        stacks = self.ledger.stacks(number) if error else {}
+        if trial.status == "running" and not error:
+            return  # Tune was interrupted; the next sweep goes on
+        if stacks:
+            trial = self._failed(trial, stuck(trial, self.study.round_limit_s, stacks),
+                                 "\n".join(f"{rank}: {stack}" for rank, stack in stacks.items()))
+        elif trial.status == "running":
+            trial = self._failed(trial, "its process died twice, killed or out of memory; the log is in log_path", None)
+        for rank, key in ((None, self.inputs.root_key), *((number, key) for key in trial.keys[-1:])):
+            if (candidate := self.ledger.round(key)) is not None:
+                self.sampler.observe(rank, candidate)
+        self.sampler.end(trial, crashed=error)
+
+    def _failed(self, trial: TrialRecord, reason: str, traceback: str | None) -> TrialRecord:
+        trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason": reason, "traceback": traceback})
+        self.ledger.write_trial(trial)
+        return trial
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal and the ledger are the state."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("run the same sweep again; it attaches to the journal and the ledger")
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """As `save`."""

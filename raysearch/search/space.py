@@ -1,0 +1,95 @@
+"""Search spaces: modules with STUDY and space(trial), random draws from them, and lists of given trials."""
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+
+from raysearch.config import Action, Study, TrialConfig, parse
+from raysearch.study.records import TrialRecord, hash_json
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.inputs import Inputs
+
+Space = Callable[[optuna.Trial], dict[str, Any]]
+
+
+def load_space(name: str) -> tuple[Study, Space]:
+    """`STUDY` and `space` of a search space module, importable by name from here; ValueError of one sentence."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(f"search space {name}: cannot be imported ({error}); give a module such as "
+                         "search_spaces.demo, importable from the current folder") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    study, space = getattr(module, "STUDY", None), getattr(module, "space", None)
+    if not isinstance(study, dict) or not callable(space):
+        raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
+                         f"{type(study).__name__} and {type(space).__name__}")
+    return parse(Study, study, f"{name}.STUDY"), space
+
+
+def space_hash(space: Space) -> str:
+    """Hash of the code of `space`, comments and layout left out."""
+    tree = ast.parse(inspect.getsource(space).strip())
+    return hash_json(ast.dump(tree))
+
+
+GIVEN = "given"
+"""What stands for the space's hash in a study whose trials are given."""
+
+
+def read_trials(file: Path) -> list[TrialConfig]:
+    """The configurations of a file of JSON lines, blank ones left out; ValueError names the line."""
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--trials-from {file}: cannot be read ({error}); give a file of JSON lines, each the settings of one "
+                         "trial") from error
+    configs = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"--trials-from {file}, line {number}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: is not JSON ({error}); give one object of trial settings in each line") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{where}: must be an object of trial settings, got {line.strip()[:40]}")
+        configs.append(parse(TrialConfig, fields, where))
+    if not configs:
+        raise ValueError(f"--trials-from {file}: holds no trial; give one object of trial settings in each line")
+    return configs
+
+
+def check_given(given: Sequence[TrialConfig], trials: Sequence[TrialRecord]) -> None:
+    """ValueError unless the study's trials are the first of the given ones."""
+    for position, (config, trial) in enumerate(zip(given, trials), start=1):
+        if config != trial.config:
+            raise ValueError(f"trial {trial.number} of the study is not number {position} of the given trials; give the same "
+                             "list, longer or not, or a new directory with --out")
+
+
+def sample_trials(study: Study, space: Space, inputs: Inputs, num_trials: int) -> list[tuple[Action, ...]]:
+    """Random draws from the space, resolved; ValueError of one sentence for a draw that contradicts itself."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    dry = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [resolve_actions(draw(space, dry.ask()), study, inputs.num_train_tokens) for _ in range(num_trials)]
+
+
+def draw(space: Space, trial: optuna.Trial) -> TrialConfig:
+    """The configuration that `space` makes of one Optuna trial."""
+    fields = space(trial)
+    if not isinstance(fields, dict):
+        raise ValueError(f"space(trial) must return a dict of trial settings, got {type(fields).__name__}")
+    return parse(TrialConfig, fields, "space(trial)")

@@ -1,0 +1,119 @@
+"""The sweep: Optuna proposes, Ray Tune runs, the ledger remembers.
+
+Optuna's journal and the round store are the whole state of a study. The same `sweep` again attaches to them: finished
+rounds are found, trials that were running start again from their last finished round, a larger number of trials extends.
+Nothing of Ray is restored.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ray import tune
+
+from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
+from raysearch.cluster.joining import placed, start_ray
+from raysearch.config import Study, TrialConfig
+from raysearch.kernels.device import device_name
+from raysearch.search.loggers import logger_callbacks
+from raysearch.search.progress import last_line
+from raysearch.search.retention import Keep, delete_unneeded
+from raysearch.search.searcher import StudySearcher
+from raysearch.search.space import GIVEN, Space, check_given, sample_trials, space_hash
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import provenance
+from raysearch.study.records import StudyRecord
+from raysearch.study.storage import AnyPath, StorePath
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.base_weights import put_base
+from raysearch.trial.gang import Gang, gang_resources
+from raysearch.trial.inputs import check_objective, read_inputs, resolve
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    directory: AnyPath
+    interrupted: bool
+    num_trials: int
+    num_candidates: int
+    num_failed: int
+    seconds: float
+
+
+def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space, echo: Callable[[str], None], *,
+          given: Sequence[TrialConfig] | None = None, keep: Keep = "all", autoscaling: bool = False,
+          mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
+    """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
+    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run, in
+    their order, instead of what the sampler makes of `space`; a longer list extends the study.
+
+    Raises ValueError of one sentence for bad input, before anything is written.
+    """
+    ledger = Ledger(directory)
+    loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
+    study = resolve(study if given is None else study.model_copy(update={"num_trials": len(given)}))
+    inputs = read_inputs(study)
+    check_objective(study, inputs)
+    if given is None:
+        sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
+    else:
+        for config in given:
+            resolve_actions(config, study, inputs.num_train_tokens)
+    started = time.monotonic()
+    recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
+    study = placed(study, recorded, echo)
+    with ledger.lock():
+        attached = ledger.attach(StudyRecord(study=study, space=space_name,
+                                             space_hash=GIVEN if given is not None else space_hash(space),
+                                             root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
+        check_given(given or (), ledger.trials())
+        if attached:
+            ledger.delete_leftovers()
+            echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
+        interrupted = False
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given)
+        if searcher.has_work():
+            start_ray(study, autoscaling)
+            interrupted = run_tune(ledger, study, searcher, loggers)
+            ledger.delete_leftovers()
+            if searcher.dense_failed:
+                raise ValueError("the dense baseline could not be scored, so no trial can run: "
+                                 + last_line(ledger.log_path(-1, 0)))
+        if keep != "all" and not interrupted:
+            delete_unneeded(ledger, study, keep, echo)
+    trials = ledger.trials()
+    keys = {key for trial in trials for key in trial.keys}
+    return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
+                       sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
+
+
+def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: list[tune.Callback]) -> bool:
+    """Runs Tune until the searcher has finished; True when it was interrupted before."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
+    base = put_base(study)
+    trainable = tune.with_resources(
+        tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
+                             base=[base]),
+        gang_resources(study))
+    tune_folder = ledger.directory / "tune"
+    filesystem, storage_path = ((tune_folder.filesystem, tune_folder.path) if isinstance(tune_folder, StorePath)
+                                else (None, str(tune_folder)))
+    tuner = tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
+                                    reuse_actors=True),
+        run_config=tune.RunConfig(storage_path=storage_path, storage_filesystem=filesystem,
+                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0, callbacks=loggers,
+                                  checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+                                  failure_config=tune.FailureConfig(max_failures=1)),
+    )
+    try:
+        with stopping_on_signals(), out_of_memory_as_death():
+            tuner.fit()
+    except (KeyboardInterrupt, SystemExit):
+        searcher.progress.echo("stopped by a signal; the same command goes on from the last finished round")
+        raise
+    return not searcher.finished

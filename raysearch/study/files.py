@@ -1,0 +1,122 @@
+"""Files that appear whole or not at all: written aside, fsynced and moved into place, or uploaded to a store."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from raysearch.study.storage import AnyPath, StorePath
+
+T = TypeVar("T")
+WRITE_RETRY_S = 3.0
+FILE_MODE = 0o644  # temporary files begin as 0600, and a study is read by others
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def persist(path: AnyPath, write: Callable[[], T]) -> T:
+    """What `write` returns; where the storage refuses, it is tried again once, and then OSError names `path`."""
+    try:
+        return write()
+    except OSError:
+        time.sleep(WRITE_RETRY_S)
+    try:
+        return write()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error}); free or mend the storage, "
+                      "and the same sweep goes on") from error
+
+
+@contextlib.contextmanager
+def new_file(path: AnyPath) -> Iterator[Path]:
+    """A local file to fill; fsynced and moved to `path`, or uploaded to it, when the block ends well, and deleted when it
+    raises: a reader sees the old file or the whole new one."""
+    if isinstance(path, StorePath):
+        with tempfile.TemporaryDirectory(prefix="raysearch-") as folder:
+            yield Path(folder) / path.name
+            path.upload(Path(folder) / path.name)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    aside = Path(name)
+    try:
+        yield aside
+        settle(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def settle(file: Path) -> None:
+    """Readable by others, and on the disk."""
+    file.chmod(FILE_MODE)
+    with open(file, "rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def write_json(path: AnyPath, value: dict[str, Any]) -> None:
+    with new_file(path) as file:
+        file.write_text(json.dumps(value, indent=1, allow_nan=False))
+
+
+@contextlib.contextmanager
+def folder_aside(path: AnyPath) -> Iterator[Path]:
+    """A local folder, beside `path` where that is local, which is deleted at the end."""
+    beside = path.parent if isinstance(path, Path) else None
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}." if beside else "raysearch-"))
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_directory(path: AnyPath) -> Iterator[Path]:
+    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises. On a store its
+    files are uploaded, record.json as the last of them.
+
+    Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
+    upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
+    """
+    with folder_aside(path) as aside:
+        yield aside
+        if isinstance(path, StorePath):
+            if not (path / "record.json").is_file():
+                for file in sorted(aside.iterdir(), key=lambda file: file.name == "record.json"):
+                    (path / file.name).upload(file)
+            return
+        for file in aside.rglob("*"):
+            if file.is_file():
+                settle(file)
+        aside.chmod(0o755)
+        with contextlib.suppress(FileExistsError):
+            _move_directory(aside, path)
+
+
+def _move_directory(source: Path, target: Path) -> None:
+    """os.replace, with FileExistsError where `target` is a directory that holds something."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(error.errno, error.strerror, str(target)) from error
+        raise
+
+
+def default_cache_dir() -> Path:
+    """$RAYSEARCH_CACHE, or ~/.cache/raysearch; on a cluster it must be storage that all nodes share."""
+    return Path(os.environ.get("RAYSEARCH_CACHE") or "~/.cache/raysearch").expanduser()

@@ -1,0 +1,108 @@
+"""What a study writes down: its own record, one for each round and each trial, and the keys that name them.
+
+A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal
+
+from raysearch.config import Action, Frozen, Metric, Study, TrialConfig
+
+
+class Provenance(Frozen):
+    """Where and with what a number was made."""
+
+    created_at: str
+    """UTC, ISO 8601."""
+    git_commit: str | None
+    versions: dict[str, str]
+    device: str
+    hostname: str
+
+
+class StudyRecord(Frozen):
+    study: Study
+    space: str
+    """Import name of the search space module; "prune" for a single trial without search."""
+    space_hash: str
+    """Hash of the distributions that the space samples from: an edited space is another study."""
+    root_key: str
+    """Key of the dense baseline's round record."""
+    provenance: Provenance
+
+
+class RoundRecord(Frozen):
+    """A candidate: the model after a round, its sizes, and its quality on the selection split."""
+
+    key: str
+    parent: str | None
+    """Key of the round before; None for the dense baseline."""
+    action: Action | None
+    """None for the dense baseline."""
+    depth: int
+    """Rounds since the dense baseline, which has 0."""
+    num_parameters: int
+    """All parameters; tied weights count once."""
+    num_prunable: int
+    num_nonzero: int
+    """Non-zero parameters among all of them."""
+    sparsity: float
+    """Zeros among the prunable weights."""
+    model_sparsity: float
+    """Zeros among all parameters."""
+    layer_sparsity: dict[str, float]
+    """Sparsity of each prunable tensor."""
+    stored_bytes: int
+    """Tensor bytes of the compressed export: bitmap and non-zero values where that is smaller, else dense."""
+    resident_bytes: int
+    """Tensor bytes of the dense export, which transformers keeps in memory when it serves the model."""
+    metrics: dict[str, Metric]
+    """On the selection split, by "task/metric"."""
+    dominated_by: str | None = None
+    """Key of a candidate that is no larger and better, as a race on the objective found before all items were scored
+    (Study.racing_level). The metrics are then those of the first items only and never final."""
+    train_loss: float | None
+    """Mean loss of the last tenth of the fine-tuning steps, nats per token; None without fine-tuning."""
+    prune_s: float
+    finetune_s: float
+    evaluate_s: float
+    weights_sha256: str | None
+    provenance: Provenance
+
+
+class TrialRecord(Frozen):
+    """What a trial was asked and what became of it."""
+
+    number: int
+    config: TrialConfig
+    actions: tuple[Action, ...]
+    """Resolved before the trial ran."""
+    keys: tuple[str, ...] = ()
+    """Candidates finished so far, in order."""
+    status: Literal["running", "done", "stopped", "failed"] = "running"
+    reason: str | None = None
+    """Why it stopped or failed, in one sentence."""
+    traceback: str | None = None
+    log_path: str | None = None
+    """What rank 0 printed; the other ranks' logs lie beside it."""
+    started_at: str
+    ended_at: str | None = None
+    seconds: float = 0.0
+
+
+def hash_json(value: object) -> str:
+    """First 16 hex digits of the sha256 of the canonical JSON of `value`."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def round_key(parent_key: str, action: Action) -> str:
+    """key(round) = hash(key(parent), canonical action); the root's key already covers model, data and settings."""
+    return hash_json([parent_key, action.model_dump()])
+
+
+def config_hash(study: Study, actions: Sequence[Action]) -> str:
+    """Of all that a trial will do: the driver's must be every rank's."""
+    return hash_json([study.model_dump(mode="json"), [action.model_dump() for action in actions]])

@@ -1,0 +1,1 @@
+"""Sharded training that keeps masks: the engine, the data, the loops."""

@@ -1,0 +1,369 @@
+"""Dense baselines: a GPT-2 trained from nothing with Ray Train and DeepSpeed, saved as a plain Hugging Face folder.
+
+The driver packs the corpus and writes random weights; Ray Train's workers train them through `engine.py`, checkpoint
+and come back after a kill; rank 0 writes the model aside, and the driver moves it to its place. All state lies in a
+working folder beside the result, named by a hash of the settings: the same call goes on where the last was killed.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from raysearch.kernels.device import device_name
+from raysearch.study.files import file_sha256, new_directory, write_json
+from raysearch.study.provenance import provenance
+from raysearch.study.records import hash_json
+from raysearch.study.storage import location
+from raysearch.training.data import Blocks, load_documents, pack, split_documents, train_tokenizer
+from raysearch.training.engine import Engine
+from raysearch.training.finetune import learning_rate_at
+from raysearch.training.presets import PRESETS, Preset
+
+PROGRESS_S = 5.0
+MAX_WARMUP_STEPS = 100
+MAX_EVAL_BLOCKS = 1024  # of the report split, evenly spaced: enough for a standard error below 0.01 nats
+EVAL_SEQUENCES = 16
+RECORD = "raysearch.json"
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """The model folder and what its training measured."""
+
+    path: Path
+    num_parameters: int
+    num_steps: int
+    validation_loss: float
+    """Nats per token on the held-out report split."""
+    unigram_loss: float
+    """Nats per token of the train split's token frequencies on the same tokens."""
+    train_s: float
+    """Seconds in optimizer steps, of the last start."""
+    total_s: float
+    """Seconds of the whole call; both are those of the call that trained, when the folder was there already."""
+
+
+def pretrain(
+    preset: str,
+    corpus: str,
+    out: Path,
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+    num_workers: int = 1,
+    zero_stage: int = 0,
+    batch_tokens: int | None = None,
+    checkpoint_every_s: float = 60.0,
+    resume: bool = True,
+    cache_dir: Path | None = None,
+    echo: Callable[[str], None] = print,
+) -> PretrainResult:
+    """Trains the preset on the corpus and writes the Hugging Face folder `out`, in fp32 on CPUs and bf16 on GPUs.
+
+    A folder that the same settings made is returned as it is; an unfinished run of the same settings goes on from its
+    last checkpoint unless `resume` is False. Raises ValueError of one sentence for bad input, RuntimeError when the
+    training fails (its loss became NaN, workers died too often).
+    """
+    started = time.monotonic()
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    shape = PRESETS[preset]
+    num_steps = shape.num_steps if steps is None else steps
+    batch_tokens = batch_tokens or shape.batch_tokens
+    if num_steps < 1:
+        raise ValueError(f"steps must be at least 1, got {num_steps}")
+    if num_workers < 1 or batch_tokens % (num_workers * shape.context_tokens):
+        raise ValueError(f"num_workers must divide the {batch_tokens // shape.context_tokens} sequences of a batch, "
+                         f"got {num_workers}")
+    out = location(out)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; give a directory with --out")
+    documents = split_documents(load_documents(corpus))
+    settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+                "corpus_fingerprint": hash_json(documents)}
+    del settings["note"]
+    if (done := _finished(out, settings)) is not None:
+        echo(f"{out} holds this model already")
+        return done
+    resources = _resources(num_workers)
+    work = out.parent / f".{out.name}.pretrain-{hash_json([settings, num_workers, zero_stage, resources])[:8]}"
+    if not resume:
+        shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
+    blocks = {split: pack(corpus, tokenizer, shape.context_tokens, split, cache_dir) for split in ("train", "report")}
+    echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
+         f"{num_steps:,} steps of {batch_tokens:,} tokens")
+    job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+           "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
+           "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
+    for name in ("progress.json", "measured.json"):
+        (work / name).unlink(missing_ok=True)
+    with _progress_lines(work / "progress.json", num_steps, echo):
+        _fit(job, num_workers, resources)
+    measured = json.loads((work / "measured.json").read_text())
+    if "failure" in measured:
+        raise RuntimeError(f"pretraining failed: {measured['failure']}")
+    unigram = unigram_loss(blocks["train"], blocks["report"], shape.vocab_size)
+    total_s = time.monotonic() - started
+    with new_directory(out) as aside:
+        shutil.copytree(work / "model", aside, dirs_exist_ok=True)
+        tokenizer.save_pretrained(aside)
+        model_sha256 = {file.name: file_sha256(file) for file in sorted(aside.glob("*.safetensors"))}
+        write_json(aside / RECORD, {
+            "kind": "pretrain", "settings": settings, "corpus": corpus, "num_workers": num_workers,
+            "zero_stage": zero_stage, "num_parameters": measured["num_parameters"],
+            "validation_loss_nats_per_token": measured["validation_loss"], "unigram_loss_nats_per_token": unigram,
+            "train_s": round(measured["train_s"], 2), "total_s": round(total_s, 2), "sha256": model_sha256,
+            "provenance": provenance(device_name(measured["device"])).model_dump(mode="json"),
+        })
+    shutil.rmtree(work, ignore_errors=True)
+    done = _finished(out, settings)
+    assert done is not None
+    echo(f"validation loss {done.validation_loss:.3f} nats/token (unigram {unigram:.3f}), {done.num_parameters:,} "
+         f"parameters, {done.train_s:.0f} s of training, {done.total_s:.0f} s in total: {out}")
+    return done
+
+
+def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
+    """Nats per token of the train split's token frequencies (one added to each) on the held-out targets."""
+    counts = np.bincount(train.tokens.reshape(-1), minlength=vocab_size) + 1.0
+    log_frequencies = np.log(counts / counts.sum())
+    return float(-log_frequencies[held_out.tokens[_eval_indices(held_out), 1:]].mean())
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> PretrainResult | None:
+    """The result in `out` if these settings made it, None if `out` is free; ValueError if it holds something else."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return None
+    try:
+        record = json.loads((out / RECORD).read_text())
+        before = record["settings"]
+    except (OSError, ValueError, KeyError):
+        names = sorted(path.name for path in out.iterdir())
+        raise ValueError(f"{out}: holds something else ({', '.join(names[:3])}); give a new or empty directory with "
+                         "--out") from None
+    if changed := [name for name in settings if before.get(name) != settings[name]]:
+        raise ValueError(f"{out}: holds a model made with other settings ({', '.join(changed)}); give a new directory "
+                         "with --out")
+    for name, sha256 in record["sha256"].items():
+        if not (out / name).is_file() or file_sha256(out / name) != sha256:
+            raise ValueError(f"{out}: {name} is not the file that was written; remove the folder to train again")
+    return PretrainResult(out, record["num_parameters"], before["num_steps"], record["validation_loss_nats_per_token"],
+                          record["unigram_loss_nats_per_token"], record["train_s"], record["total_s"])
+
+
+def _resources(num_workers: int) -> dict[str, float]:
+    """What each worker gets of the cluster: a GPU if there is one for each, and its share of the cores if not."""
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    have = ray.cluster_resources()
+    if have.get("GPU", 0) >= num_workers:
+        return {"CPU": 1, "GPU": 1}
+    if have.get("CPU", 0) < num_workers:
+        raise ValueError(f"num_workers must be at most the cluster's {have.get('CPU', 0):g} cores, got {num_workers}")
+    largest_node = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
+    return {"CPU": max(1, int(min(have["CPU"] // num_workers, largest_node)))}
+
+
+def _tokenizer(folder: Path, documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    if not folder.is_dir():
+        with new_directory(folder) as aside:
+            train_tokenizer(documents, vocab_size).save_pretrained(aside)
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> None:
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu="GPU" in resources,
+                                               resources_per_worker=resources),
+        run_config=ray.train.RunConfig(
+            name="run",  # the same name and place: Ray Train goes on from the last checkpoint that it finds there
+            storage_path=str(job["work"] / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            # a thread that waits must sleep: spinning ones made a busy machine 10 times slower (2026-11-23, 2 cores)
+            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
+        ),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        causes = [str(cause).strip().splitlines()[-1] for cause in getattr(error, "worker_failures", {}).values()]
+        raise RuntimeError(f"pretraining failed: {'; '.join(dict.fromkeys(causes)) or error}") from error
+
+
+@contextlib.contextmanager
+def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> Iterator[None]:
+    """Prints a line whenever rank 0 has written new progress."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        last_step = 0
+        while True:
+            finishing = ended.wait(PROGRESS_S / 4)
+            if file.is_file():
+                now = json.loads(file.read_text())
+                if now["step"] != last_step:
+                    last_step = now["step"]
+                    left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
+                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  "
+                         f"{now['tokens_per_s']:,.0f} tokens/s  {left_s:,.0f} s left")
+            if finishing:
+                return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
+def train_loop(job: dict[str, Any]) -> None:
+    """What every Ray Train worker runs: train from the last checkpoint on, checkpoint, validate, write the model."""
+    work, shape, blocks, num_steps = job["work"], job["shape"], job["blocks"], job["num_steps"]
+    if job["dtype"] == "float32":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        torch.set_num_threads(job["num_threads"])
+    random_model = _random_model(work / "random", shape, job["seed"])
+    engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
+                    batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens,
+                    weight_decay=shape.weight_decay)
+    per_rank = engine.sequences_per_rank
+    first_step = _load_checkpoint(engine)
+    clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
+                   job["checkpoint_every_s"])
+    num_warmup = min(MAX_WARMUP_STEPS, num_steps // 10)
+    for step in range(first_step, num_steps):
+        start = (step * engine.world_size + engine.rank) * per_rank
+        tokens = blocks["train"].stream(start, per_rank, job["seed"])
+        loss = engine.train_step(tokens, learning_rate_at(step, num_steps, shape.learning_rate, num_warmup))
+        try:
+            checkpoint_now = clock.tick(step + 1, loss)
+        except FloatingPointError as error:  # on all ranks at once; raising would make Ray Train try it all again
+            if engine.rank == 0:
+                write_json(work / "measured.json", {"failure": str(error)})
+            return
+        if checkpoint_now and step + 1 < num_steps:
+            _save_checkpoint(engine, step + 1)
+    train_s = time.monotonic() - clock.started
+    validation_loss = held_out_loss(engine, blocks["report"])
+    _write_model(engine, work / "model", getattr(torch, job["dtype"]))
+    if engine.rank == 0:
+        write_json(work / "measured.json", {
+            "validation_loss": validation_loss, "train_s": train_s, "device": str(engine.device),
+            "num_parameters": sum(math.prod(shape) for shape in engine.shapes.values())})
+
+
+def _random_model(folder: Path, shape: Preset, seed: int) -> Path:
+    """GPT-2's own initialisation, in fp32; a file, because ZeRO-3 initialises wrongly when it partitions meanwhile."""
+    if dist.get_rank() == 0 and not folder.is_dir():
+        torch.manual_seed(seed)
+        with new_directory(folder) as aside:
+            GPT2LMHeadModel(shape.config()).save_pretrained(aside)
+    dist.barrier()
+    return folder
+
+
+class _Clock:
+    """Every PROGRESS_S or so, on the same step on all ranks: progress, divergence, time for a checkpoint."""
+
+    def __init__(self, engine: Engine, file: Path, tokens_per_step: int, step: int, num_steps: int,
+                 checkpoint_every_s: float) -> None:
+        self.engine, self.file, self.tokens_per_step, self.num_steps = engine, file, tokens_per_step, num_steps
+        self.checkpoint_every_s = checkpoint_every_s
+        # rank 0's clock alone: another one would put the ranks' collective ticks on different steps
+        self.started = self.last_time = self.last_checkpoint = engine.from_rank_0(time.monotonic)
+        self.last_step, self.next_step = step, step + 1
+
+    def tick(self, step: int, loss: torch.Tensor) -> bool:
+        """True when it is time for a checkpoint; FloatingPointError on all ranks when the loss is not finite."""
+        if step < self.next_step and step < self.num_steps:
+            return False
+        mean_loss = self.engine.mean(loss)
+        if not math.isfinite(mean_loss):
+            raise FloatingPointError(f"the loss became {mean_loss} by step {step}; lower the learning rate")
+        now = self.engine.from_rank_0(time.monotonic)
+        step_s = (now - self.last_time) / (step - self.last_step)
+        if self.engine.rank == 0:
+            write_json(self.file, {"step": step, "loss": mean_loss, "tokens_per_step": self.tokens_per_step,
+                                   "tokens_per_s": self.tokens_per_step / step_s})
+        self.last_time, self.last_step, self.next_step = now, step, step + max(1, round(PROGRESS_S / step_s))
+        if now - self.last_checkpoint < self.checkpoint_every_s:
+            return False
+        self.last_checkpoint = now
+        return True
+
+
+@torch.no_grad()
+def held_out_loss(engine: Engine, blocks: Blocks) -> float:
+    """Nats per token; every rank scores the same blocks, so ZeRO-3's gathers stay in step."""
+    engine.model.eval()
+    indices = _eval_indices(blocks)
+    total = 0.0
+    for chunk in np.array_split(indices, math.ceil(len(indices) / EVAL_SEQUENCES)):
+        tokens = blocks.batch(chunk).to(engine.device)
+        total += float(engine.model(input_ids=tokens, labels=tokens).loss) * len(chunk)
+    return total / len(indices)
+
+
+def _eval_indices(blocks: Blocks) -> np.ndarray:
+    num_blocks = len(blocks.tokens)
+    return np.unique(np.linspace(0, num_blocks - 1, min(num_blocks, MAX_EVAL_BLOCKS)).round().astype(np.int64))
+
+
+def _save_checkpoint(engine: Engine, step: int) -> None:
+    """Every rank hands in its own files; Ray Train joins them into one folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        engine.deepspeed_engine.save_checkpoint(folder, tag="checkpoint", client_state={"step": step})
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+
+def _load_checkpoint(engine: Engine) -> int:
+    """The number of steps done."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        _, state = engine.deepspeed_engine.load_checkpoint(folder, tag="checkpoint")
+    engine.read_masks()
+    return int(state["step"])
+
+
+def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:
+    """The fp32 masters, whole, as a Hugging Face folder in the training's dtype; written by rank 0."""
+    weights = {name: engine.gather(name).to("cpu", dtype) for name in engine.shapes}
+
+    def write() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        model = AutoModelForCausalLM.from_config(engine.model.config, dtype=dtype)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
+        with new_directory(folder) as aside:
+            model.save_pretrained(aside)
+
+    engine.from_rank_0(write)

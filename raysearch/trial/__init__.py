@@ -1,0 +1,1 @@
+"""One trial: actions, rounds, candidates, and the gang of processes that runs them."""

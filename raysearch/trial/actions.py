@@ -1,0 +1,35 @@
+"""From a trial's configuration to its list of actions, before anything runs."""
+
+from raysearch.config import Action, Study, TrialConfig
+from raysearch.pruning.schedules import resolve_schedule
+
+
+def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:
+    """The trial as a list of rounds; configurations that do the same thing give equal lists.
+
+    `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
+    """
+    epoch_tokens = min(study.epoch_tokens or num_train_tokens, num_train_tokens)
+    num_steps = round(config.finetune_epochs * epoch_tokens / study.batch_tokens)
+    if config.finetune_epochs and not num_steps:
+        raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.batch_tokens} tokens, got "
+                         f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
+    if config.l1_lambda and not num_steps:
+        raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
+                         f"{config.l1_lambda:g} and finetune_epochs 0")
+    if config.threshold is not None:
+        num_rounds = config.num_rounds or 1
+        if config.schedule == "one_shot" and num_rounds > 1:
+            raise ValueError(f"num_rounds with schedule one_shot must be 1, got {num_rounds}; linear raises the "
+                             "threshold over the rounds")
+        cuts = [{"threshold": round(config.threshold * k / num_rounds, 12)} for k in range(1, num_rounds + 1)]
+    else:
+        cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
+            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
+            num_rounds=config.num_rounds, rate=config.rate)]
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
+    if num_steps:
+        fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.seed}
+    tokens = num_steps * study.batch_tokens
+    return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
+                 for index, cut in enumerate(cuts))

@@ -1,0 +1,148 @@
+"""A candidate on disk and in the engine: weighed, stored, found damaged.
+
+Weights are written aside while the candidate is scored; the round's folder appears whole, with its record.
+"""
+
+import contextlib
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from raysearch.config import Action
+from raysearch.evaluation import Evaluation
+from raysearch.kernels import SparseWeight
+from raysearch.kernels.device import device_name
+from raysearch.models.weights import stored_bytes, to_store, write_weights
+from raysearch.study.files import file_sha256, folder_aside, new_directory, new_file, persist, settle, write_json
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import provenance
+from raysearch.study.records import RoundRecord
+from raysearch.study.storage import as_file
+from raysearch.trial.worker import Worker
+
+EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
+Written = Future[tuple[Path, str]]
+
+
+def intact(ledger: Ledger, record: RoundRecord) -> bool:
+    """Whether the candidate's weights are as they were written; a damaged file is moved aside."""
+    path = ledger.weights_path(record.key)
+    if not path.is_file():
+        return False
+    with as_file(path) as file:
+        if file_sha256(file) == record.weights_sha256:
+            return True
+    path.replace(path.with_suffix(".damaged"))
+    return False
+
+
+def store_weights(worker: Worker, record: RoundRecord) -> None:
+    """The engine's weights as those of a candidate that has lost its file."""
+    weights, path = candidate_weights(worker), worker.ledger.weights_path(record.key)
+
+    def write() -> None:
+        with new_file(path) as file:
+            sha256 = write_weights(file, weights)
+        write_json(path.parent / "record.json", record.model_copy(update={"weights_sha256": sha256}).model_dump(mode="json"))
+
+    worker.engine.from_rank_0(lambda: persist(path, write))
+
+
+def candidate_weights(worker: Worker) -> dict[str, Tensor | SparseWeight]:
+    """The engine's weights as they are stored, on rank 0: gathered and compressed one by one, on the engine's device."""
+    engine, prunable = worker.engine, {p.name for p in worker.engine.prunables}
+    weights = {}
+    for name in engine.shapes:
+        whole = engine.gather(name)  # collective
+        if engine.rank == 0:
+            weights[name] = to_store(whole, name in prunable)
+    return weights
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """The engine's weights, counted."""
+
+    nonzero: dict[str, int]
+    """By parameter."""
+    num_nonzero: int
+    stored_bytes: int
+
+
+def weigh(worker: Worker) -> Weighed:
+    engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.dtype]
+    nonzero, prunable = engine.nonzero_counts(), {p.name for p in engine.prunables}
+    total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+    return Weighed(nonzero, sum(nonzero.values()), sum(
+        stored_bytes(total[name], nonzero[name], itemsize) if name in prunable else total[name] * itemsize for name in total))
+
+
+@contextlib.contextmanager
+def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
+    """Writes the engine's weights aside while the block runs, in a thread of rank 0: (file, sha256), once it is on disk."""
+    weights = candidate_weights(worker)
+    if worker.engine.rank:
+        yield None
+        return
+    path = worker.ledger.weights_path(key)
+    with folder_aside(worker.ledger.round_directory(key)) as folder, ThreadPoolExecutor(1) as thread:
+
+        def write() -> tuple[Path, str]:
+            file = folder / path.name
+            sha256 = write_weights(file, weights)
+            settle(file)
+            return file, sha256
+
+        yield thread.submit(persist, path, write)
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """One content under two names, where the filesystem has hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,
+                evaluation: Evaluation | None, train_loss: float | None, times: Sequence[float], weights: Written | None,
+                dominated_by: str | None = None) -> RoundRecord:
+    """Writes the round's folder: weights, record and, for later races, losses.
+
+    `times`: clock before and after the prune, after fine-tuning, before and after the evaluation.
+    """
+    engine, nonzero = worker.engine, weighed.nonzero
+    total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
+    prunable = {p.name for p in engine.prunables}
+    num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
+
+    def write(file: Path | None, sha256: str | None) -> RoundRecord:
+        with new_directory(worker.ledger.round_directory(key)) as folder:
+            if file:
+                link_or_copy(file, folder / file.name)
+            record = RoundRecord(
+                key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
+                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,
+                sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
+                model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
+                layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
+                stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[worker.study.dtype],
+                metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
+                prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
+                weights_sha256=sha256, provenance=provenance(device_name(str(engine.device))))
+            if evaluation and evaluation.losses and dominated_by is None:
+                write_json(folder / "losses.json", {"objective": worker.study.objective, "losses": evaluation.losses})
+            write_json(folder / "record.json", record.model_dump(mode="json"))
+        return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
+
+    def store() -> RoundRecord:
+        written = weights.result() if weights else (None, None)
+        return persist(worker.ledger.round_directory(key), lambda: write(*written))
+
+    return engine.from_rank_0(store)

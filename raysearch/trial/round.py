@@ -1,0 +1,136 @@
+"""A round is a pure function: round(parent candidate, action) -> candidate, found in the store or computed.
+
+A round starts from its parent's weights with a fresh optimizer and its own span of the data, so nothing else can
+influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+from raysearch.config import Action, Metric
+from raysearch.models.weights import read_sparse
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import RoundRecord, round_key
+from raysearch.study.storage import as_file
+from raysearch.training.finetune import Diverged, finetune
+from raysearch.trial.candidate import intact, store_round, store_weights, weigh, written_meanwhile
+from raysearch.trial.inputs import read_inputs
+from raysearch.trial.pruner import select
+from raysearch.trial.worker import Worker
+
+
+def run_round(worker: Worker, parent: RoundRecord, action: Action) -> RoundRecord:
+    """The candidate after `action` on `parent`: from the store when it is there, else computed and stored.
+
+    Raises Diverged, and then stores nothing.
+    """
+    key = round_key(parent.key, action)
+    if (done := stored_round(worker, key)) is not None:
+        return done
+    train_loss, times = train_candidate(worker, parent, action)
+    weighed = weigh(worker)
+    with written_meanwhile(worker, key) as weights:
+        race, rival = worker.race(getattr(weighed, worker.study.size))
+        started = time.perf_counter()
+        evaluation = worker.evaluate("selection", race)
+        check_quality(evaluation.metrics, worker.vocab_size)
+        times += [started, time.perf_counter()]
+        worker.loaded_key = key
+        return store_round(worker, key, parent, action, weighed, evaluation, train_loss, times, weights,
+                           rival if evaluation.was_stopped else None)
+
+
+def dense_round(worker: Worker) -> RoundRecord:
+    """The dense baseline: the root of every trial."""
+    key = worker.inputs.root_key
+    if (done := stored_round(worker, key)) is not None:
+        return done
+    worker.engine.load_base()
+    worker.loaded_key = key
+    started = time.perf_counter()
+    evaluation = worker.evaluate("selection", worker.race(None)[0])
+    check_quality(evaluation.metrics, worker.vocab_size)
+    return store_round(worker, key, None, None, weigh(worker), evaluation, None, [started] * 4 + [time.perf_counter()], None)
+
+
+def report_round(worker: Worker, record: RoundRecord) -> dict[str, Metric]:
+    """The candidate's metrics on the report split, which no decision of the search has seen."""
+    metrics = worker.engine.from_rank_0(lambda: worker.ledger.report_metrics(record.key))
+    if metrics is None:
+        load_candidate(worker, record)
+        metrics = worker.evaluate("report").metrics
+        worker.engine.from_rank_0(lambda: worker.ledger.write_report_metrics(record.key, metrics))
+    return metrics
+
+
+def load_candidate(worker: Worker, record: RoundRecord) -> None:
+    """Brings the engine to the candidate's weights, unless it holds them already.
+
+    Where the file is damaged or gone, the weights are computed again from the parent's: a round is pure.
+    """
+    if worker.loaded_key == record.key:
+        return
+    worker.loaded_key = None
+    if record.action is None:
+        worker.engine.load_base()
+    elif worker.engine.from_rank_0(lambda: intact(worker.ledger, record)):
+        with as_file(worker.ledger.weights_path(record.key)) as file:
+            worker.engine.load(read_sparse(file, None))
+    else:
+        assert record.parent is not None
+        train_candidate(worker, worker.engine.from_rank_0(lambda: worker.ledger.candidate(record.parent)), record.action)
+        store_weights(worker, record)
+    worker.loaded_key = record.key
+
+
+def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> None:
+    """Computes a candidate's weights again, on one rank in this process, where their file is gone or damaged.
+
+    Equal in every bit to those of a gang of one on the same device; other gangs add in another order.
+    """
+    record = ledger.candidate(key)
+    if record.action is None or intact(ledger, record):
+        return
+    described = ledger.study()
+    if not described.study.gpus_per_rank:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    inputs = read_inputs(described.study)
+    if inputs.root_key != described.root_key:
+        raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
+                         "model, the corpus or the tasks are not the study's; put those back")
+    echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
+    study = described.study.model_copy(update={"num_ranks": 1, "zero_stage": 0})
+    load_candidate(Worker(study, ledger, inputs), record)
+
+
+def train_candidate(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
+    """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after)."""
+    load_candidate(worker, parent)
+    worker.loaded_key = None
+    times = [time.perf_counter()]
+    worker.engine.prune(select(worker.engine, action))
+    times.append(time.perf_counter())
+    train_loss = None
+    if action.finetune_tokens:
+        assert worker.inputs.blocks is not None
+        train_loss = finetune(worker.engine, worker.inputs.blocks, action, worker.study.warmup_fraction)
+    times.append(time.perf_counter())
+    return train_loss, times
+
+
+def check_quality(metrics: dict[str, Metric], vocab_size: int) -> None:
+    """Raises Diverged for numbers that are not finite and for a token perplexity that a uniform guess reaches."""
+    for name, metric in metrics.items():
+        if not math.isfinite(metric.value):
+            raise Diverged(f"{name} is {metric.value}")
+    perplexity = metrics.get("text/token_perplexity")
+    if perplexity is not None and perplexity.value >= vocab_size:
+        raise Diverged(f"quality at chance: token perplexity {perplexity.value:.0f} is not below {vocab_size}, the size "
+                       "of the vocabulary, which a uniform guess reaches")
+
+
+def stored_round(worker: Worker, key: str) -> RoundRecord | None:
+    """The record of a finished round; rank 0 looks, so that all ranks decide alike."""
+    return worker.engine.from_rank_0(lambda: worker.ledger.round(key))

@@ -1,0 +1,74 @@
+"""What one rank keeps between trials: the engine, the text, the evaluation."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from raysearch.config import Study, higher_is_better
+from raysearch.evaluation import (
+    Evaluation,
+    Race,
+    Scorer,
+    evaluate,
+)
+from raysearch.evaluation.racing import is_dominated, item_order
+from raysearch.models.model import load_tokenizer
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import RoundRecord
+from raysearch.training.engine import Engine
+from raysearch.trial.inputs import Inputs
+
+START_LIMIT_S = 600.0
+"""Shortest timeout of the process group: its ranks also wait for each other's imports."""
+
+
+class Worker:
+    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order.
+
+    `base`: the dense weights where somebody keeps them for all ranks of a node (Engine).
+    """
+
+    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
+        self.study, self.ledger, self.inputs = study, ledger, inputs
+        self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
+                             batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
+                             weight_decay=study.weight_decay, timeout_s=max(study.round_limit_s, START_LIMIT_S),
+                             base=base)
+        tokenizer = load_tokenizer(study.model)
+        self.vocab_size = int(self.engine.model.config.vocab_size)
+        self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
+                             gather=self.engine.gather_objects, lockstep=study.zero_stage == 3)
+        self.loaded_key: str | None = None
+        """The candidate whose weights the engine holds now; None while they are being changed."""
+
+    def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
+        """Of the engine's current weights, on "selection" or "report"."""
+        self.engine.model.eval()
+        return evaluate(self.scorer, self.inputs.tasks[split], race=race)
+
+    def race(self, size: int | None) -> tuple[Race | None, str | None]:
+        """(the race of a candidate of this size, key of its rival, the best finished one that is no larger); without
+        racing (None, None). With no size or no rival the items still come in the same parts, which rounding depends on.
+        """
+        study = self.study
+        if study.racing_level is None or not self.inputs.tasks["selection"]:
+            return None, None
+        level = study.racing_level
+        key, losses = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, [])
+        rival = [losses[item] for item in item_order(len(losses), study.seed)]
+
+        def is_lost(own: list[float]) -> bool:
+            return key is not None and self.engine.from_rank_0(lambda: is_dominated(own, rival, level))
+
+        return Race(study.objective, study.seed, is_lost), key
+
+    def _rival(self, size: int) -> tuple[str | None, list[float]]:
+        sign = 1 if higher_is_better(self.study.objective) else -1
+
+        def quality(record: RoundRecord) -> float:
+            return sign * record.metrics[self.study.objective].value
+
+        finished = [record for record in self.ledger.rounds().values()
+                    if record.dominated_by is None and getattr(record, self.study.size) <= size]
+        best = max(finished, key=quality, default=None)
+        return (best.key, self.ledger.losses(best.key)) if best else (None, [])

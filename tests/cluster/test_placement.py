@@ -1,0 +1,106 @@
+"""Which gang holds a model: known numbers, by hand."""
+
+from pathlib import Path
+
+import pytest
+from transformers import GPT2Config
+
+from raysearch.cluster.joining import gpu_memory, placed
+from raysearch.cluster.placement import place, rank_bytes
+from raysearch.config import Study, parse
+from raysearch.models.model import ModelSize, model_size
+
+GPU_BYTES = 85_520_809_984  # an H100 of "80 GB"
+GPT2 = ModelSize(124_439_808, 768, 12, 50_257)
+LLAMA_7B = ModelSize(6_738_415_616, 4096, 32, 32_000)
+LLAMA_70B = ModelSize(68_976_648_192, 8192, 80, 32_000)
+
+
+def auto(**settings: object) -> Study:
+    return Study(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
+                    "context_tokens": 1024, "batch_tokens": 16_384, **settings})
+
+
+def test_the_parts_are_the_known_ones() -> None:
+    need = rank_bytes(ModelSize(7 * 10**9, 4096, 32, 32_000), num_ranks=1, zero_stage=0, dtype="bfloat16", rank_tokens=1024)
+    parts = ("weights", "gradients", "fp32 master", "Adam moments")
+    assert sum(need[part] for part in parts) == 16 * 7e9  # 112 GB: Rajbhandari et al. 2020, 2 + 2 + K = 12 bytes
+    assert need["mask"] == 7e9
+    assert need["fp32 gradients of the step"] == 28e9  # more than 34 * 4096 * 32 * 1024 bytes of activations and the logits
+
+
+def test_activations_are_counted_per_token() -> None:
+    need = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="bfloat16", rank_tokens=16_384)
+    assert need["activations"] == 34 * 768 * 12 * 16_384
+    assert need["logits"] == 12 * 50_257 * 16_384
+    fp32 = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="float32", rank_tokens=16_384)
+    assert fp32["activations"] == 2 * need["activations"]
+    assert "fp32 master" not in fp32  # the weights themselves
+
+
+@pytest.mark.parametrize(("stage", "per_parameter"), [(1, 2 + 2 + 13 / 4), (2, 2 + 2 / 4 + 13 / 4), (3, 4 / 4 + 13 / 4)])
+def test_stages_shard_what_they_say(stage: int, per_parameter: float) -> None:
+    size = ModelSize(4 * 10**9, 1, 1, 1)
+    need = rank_bytes(size, num_ranks=4, zero_stage=stage, dtype="bfloat16", rank_tokens=1)
+    held = sum(value for name, value in need.items() if name not in ("gathered weights", "fp32 gradients of the step"))
+    assert held == pytest.approx(per_parameter * 4e9)
+
+
+@pytest.mark.parametrize(("size", "batch_tokens", "num_gpus", "ranks", "stages"), [
+    (GPT2, 16_384, 1, 1, {0}), (GPT2, 65_536, 8, 1, {0}), (LLAMA_7B, 4096, 8, 2, {2, 3}), (LLAMA_7B, 4096, 2, 2, {2, 3}),
+    (LLAMA_7B, 32_768, 8, 4, {2}), (LLAMA_70B, 32_768, 64, 32, {3})])
+def test_the_smallest_gang_that_fits(size: ModelSize, batch_tokens: int, num_gpus: int, ranks: int,
+                                     stages: set[int]) -> None:
+    found = place(auto(batch_tokens=batch_tokens), size, GPU_BYTES, num_gpus)
+    assert found.num_ranks == ranks
+    assert found.zero_stage in stages
+    assert "Adam moments" in found.arithmetic
+    assert ("too large: 1 rank at ZeRO-0" in found.arithmetic) == (ranks > 1)
+
+
+def test_what_is_given_is_kept() -> None:
+    assert place(auto(num_ranks=4), LLAMA_7B, GPU_BYTES, 8).num_ranks == 4
+    assert place(auto(zero_stage=3), LLAMA_7B, GPU_BYTES, 8).zero_stage == 3
+    assert place(auto(gpus_per_rank=0.25, batch_tokens=4096), GPT2, GPU_BYTES, 8).num_ranks == 1
+
+
+def test_ranks_divide_the_batch() -> None:
+    with pytest.raises(ValueError, match=r"nothing fits 8 GPUs .* 1 rank at ZeRO-0 \d+\.\d GB of 78\.7 GB usable; lower batch"):
+        place(auto(context_tokens=1024, batch_tokens=3 * 1024), LLAMA_7B, GPU_BYTES, 8)
+
+
+def test_nothing_fits_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match=r"num_ranks and zero_stage: nothing fits 2 GPUs of 85\.5 GB for 68,977 M parameters "
+                                         r"in bfloat16; 2 ranks at ZeRO-3 \d+\.\d GB of") as error:
+        place(auto(), LLAMA_70B, GPU_BYTES, 2)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_is_measured_without_its_weights(tmp_path: Path, tiny_model: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert model_size(str(tmp_path)) == GPT2  # tied embeddings once
+    assert model_size(str(tiny_model)).num_layers == 2
+
+
+def test_on_processors_auto_is_one_rank_and_a_record_is_adopted() -> None:
+    said: list[str] = []
+    study = placed(auto(gpus_per_rank=0.0), None, said.append)
+    assert (study.num_ranks, study.zero_stage, len(said)) == (1, 0, 1)
+    again = placed(auto(), auto(num_ranks=4, zero_stage=3), said.append)
+    assert (again.num_ranks, again.zero_stage, len(said)) == (4, 3, 1)
+    assert placed(auto(num_ranks=2, zero_stage=1), auto(num_ranks=4, zero_stage=3), said.append).num_ranks == 2
+
+
+def test_a_wrong_word_names_both_rules() -> None:
+    with pytest.raises(ValueError, match=r"num_ranks: Input should be a valid integer or Input should be 'auto' \(got 'all'\)"):
+        parse(Study, {"model": "m", "num_ranks": "all"}, "x")
+    with pytest.raises(ValueError, match="num_ranks must be at least 1, or auto, got 0"):
+        parse(Study, {"model": "m", "num_ranks": 0}, "x")
+
+
+def test_this_machine_has_a_gpu_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ValueError, match="auto needs a GPU to measure"):
+        gpu_memory()

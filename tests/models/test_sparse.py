@@ -1,0 +1,122 @@
+"""A model on sparse kernels gives the dense model's outputs, and stays dense where that is faster."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layers import assert_product, mask_of
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from raysearch.kernels import compress, linear
+from raysearch.kernels.backends import BACKENDS, Backend
+from raysearch.kernels.decode import decode_linear
+from raysearch.kernels.dispatch import Choice
+from raysearch.models import sparse
+from raysearch.models.sparse import SparseLinear, sparsify_for_inference
+
+
+def pruned_model(sparsity: float = 0.9) -> Any:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=64, n_embd=128, n_layer=2, n_head=4, bos_token_id=0,
+                                       eos_token_id=0)).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and ".h." in name:
+            parameter.data *= mask_of("unstructured", 1, tuple(parameter.shape), sparsity, seed=len(name))
+    return model
+
+
+def choose(monkeypatch: pytest.MonkeyPatch, backend: str, ratio: float) -> None:
+    """As if `backend` had won everywhere, and the whole model had become `ratio` times faster."""
+    monkeypatch.setattr(sparse, "best_backend", lambda weight, tokens, cache: Choice(
+        backend=backend, variant=0, dense_us=20.0, sparse_us=10.0))
+    monkeypatch.setattr(sparse, "_model_ratio", lambda *_: ratio)
+
+
+def sparse_layers(model: Any) -> list[SparseLinear]:
+    return [module for module in model.modules() if isinstance(module, SparseLinear)]
+
+
+@pytest.mark.parametrize("pattern", [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 64)])
+def test_linear_multiplies_slab_by_slab(pattern: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysearch.kernels.weight.SLAB_ROWS", 64)
+    mask = mask_of(*pattern, (300, 200), 0.5)
+    dense, bias, x = torch.where(mask, torch.randn(300, 200), 0), torch.randn(300), torch.randn(7, 200)
+    weight = compress(dense, mask, *pattern)
+    assert_product(linear(x, weight, bias), x, dense, bias)
+    assert linear(x.view(1, 7, 200), weight).shape == (1, 7, 300)
+    with pytest.raises(ValueError, match=r"x must be \[..., 200\] in torch.float32 on cpu for this weight, got \(7, 100\)"):
+        linear(x[:, :100], weight)
+    with pytest.raises(ValueError, match="got .* in torch.float64"):
+        linear(x.double(), weight)
+
+
+def test_a_model_runs_on_the_chosen_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("raysearch.kernels.cpu").library()
+    choose(monkeypatch, "csr", 1.5)
+    model = pruned_model()
+    tokens = torch.arange(60).view(2, 30)
+    before = model(tokens).logits
+    report = sparsify_for_inference(model, num_tokens=[60, 512], cache=tmp_path / "decisions.json")
+    assert len(sparse_layers(model)) == 8
+    assert all(layer.dense is None and set(layer.packed) == {"csr"} for layer in sparse_layers(model))
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    assert report.model_ratio == {64: 1.5, 512: 1.5}
+    assert [layer.name for layer in report.layers][:2] == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+    assert report.layers[0].shape == (384, 128)  # [outputs, inputs], though Conv1D keeps it the other way round
+    assert report.layers[0].sparsity == pytest.approx(0.9, abs=0.02)
+    assert model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 33)
+
+
+def test_the_model_goes_back_to_dense_when_the_sum_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "csr", 1.0)
+    model = pruned_model()
+    layers = [type(module) for module in model.modules()]
+    assert sparsify_for_inference(model, num_tokens=64).model_ratio == {64: 1.0}
+    assert [type(module) for module in model.modules()] == layers
+
+
+def test_dense_layers_are_not_touched(tmp_path: Path) -> None:
+    model = pruned_model(0.1)
+    layers = [id(module) for module in model.modules()]
+    report = sparsify_for_inference(model, num_tokens=64, cache=tmp_path / "decisions.json")
+    assert report.layers == []
+    assert [id(module) for module in model.modules()] == layers
+
+
+def test_a_layer_takes_the_choice_of_the_next_number_of_tokens() -> None:
+    mask = mask_of("unstructured", 1, (96, 64), 0.9)
+    dense = torch.where(mask, torch.randn(96, 64), 0)
+    made = SparseLinear(compress(dense, mask), None, {64: Choice(backend="csr"), 8: Choice(backend="dense")}, dense)
+    assert [made._choice(n).backend for n in (1, 8, 9, 64, 65, 5000)] == ["dense", "dense", "csr", "csr", "csr", "csr"]
+    for num_tokens in (5, 40):
+        x = torch.randn(num_tokens, 64)
+        assert_product(made(x), x, dense, None)
+
+
+def test_a_backend_gets_no_more_tokens_than_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Backend("few", lambda weight, dtype, device, tokens: [0] if tokens <= 16 else [], lambda weight, _: weight,
+                  lambda x, packed, bias, _: linear(x, packed, bias) if len(x) <= 16 else x.new_full((len(x), 1), torch.nan))
+    monkeypatch.setitem(BACKENDS, "few", few)
+    choose(monkeypatch, "few", 1.5)
+    model = pruned_model()
+    tokens = torch.arange(60)[None]
+    before = model(tokens).logits
+    sparsify_for_inference(model, num_tokens=16)
+    assert [layer._choice(n).backend for layer in sparse_layers(model)[:1] for n in (1, 16, 17)] == ["few", "few", "dense"]
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    with pytest.raises(ValueError, match="at most 8 tokens, got 9"):
+        decode_linear(torch.zeros(9, 8), None, None, 1)
+
+
+def test_the_whole_of_it_on_this_machine(tmp_path: Path) -> None:
+    model = pruned_model(0.98)
+    tokens = torch.arange(64)[None]
+    before = model(tokens).logits
+    report = sparsify_for_inference(model, num_tokens=64, cache=tmp_path / "decisions.json")
+    assert len(report.layers) == 8
+    assert report.model_ratio[64] >= 1
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)
+    again = sparsify_for_inference(model, num_tokens=64, cache=tmp_path / "decisions.json")  # also of what is sparse by now
+    assert len(again.layers) == 8
+    assert torch.allclose(model(tokens).logits, before, atol=1e-5)

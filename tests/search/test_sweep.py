@@ -1,0 +1,177 @@
+"""Sweeps on a real local Ray, with real Optuna journals."""
+
+import json
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from sweeps import check_whole, finish, sweep, write_space
+from transformers import GPT2LMHeadModel
+
+from raysearch.config import Study
+from raysearch.kernels import device_name
+from raysearch.search import journal
+from raysearch.search import sweep as sweep_module
+from raysearch.search.journal import remove_stale_lock, repair_journal
+from raysearch.study.ledger import Ledger
+
+
+def test_killed_and_started_again_with_more_trials(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories)
+    process = sweep(tmp_path)
+    rounds = tmp_path / "study" / "rounds"
+    deadline = time.monotonic() + 120
+    while len(list(rounds.glob("[!.]*/weights.safetensors"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    finish(process)
+    before = {p: p.stat().st_mtime_ns for p in rounds.glob("[!.]*/record.json")}
+    assert len(before) >= 2
+    journal = tmp_path / "study" / "journal.log"
+    with open(journal, "ab") as file:
+        file.write(b'{"op_code": 4, "wor')  # as a writer dies
+    code, out, err = finish(sweep(tmp_path, "--trials", "5"))
+    assert code == 0, err
+    assert "the journal's last line was torn" in out
+    check_whole(tmp_path, 5)
+    assert all(p.stat().st_mtime_ns == when for p, when in before.items())
+
+
+@pytest.mark.slow
+def test_a_gang_of_two_ranks(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_ranks=2, zero_stage=3, max_concurrent=1, num_trials=3)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 0, err
+    check_whole(tmp_path, 3)
+
+
+def test_an_edited_study_is_refused(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories)
+    ledger = Ledger(tmp_path / "study")
+    from raysearch.search.space import load_space, space_hash
+    from raysearch.study.provenance import provenance
+    from raysearch.study.records import StudyRecord
+    from raysearch.trial.inputs import read_inputs, resolve
+
+    sys.path.insert(0, str(tmp_path))
+    try:
+        study, space = load_space("space")
+    finally:
+        sys.path.remove(str(tmp_path))
+    study = resolve(study)
+    with ledger.lock():
+        ledger.attach(StudyRecord(study=study, space="space", space_hash=space_hash(space),
+                                  root_key=read_inputs(study).root_key, provenance=provenance(device_name("cpu"))))
+    text = (tmp_path / "space.py").read_text()
+    (tmp_path / "space.py").write_text(text.replace("0.3, 0.9", "0.3, 0.8"))
+    code, _, err = finish(sweep(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "holds another study, which differs in the code of space()" in err
+
+
+def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
+    path = tmp_path / "journal.log"
+    storage = JournalStorage(JournalFileBackend(str(path)))
+    optuna.create_study(storage=storage, study_name="s").ask()
+    whole = path.read_bytes()
+    assert repair_journal(path) is None
+    for torn in (b'{"op_code": 4', b'{"op_code": 4}', b"\x00\x00\n"):
+        path.write_bytes(whole + torn)
+        backup = repair_journal(path)
+        assert path.read_bytes() == whole
+        assert backup.read_bytes() == whole + torn
+        backup.unlink()
+    again = optuna.load_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
+    again.ask()
+    assert len(again.trials) == 2
+    assert json.loads(path.read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("target", ["journal.log", "/moved/since/journal.log"])
+def test_a_lock_that_a_killed_driver_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    monkeypatch.setattr(journal, "STALE_LOCK_S", 0.3)
+    path = tmp_path / "journal.log"
+    optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
+    assert not remove_stale_lock(path)
+    lock = tmp_path / "journal.log.lock"
+    lock.symlink_to(target)
+    assert remove_stale_lock(path)
+    started = time.process_time()
+    optuna.load_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s").ask()
+    assert time.process_time() - started < 1
+    assert not lock.is_symlink()
+
+
+def test_a_lock_that_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "journal.log.lock"
+    lock.symlink_to("journal.log")
+    before = lock.lstat().st_mtime_ns
+
+    def pass_on(seconds: float) -> None:
+        """Meanwhile its holder is done and another has it."""
+        while lock.lstat().st_mtime_ns == before:
+            lock.unlink()
+            lock.symlink_to("journal.log")
+
+    monkeypatch.setattr(journal.time, "sleep", pass_on)
+    assert not remove_stale_lock(tmp_path / "journal.log")
+    assert lock.is_symlink()
+
+
+def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_ranks=4, cpus_per_rank=100.0)
+    code, out, err = finish(sweep(tmp_path))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "one trial needs 4 ranks of 100 CPU, each rank on one node, but the cluster's 1 nodes (" in err
+    assert "have room for 0" in err
+    assert "give --autoscaling" in err
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"objective": "text/acc"}, r"objective must be one of the metrics text/bits_per_byte, .*text/token_perplexity, "
+                                r"last_word/acc, last_word/perplexity, got 'text/acc'; change it in STUDY"),
+    ({"objective": "lambada/acc"}, r"objective must be one of the metrics text/.*, got 'lambada/acc'"),
+    ({"tasks": ()}, r"objective must be one of the metrics \(there is no task\), got 'text/bits_per_byte'; .* add its task"),
+    ({"tasks": ("text", "lambda_x")}, r"task 'lambda_x' is not known; the nearest names are .*lambada"),
+    ({"tasks": ("text", "lambada"), "data_dir": "nowhere"}, r"task 'lambada' needs the file nowhere/lambada/test.jsonl"),
+])
+def test_tasks_and_objective_are_checked_before_anything_is_written(tmp_path: Path, study: Study, settings: dict,
+                                                                    sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        sweep_module.sweep("space", tmp_path / "study", study.model_copy(update=settings), dict, print)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_model_that_is_no_better_than_chance_ends_the_sweep(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    broken = shutil.copytree(tiny_model, tmp_path / "broken")
+    model = GPT2LMHeadModel.from_pretrained(broken)
+    torch.nn.init.normal_(model.transformer.ln_f.bias, std=30.0)
+    model.save_pretrained(broken)
+    write_space(tmp_path, broken, stories, num_trials=9)
+    code, out, err = finish(sweep(tmp_path))
+    assert code == 2, out + err
+    sentence = err.splitlines()[-1]  # Tune has printed its traceback before
+    assert "the dense baseline could not be scored, so no trial can run: raysearch.training.finetune.Diverged" in sentence
+    assert sentence.endswith(f"(log in {tmp_path / 'study' / 'trials' / '-0001.rank-0.log'})")
+    assert len(Ledger.open(tmp_path / "study").trials()) <= 3  # those that began beside it
+
+
+@pytest.mark.slow
+def test_a_sweep_in_which_every_trial_failed_exits_with_1(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=1)
+    space = tmp_path / "space.py"
+    space.write_text(space.read_text().replace("trial.number == 1", "trial.number < 2"))
+    for extend in ("1", "2"):
+        code, out, err = finish(sweep(tmp_path, "--trials", extend))
+        assert code == 1, out + err
+        assert f"candidates of {extend} trials ({extend} failed)" in out
+        assert err.splitlines()[-1] == ("raysearch: every trial failed; the reasons: raysearch status "
+                                        f"{tmp_path / 'study'}")

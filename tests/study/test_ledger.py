@@ -1,0 +1,110 @@
+import contextlib
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from raysearch.config import Action, Metric, Study, TrialConfig
+from raysearch.study.files import new_directory, write_json
+from raysearch.study.ledger import Ledger
+from raysearch.study.records import Provenance, StudyRecord, TrialRecord, round_key
+
+PROVENANCE = Provenance(created_at="2026-11-23T00:00:00+00:00", git_commit=None, versions={}, device="CPU", hostname="h")
+
+
+def study_record(**changes: object) -> StudyRecord:
+    fields = {"model": "/m", "num_trials": 4, **changes}
+    return StudyRecord(study=Study(**fields), space="s", space_hash="0", root_key="r", provenance=PROVENANCE)
+
+
+def test_keys_follow_parent_and_action() -> None:
+    action = Action(sparsity=0.5)
+    assert round_key("a", action) == round_key("a", Action(sparsity=0.5, l1_lambda=0.0))
+    assert len({round_key("a", action), round_key("b", action), round_key("a", Action(sparsity=0.51))}) == 3
+
+
+def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    assert not ledger.attach(study_record())
+    assert ledger.attach(study_record(num_trials=9))
+    assert ledger.study().study.num_trials == 9
+    with pytest.raises(ValueError, match=r"holds another study, which differs in weight_decay \(0.0, now 0.1\)"):
+        ledger.attach(study_record(weight_decay=0.1))
+    assert ledger.study().study.weight_decay == 0.0
+
+
+def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds something else \\(thesis.tex\\)"):
+        Ledger(tmp_path).attach(study_record())
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"), Ledger(tmp_path / "thesis.tex").lock():
+        pass
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (None, r"holds no study \(study.json is missing\)"),
+    ("{", r"not a StudyRecord of this version of raysearch"),
+    ('{"study": 1}', r"not a StudyRecord of this version of raysearch"),
+])
+def test_opening_what_is_no_study(tmp_path: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "study.json").write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        Ledger.open(tmp_path)
+    with pytest.raises(ValueError, match="no such study directory"):
+        Ledger.open(tmp_path / "nowhere")
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    with pytest.raises(RuntimeError, match="boom"), new_directory(tmp_path / "round") as folder:
+        (folder / "weights").write_text("x")
+        raise RuntimeError("boom")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _hold(directory: Path, held: object, release: object) -> None:
+    with Ledger(directory).lock():
+        held.set()
+        release.wait(20)
+
+
+def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    with contextlib.suppress(KeyboardInterrupt), new_directory(ledger.round_directory("abc")) as folder:
+        kept = folder.rename(folder.with_name(".abc.kept"))  # as a kill would leave it
+        (kept / "weights.safetensors").write_bytes(b"0" * 1000)
+        raise KeyboardInterrupt
+    with new_directory(ledger.round_directory("def")) as folder:
+        (folder / "record.json").write_text("{}")
+    ledger.delete_leftovers()
+    assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["def"]
+
+
+def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held, release = context.Event(), context.Event()
+    first = context.Process(target=_hold, args=(tmp_path, held, release))
+    first.start()
+    assert held.wait(20)
+    refusal = pytest.raises(ValueError, match=f"another driver runs this study \\(process {first.pid} on ")
+    with refusal, Ledger(tmp_path).lock():
+        pass
+    first.kill()  # a killed driver leaves no lock behind
+    first.join()
+    with Ledger(tmp_path).lock():
+        pass
+
+
+def test_records_come_back_as_they_were(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    trial = TrialRecord(number=3, config=TrialConfig(target_sparsity=0.5), actions=(Action(sparsity=0.5),),
+                        started_at="now", status="failed", reason="<b>&", keys=("k",))
+    ledger.write_trial(trial)
+    assert ledger.trials() == [trial]
+    metrics = {"text/bits_per_byte": Metric(value=2.5, stderr=None, num_items=3)}
+    ledger.write_report_metrics("k", metrics)
+    assert ledger.report_metrics("k") == metrics
+    assert ledger.report_metrics("other") is None

@@ -1,0 +1,209 @@
+"""Documents, splits, tokenizer and packed blocks, on small real files."""
+
+import json
+import multiprocessing
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from raysearch.study.files import default_cache_dir
+from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents, train_tokenizer
+
+WORDS = ("the cat sat on a mat and the dog ran to a red house by the sea while rain fell").split()  # noqa: SIM905
+
+
+def story(seed: int, num_words: int = 60) -> str:
+    return " ".join(np.random.RandomState(seed).choice(WORDS, num_words)) + f" {seed}."
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return train_tokenizer([story(i) for i in range(50)], 300)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> str:
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(story(i) for i in range(200)))
+    return str(path)
+
+
+def test_builtin_corpus_is_real_english_and_the_same_twice() -> None:
+    documents = load_documents("builtin")
+    assert len(documents) > 1500
+    assert 1e6 < sum(map(len, documents)) < 4e6
+    assert any("The \"import\" statement" in text for text in documents)
+    assert load_documents("builtin") == documents
+    assert {split: len(texts) > 50 for split, texts in split_documents(documents).items()} == {
+        "train": True, "selection": True, "report": True}
+
+
+def test_every_format_gives_the_same_documents(tmp_path: Path, corpus: str) -> None:
+    import datasets
+
+    documents = [story(i) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in documents))
+    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in documents]))
+    datasets.Dataset.from_dict({"text": documents}).to_parquet(str(tmp_path / "a.parquet"))
+    assert [text.strip() for text in load_documents(corpus)] == documents
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        assert load_documents(str(tmp_path / name)) == documents
+    assert load_documents(str(tmp_path / "a.js*")) == documents * 2
+    assert len(load_documents(str(tmp_path))) == 800
+
+
+def test_bad_corpora_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    def refused(corpus: object, sentence: str) -> None:
+        with pytest.raises(ValueError, match=sentence) as error:
+            load_documents(str(corpus))
+        assert "\n" not in str(error.value)
+        assert str(corpus) in str(error.value) or str(tmp_path) in str(error.value)
+
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    refused(tmp_path / "none.txt", "no such file or folder; give a path that exists")
+    refused(file("a.pdf", b"x"), "must end in .txt, .json, .jsonl, .parquet, got a.pdf")
+    refused(file("empty.txt", b" \n<|endoftext|>\n\n"), "holds no text")
+    refused(file("latin.txt", b"caf\xe9"), "must be UTF-8 text, got byte 0xe9 at 3")
+    refused(file("torn.jsonl", b'{"text": "a"}\n{"text": "b'), "line 2 is not JSON")
+    refused(file("field.jsonl", b'{"txet": "a"}\n'), "a field `text` with a string, got the fields txet in line 1")
+    refused(file("rows.jsonl", b'["a"]\n'), "got a list in line 1")
+    refused(file("broken.parquet", b"PAR1 not really"), "cannot be read as Parquet")
+    (tmp_path / "folder").mkdir()
+    refused(tmp_path / "folder", "no file that ends in")
+    import datasets
+
+    datasets.Dataset.from_dict({"story": ["a"]}).to_parquet(str(tmp_path / "column.parquet"))
+    refused(tmp_path / "column.parquet", "needs a column `text` of strings, got story")
+
+
+def test_a_dataset_that_cannot_be_had_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="neither a file or folder here nor a Hugging Face dataset") as error:
+        load_documents("no-such-owner/no-such-dataset-of-raysearch:config")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "secret.txt"
+    path.write_text("text")
+    path.chmod(0)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_documents(str(path))
+
+
+def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
+    documents = [story(i) for i in range(2000)] + [story(7)] * 3
+    splits = split_documents(documents)
+    sets = {split: set(texts) for split, texts in splits.items()}
+    assert sum(map(len, splits.values())) == 2003
+    assert sum(map(len, sets.values())) == 2000 == len(set.union(*sets.values()))
+    assert 60 < len(splits["selection"]) < 140
+    assert 60 < len(splits["report"]) < 140
+    fewer = split_documents(documents[:1000])
+    assert all(set(fewer[split]) <= sets[split] for split in splits)  # a document never changes its split
+
+
+@pytest.mark.parametrize("num_documents", [1, 3, 59])
+def test_a_few_long_documents_are_cut_at_paragraphs(num_documents: int) -> None:
+    paragraphs = [story(i, 100) for i in range(600)]
+    documents = ["\n\n".join(part) for part in np.array_split(paragraphs, num_documents)]
+    splits = split_documents(documents)
+    assert all(splits.values())
+    pieces = [piece for texts in splits.values() for piece in texts]
+    assert max(map(len, pieces)) <= 4000
+    assert sum(map(len, pieces)) == sum(map(len, documents))
+    assert all(piece.rstrip()[-1] == "." for piece in pieces)
+
+
+def test_tiny_corpora_fill_all_splits_or_are_refused() -> None:
+    for num in range(3, 12):
+        assert all(split_documents([f"passage {i}" for i in range(num)]).values())
+    with pytest.raises(ValueError, match="each of train, selection and report, got 1"):
+        split_documents(["one short text"] * 5)
+
+
+def test_tokenizer_is_lossless_deterministic_and_checked(tokenizer: PreTrainedTokenizerFast) -> None:
+    again = train_tokenizer([story(i) for i in range(50)], 300)
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    assert (len(tokenizer), tokenizer.eos_token_id) == (300, 0)
+    text = "Ünïcode \n\ttabs 😀 the cat"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    check_tokenizer(tokenizer, 300)
+    with pytest.raises(ValueError, match="vocabulary of 299, but its largest id is 299"):
+        check_tokenizer(tokenizer, 299)
+    with pytest.raises(ValueError, match="must have an end-of-text token"):
+        check_tokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer), 300)
+    with pytest.raises(ValueError, match="vocab_size must be above 256"):
+        train_tokenizer(["a"], 256)
+
+
+def test_blocks_hold_the_split_in_order(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    blocks = pack(corpus, tokenizer, 16, "train", tmp_path / "cache")
+    documents = split_documents(load_documents(corpus))["train"]
+    stream = [token for text in documents for token in [*tokenizer(text)["input_ids"], 0]]
+    assert blocks.tokens.dtype == np.uint16
+    assert isinstance(blocks.tokens, np.memmap)
+    assert blocks.tokens.flatten().tolist() == stream[: len(stream) // 16 * 16]
+    assert blocks.num_tokens == blocks.tokens.size
+    batch = blocks.batch([3, 0])
+    assert (batch.dtype, batch.shape) == (torch.int64, (2, 16))
+    assert batch[1].tolist() == stream[:16]
+    copy = pickle.loads(pickle.dumps(blocks))
+    assert copy == blocks
+    assert copy.tokens.tolist() == blocks.tokens.tolist()
+
+
+def test_blocks_are_cached_by_content(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = pack(corpus, tokenizer, 16, "train", cache)
+    written = first.path.stat().st_mtime_ns
+    moved = tmp_path / "elsewhere.txt"
+    Path(corpus).rename(moved)
+    assert pack(str(moved), tokenizer, 16, "train", cache) == first
+    assert first.path.stat().st_mtime_ns == written
+    moved.write_text(moved.read_text() + "\n<|endoftext|>\nOne more.")
+    prints = {first.fingerprint, pack(str(moved), tokenizer, 16, "train", cache).fingerprint,
+              pack(str(moved), tokenizer, 32, "train", cache).fingerprint,
+              pack(str(moved), tokenizer, 32, "report", cache).fingerprint,
+              pack(str(moved), train_tokenizer([story(1)], 290), 32, "train", cache).fingerprint}
+    assert len(prints) == 5
+    assert not list(cache.rglob(".*"))
+    with pytest.raises(ValueError, match="report split must fill one block of 100000 tokens, got"):
+        pack(str(moved), tokenizer, 100_000, "report", cache)
+
+
+def _pack(arguments: tuple[str, PreTrainedTokenizerFast, Path]) -> str:
+    corpus, tokenizer, cache = arguments
+    return str(pack(corpus, tokenizer, 16, "train", cache).path)
+
+
+def test_two_processes_may_pack_at_once(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        paths = pool.map(_pack, [(corpus, tokenizer, tmp_path / "cache")] * 2, chunksize=1)
+    assert len(set(paths)) == 1
+    assert len(list((tmp_path / "cache" / "blocks").iterdir())) == 1
+
+
+def test_order_is_a_permutation_that_never_changes(tmp_path: Path) -> None:
+    np.save(tmp_path / "blocks.npy", np.arange(20, dtype=np.uint16).reshape(10, 2))
+    blocks = Blocks(tmp_path / "blocks.npy", "f")
+    assert sorted(blocks.order(0, 0).tolist()) == list(range(10))
+    assert blocks.order(0, 0).tolist() == [6, 1, 0, 5, 3, 8, 7, 9, 2, 4]  # stays so on every machine and numpy
+    assert len({tuple(blocks.order(seed, epoch).tolist()) for seed in range(3) for epoch in range(3)}) == 9
+    epochs = [*blocks.order(5, 0), *blocks.order(5, 1)]
+    assert blocks.stream(8, 4, seed=5).tolist() == blocks.batch(epochs[8:12]).tolist()
+
+
+def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAYSEARCH_CACHE", raising=False)
+    assert default_cache_dir() == Path.home() / ".cache" / "raysearch"
+    monkeypatch.setenv("RAYSEARCH_CACHE", "/somewhere")
+    assert default_cache_dir() == Path("/somewhere")

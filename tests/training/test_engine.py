@@ -1,0 +1,155 @@
+"""The invariant of sharded pruning, for every ZeRO stage, dtype and world size, on real DeepSpeed engines."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
+
+
+def run_ranks(world_size: int, arguments: list[str], timeout_s: float = 240) -> dict[str, dict]:
+    """Runs this file on `world_size` gloo ranks and returns rank 0's JSON."""
+    from raysearch.training.engine import free_port
+
+    shared = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+              "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              text=True, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+             for rank in range(world_size)]
+    outputs = [rank.communicate(timeout=timeout_s) for rank in ranks]
+    for rank, (_, errors) in zip(ranks, outputs):
+        assert rank.returncode == 0, errors[-3000:]
+    return json.loads(outputs[0][0].splitlines()[-1])
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def measured(request: pytest.FixtureRequest, tiny_model: Path) -> dict[str, dict]:
+    return run_ranks(request.param, [str(tiny_model)])
+
+
+@pytest.mark.parametrize(("stage", "dtype"), CASES)
+def test_zeros_of_shards_module_and_mask_are_one(measured: dict, stage: int, dtype: str) -> None:
+    case = measured[f"{stage}/{dtype}"]
+    assert case["num_pruned"] == case["num_wanted"]
+    assert case["threshold"] == case["kthvalue"]
+    assert case["mask_is_reference"]
+    for moment in ("after_prune", "after_steps", "after_reload"):
+        for zeros in case[moment].values():
+            assert zeros == case["num_wanted"], (moment, case[moment])
+    assert case["mask_kept"]
+    assert case["loss_fell"]
+    assert case["base_is_exact"]
+
+
+def test_result_does_not_depend_on_the_stage(measured: dict) -> None:
+    losses = [measured[f"{stage}/float32"]["losses"] for stage in (0, 1, 2, 3)]
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
+    one, two = (run_ranks(world_size, [str(tiny_model), "masks"]) for world_size in (1, 2))
+    assert one == two
+    assert len(one) == 2 * 4
+
+
+def measure(model: str, stage: int, dtype: str, base: Mapping[str, Tensor] | None) -> dict:
+    import torch
+
+    from raysearch.pruning.selection import keep_masks, kth_smallest
+    from raysearch.training.engine import Engine
+
+    engine = Engine(model, prunable="matrices", zero_stage=stage, dtype=dtype, batch_tokens=128, context_tokens=32,
+                    weight_decay=0.1, base=base)
+    rank, world_size = engine.shard_rank
+    names = [p.name for p in engine.prunables]
+    values = [shard.values for shard in engine.prunable_shards]
+    dense = {name: engine.gather(name) for name in engine.shapes}
+    flat = torch.cat([dense[name].flatten() for name in names]).abs()
+    num_wanted = int(0.6 * flat.numel())
+    cut = kth_smallest(values, num_wanted, engine.all_reduce)
+    keep = keep_masks(values, [shard.index for shard in engine.prunable_shards], num_wanted,
+                      all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
+    engine.prune(keep)
+    reference = torch.ones_like(flat, dtype=torch.bool)
+    reference[flat.argsort(stable=True)[:num_wanted]] = False
+    mask = torch.cat([engine.gather(name).flatten() != 0 for name in names])
+
+    def zeros() -> dict[str, int]:
+        import deepspeed
+
+        parameters = [engine.parameters[name] for name in names]
+        with deepspeed.zero.GatheredParameters(parameters, enabled=stage == 3):
+            module = sum(int((p == 0).sum()) for p in parameters)
+        counts = engine.nonzero_counts()
+        return {"module": module, "shards": flat.numel() - sum(counts[name] for name in names),
+                "full": sum(int((engine.gather(name) == 0).sum()) for name in names)}
+
+    case = {"num_wanted": num_wanted, "num_pruned": int((~mask).sum()), "threshold": cut.threshold,
+            "kthvalue": float(flat.kthvalue(num_wanted).values), "mask_is_reference": bool(torch.equal(mask, reference)),
+            "after_prune": zeros(), "losses": []}
+    engine.restart(0.0)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 257, (4, 32), generator=generator)
+    mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+    for _ in range(5):
+        case["losses"].append(engine.mean(engine.train_step(mine, 3e-3)))
+    case["after_steps"] = zeros()
+    case["mask_kept"] = bool(torch.equal(torch.cat([engine.gather(name).flatten() != 0 for name in names]), mask))
+    case["loss_fell"] = case["losses"][-1] < case["losses"][0] - 0.05
+    weights = {name: engine.gather(name) for name in engine.shapes}
+    engine.load(dense)
+    assert engine.nonzero_counts()[names[0]] == dense[names[0]].count_nonzero()
+    engine.load(weights)
+    engine.restart(0.0)
+    engine.train_step(mine, 3e-3)
+    case["after_reload"] = zeros()
+    engine.load_base()
+    case["base_is_exact"] = all(torch.equal(engine.gather(name), dense[name]) for name in dense)
+    return case
+
+
+def masks(model: str) -> dict:
+    """Hashes of the masks of every scope after fine-tuning nothing, for two stages."""
+    import hashlib
+
+    from raysearch.config import Action
+    from raysearch.training.engine import Engine
+    from raysearch.trial.pruner import select
+
+    found = {}
+    actions = [Action(sparsity=0.37, scope=scope) for scope in ("global", "layer", "row")]
+    actions.append(Action(threshold=0.9, threshold_unit="std"))
+    for stage in (2, 3):
+        engine = Engine(model, prunable="matrices", zero_stage=stage, dtype="bfloat16", batch_tokens=128,
+                        context_tokens=32, weight_decay=0.1)
+        dense = {name: engine.gather(name).clone() for name in engine.shapes}
+        for action in actions:
+            engine.load(dense)
+            engine.prune(select(engine, action))
+            digest = hashlib.sha256()
+            for prunable in engine.prunables:
+                digest.update((engine.gather(prunable.name) != 0).numpy().tobytes())
+            found[f"{stage}/{action.scope}/{action.threshold}"] = digest.hexdigest()
+    return found
+
+
+if __name__ == "__main__":
+    if sys.argv[2:] == ["masks"]:
+        result = masks(sys.argv[1])
+    else:
+        import torch
+
+        from raysearch.models.model import load_model
+
+        shared = os.environ["WORLD_SIZE"] == "2"  # a rank alone keeps a copy of its own
+        bases = {dtype: dict(load_model(sys.argv[1], getattr(torch, dtype)).named_parameters()) if shared else None
+                 for dtype in ("float32", "bfloat16")}  # before ZeRO-3, which changes how models are loaded
+        result = {f"{stage}/{dtype}": measure(sys.argv[1], stage, dtype, bases[dtype]) for stage, dtype in CASES}
+    print(json.dumps(result))

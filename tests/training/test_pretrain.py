@@ -1,0 +1,164 @@
+"""Pretraining: presets, refusals, and real runs of Ray Train + DeepSpeed on a small text."""
+
+import dataclasses
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedTokenizerBase
+
+import raysearch.training.pretrain as module
+from raysearch.training.data import Blocks
+from raysearch.training.finetune import learning_rate_at
+from raysearch.training.presets import PRESETS, Preset
+from raysearch.training.pretrain import pretrain
+
+TOY = Preset(num_layers=1, width=32, num_heads=2, context_tokens=16, vocab_size=300, batch_tokens=128, num_steps=60,
+             learning_rate=1e-2, weight_decay=0.1, note="for tests")
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksThatKillOnce(Blocks):
+    """Ends its process at its 41st batch, once."""
+
+    marker: Path
+
+    def stream(self, start: int, num_sequences: int, seed: int) -> torch.Tensor:
+        if start >= 40 * 8 and not self.marker.exists():
+            self.marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().stream(start, num_sequences, seed)
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str, Path]]:  # type: ignore[override]
+        return BlocksThatKillOnce, (self.path, self.fingerprint, self.marker)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Preset:
+    monkeypatch.setitem(PRESETS, "toy", TOY)
+    return TOY
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A language of two rules: an animal is followed by its own verb, a verb by any animal."""
+    rng = np.random.RandomState(0)
+    verbs = {"dog": "barks", "cat": "purrs", "owl": "hoots", "bee": "hums", "cow": "moos", "pig": "grunts"}
+    animals = list(verbs)
+    text = "\n\n".join(" ".join(f"{a} {verbs[a]}" for a in rng.choice(animals, 40)) for _ in range(200))
+    path = tmp_path_factory.mktemp("corpus") / "animals.txt"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("preset", "num_parameters"),
+    [("books-30m", 29_676_544), ("gpt2-small", 124_439_808), ("gpt-efficio-950m", 949_792_896)],
+)
+def test_presets_have_the_promised_size(preset: str, num_parameters: int) -> None:
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(PRESETS[preset].config())
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_parameters
+
+
+def test_every_preset_can_be_cut_into_sequences_and_heads() -> None:
+    for preset in PRESETS.values():
+        assert preset.batch_tokens % preset.context_tokens == 0
+        assert preset.width % preset.num_heads == 0
+    assert "ours" in PRESETS["gpt-efficio-950m"].note
+
+
+def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
+    rates = [learning_rate_at(step, 1000, 2.0, 100) for step in range(1000)]
+    assert rates[0] == 0.02
+    assert max(rates) == rates[99] == rates[100] == 2.0
+    assert rates[-1] == pytest.approx(0.2, rel=1e-3)
+    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
+    assert learning_rate_at(0, 1, 2.0, 0) == 2.0
+
+
+def test_bad_input_is_refused_in_one_sentence(tmp_path: Path, corpus: str, toy: Preset) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.doc").write_text("x")
+    for arguments, sentence in [
+        (("tyni", corpus, tmp_path / "m"), "preset must be one of tiny, books-30m, gpt2-small, gpt-efficio-950m, toy"),
+        (("toy", str(tmp_path / "none.txt"), tmp_path / "m"), "no such file or folder"),
+        (("toy", corpus, tmp_path / "file"), "is a file; give a directory with --out"),
+        (("toy", corpus, tmp_path / "other"), r"holds something else \(thesis.doc\); give a new or empty directory"),
+    ]:
+        with pytest.raises(ValueError, match=sentence) as error:
+            pretrain(*arguments)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="num_workers must divide the 8 sequences of a batch, got 3"):
+        pretrain("toy", corpus, tmp_path / "m", num_workers=3)
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        pretrain("toy", corpus, tmp_path / "m", steps=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "other"]
+
+
+def test_pretrain_learns_writes_a_hugging_face_folder_and_is_done_once(
+    tmp_path: Path, corpus: str, toy: Preset, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache", echo=lines.append)
+    assert plain.validation_loss < plain.unigram_loss - 0.5
+    assert any(line.startswith("step 60/60  loss ") and "tokens/s" in line and "s left" in line for line in lines)
+    assert not list(tmp_path.glob(".plain*"))
+
+    model = AutoModelForCausalLM.from_pretrained(plain.path)
+    tokenizer = AutoTokenizer.from_pretrained(plain.path)
+    assert sum(p.numel() for p in model.parameters()) == plain.num_parameters
+    dog = model(**tokenizer("cat purrs dog", return_tensors="pt")).logits[0, -1].argmax()
+    assert " barks".startswith(tokenizer.decode(dog))
+
+    monkeypatch.setattr(module, "_fit", None)  # a second call trains nothing
+    assert pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache", echo=lines.append) == plain
+    with pytest.raises(ValueError, match=r"holds a model made with other settings \(num_steps\)"):
+        pretrain("toy", corpus, tmp_path / "plain", steps=61)
+    (plain.path / "model.safetensors").write_bytes(b"flipped")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not the file that was written"):
+        pretrain("toy", corpus, tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_resumes_and_two_ranks_train_the_same_model(
+    tmp_path: Path, corpus: str, toy: Preset, cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache")
+    pack, marker = module.pack, tmp_path / "killed"
+
+    def killing_pack(corpus: str, tokenizer: PreTrainedTokenizerBase, context: int, split: str, cache: Path) -> Blocks:
+        blocks = pack(corpus, tokenizer, context, split, cache)
+        return BlocksThatKillOnce(blocks.path, blocks.fingerprint, marker) if split == "train" else blocks
+
+    monkeypatch.setattr(module, "pack", killing_pack)
+    sharded = pretrain("toy", corpus, tmp_path / "sharded", num_workers=2, zero_stage=2, checkpoint_every_s=0.0,
+                       cache_dir=tmp_path / "cache")
+    assert marker.exists()
+    assert sharded.validation_loss == pytest.approx(plain.validation_loss, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_divergence_is_one_sentence_and_leaves_no_model(
+    tmp_path: Path, corpus: str, monkeypatch: pytest.MonkeyPatch, cluster: None
+) -> None:
+    monkeypatch.setitem(PRESETS, "hot", dataclasses.replace(TOY, learning_rate=1e30))
+    with pytest.raises(RuntimeError, match=r"^pretraining failed: the loss became (nan|inf) by step \d+; lower the "):
+        pretrain("hot", corpus, tmp_path / "hot", steps=20, cache_dir=tmp_path / "cache", echo=lambda line: None)
+    assert not (tmp_path / "hot").exists()
