@@ -22,7 +22,7 @@ from random_study import model_folder, num_parameters, write_corpus
 
 from raysearch.config import Study
 from raysearch.kernels.device import device_name
-from raysearch.search import sweep
+from raysearch.search.sweep import sweep
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import versions
 from raysearch.trial.inputs import resolve

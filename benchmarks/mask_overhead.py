@@ -14,7 +14,8 @@ import time
 import torch
 
 from raysearch.kernels.device import device_name
-from raysearch.pruning.selection import keep_masks, num_to_prune
+from raysearch.pruning.budgets import num_to_prune
+from raysearch.pruning.selection import keep_masks
 from raysearch.training.engine import Engine
 
 
@@ -40,20 +41,21 @@ def main() -> None:
                     batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1)
     values = [shard.values for shard in engine.prunable_shards]
     num_prunable = sum(value.numel() for value in values)
-    engine.prune(keep_masks(values, [shard.index for shard in engine.prunable_shards], num_to_prune(0.5, num_prunable)))
+    keep = iter(keep_masks(values, [shard.index for shard in engine.prunable_shards], num_to_prune(0.5, num_prunable)))
+    engine.set_masks([next(keep) if shard.name in engine.prunable_names else None for shard in engine.shards])
     engine.restart(0.0)
-    masks = engine.optimizer.keep
+    masks = engine.optimizer.masks
     tokens = torch.randint(0, engine.model.config.vocab_size, (engine.sequences_per_rank, options.context_tokens))
     for _ in range(3):
         engine.train_step(tokens, 1e-4)
     steps: dict[bool, list[float]] = {True: [], False: []}
     for pair in range(options.num_pairs):
         for masked in (pair % 2 == 0, pair % 2 == 1):
-            engine.optimizer.keep = masks if masked else {}
+            engine.optimizer.masks = masks if masked else {}
             engine.optimizer.l1_lambda = options.l1_lambda if masked else 0.0
             steps[masked].append(timed_step(engine, tokens))
     upkeep = []
-    engine.optimizer.keep = masks
+    engine.optimizer.masks = masks
     for _ in range(options.num_pairs):
         started = time.perf_counter()
         engine.optimizer.keep_masks(1e-4)

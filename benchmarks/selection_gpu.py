@@ -26,7 +26,8 @@ from torch import Tensor
 
 from raysearch.kernels import selection_passes
 from raysearch.kernels.device import device_name
-from raysearch.pruning.selection import TORCH, Passes, keep_masks, num_to_prune
+from raysearch.pruning.budgets import num_to_prune
+from raysearch.pruning.selection import MAGNITUDES, Passes, keep_masks
 from raysearch.study.provenance import versions
 from raysearch.training.engine import free_port
 
@@ -70,7 +71,7 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
 
     masks = select(selection_passes(device))
     seconds = timed(lambda: select(selection_passes(device)), device, arguments.repetitions)
-    torch_only = timed(lambda: select(TORCH), device, 2)
+    torch_only = timed(lambda: select(MAGNITUDES), device, 2)
     joined = [gathered(mask, world_size) for mask in masks] if not arguments.no_check else []
     if rank == 0:
         equal = None

@@ -9,8 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
-Criterion = Literal["magnitude"]
-Pattern = Literal["unstructured"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -77,10 +75,14 @@ class TrialConfig(Frozen):
     """Weights whose magnitude is below it are pruned."""
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
-    criterion: Criterion = "magnitude"
-    pattern: Pattern = "unstructured"
+    criterion: str = "magnitude"
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `movement` learns while it fine-tunes."""
+    pattern: str = "unstructured"
+    """Which weights go together: one of pruning.patterns.PATTERNS. The sparsity is then that of the pattern's weights."""
     scope: Scope = "global"
     """Comparison group of the scores."""
+    mask_interval_steps: int = Field(10, ge=1)
+    """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
     finetune_epochs: float = Field(0.0, ge=0)
@@ -109,11 +111,13 @@ class TrialConfig(Frozen):
 class Action(Frozen):
     """One resolved round: prune, then fine-tune. Equal actions on equal parents give equal candidates."""
 
-    criterion: Criterion = "magnitude"
-    pattern: Pattern = "unstructured"
+    criterion: str = "magnitude"
+    pattern: str = "unstructured"
     scope: Scope = "global"
+    mask_interval_steps: int = 0
+    """0 where masks do not change while it fine-tunes."""
     sparsity: float | None = None
-    """Sparsity among prunable weights after the prune; None in threshold mode."""
+    """Fraction of the pattern's weights that is pruned at the end of the round; None in threshold mode."""
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
     l1_lambda: float = 0.0

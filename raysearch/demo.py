@@ -10,8 +10,8 @@ from analysis.pick import describe_pick, parse_constraints, pick, write_pick
 from analysis.tables import results_table
 from raysearch.cluster.joining import start_ray
 from raysearch.deploy.export import export
-from raysearch.search import sweep
 from raysearch.search.space import load_space
+from raysearch.search.sweep import sweep
 from raysearch.study.ledger import Ledger
 from raysearch.training.pretrain import pretrain
 

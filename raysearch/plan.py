@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,12 +20,11 @@ from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.search.space import load_space, sample_trials
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import round_key
+from raysearch.study.records import RoundRecord, round_key
 from raysearch.study.storage import AnyPath, location
-from raysearch.training.finetune import Diverged, finetune
-from raysearch.trial.candidate import store_round, weigh, written_meanwhile
+from raysearch.training.finetune import Diverged
 from raysearch.trial.inputs import Inputs, check_objective, read_inputs, resolve
-from raysearch.trial.pruner import select
+from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
 from raysearch.units import human_bytes
 
@@ -95,41 +94,33 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     torch.set_num_threads(max(1, int(study.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
         started = time.perf_counter()
-        worker = Worker(one_rank, Ledger(folder), inputs)
+        worker = Worker(one_rank, Ledger(folder), replace(inputs, tasks={"selection": (), "report": ()}))
         start_s = time.perf_counter() - started
-        warm_s = step_s = time_steps(worker, 1) if trains else 0.0
-        started = time.perf_counter()
-        action = Action(sparsity=sparsity)
-        worker.engine.prune(select(worker.engine, action))
-        prune_s = _now(worker) - started
-        num_steps = (NUM_STEPS if warm_s < SLOW_S else 1) * trains
-        if num_steps:
-            step_s = time_steps(worker, num_steps) / num_steps
-        evaluate_s, num_items = time_evaluation(worker)
-        with written_meanwhile(worker, "calibration") as weights:
-            record = store_round(worker, "calibration", None, action, weigh(worker), None, None, [0.0] * 5, weights)
-        candidate_bytes = sum(f.stat().st_size for f in worker.ledger.round_directory(record.key).iterdir())
-        return Calibration(record.provenance.device, worker.engine.device.type == "cuda", start_s, step_s, prune_s,
-                           evaluate_s, num_steps, num_items, candidate_bytes, sparsity)
+        dense = dense_round(worker)
+        warm = timed_round(worker, dense, sparsity / 2, 1 if trains else 0)
+        num_steps = (NUM_STEPS if warm.finetune_s < SLOW_S else 1) * trains
+        timed = timed_round(worker, warm, sparsity, num_steps)
+        evaluate_s, num_items = time_evaluation(worker, inputs)
+        candidate_bytes = sum(f.stat().st_size for f in worker.ledger.round_directory(timed.key).iterdir())
+        return Calibration(timed.provenance.device, worker.engine.device.type == "cuda", start_s,
+                           timed.finetune_s / num_steps if num_steps else 0.0, timed.prune_s, evaluate_s, num_steps, num_items,
+                           candidate_bytes, sparsity)
 
 
-def time_steps(worker: Worker, num_steps: int) -> float:
-    """Seconds of `num_steps` optimizer steps at learning rate 0."""
-    started = time.perf_counter()
+def timed_round(worker: Worker, parent: RoundRecord, sparsity: float, num_steps: int) -> RoundRecord:
+    """A round of `num_steps` optimizer steps at learning rate 0; the times are in its record."""
+    tokens = num_steps * worker.study.batch_tokens
     try:
-        assert worker.inputs.blocks is not None
-        finetune(worker.engine, worker.inputs.blocks, Action(finetune_tokens=num_steps * worker.study.batch_tokens),
-                 worker.study.warmup_fraction)
+        return run_round(worker, parent, Action(sparsity=sparsity, finetune_tokens=tokens))
     except Diverged as error:
         raise ValueError(f"model {worker.study.model}: {error}, so it is broken; give a model that works") from error
-    return _now(worker) - started
 
 
-def time_evaluation(worker: Worker) -> tuple[float, int]:
+def time_evaluation(worker: Worker, inputs: Inputs) -> tuple[float, int]:
     """(seconds of the whole selection split, timed items): each task's items cost what a few of them did."""
     total_s, num_items = 0.0, 0
     worker.engine.model.eval()
-    for task in worker.inputs.tasks["selection"]:
+    for task in inputs.tasks["selection"]:
         for limit in (FEW_ITEMS, NUM_ITEMS):
             num_timed = min(limit, len(task.eval_docs))
             started = time.perf_counter()

@@ -39,7 +39,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
             weights = read_weights(file, record.weights_sha256)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name])
+                parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
     num_nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     if num_nonzero != record.num_nonzero:
         raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.dtype} but {record.num_nonzero} "
@@ -50,7 +50,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
             model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-            write_weights(folder / COMPRESSED, {name: to_store(parameter, name in prunable)
+            write_weights(folder / COMPRESSED, {name: to_store(parameter, parameter != 0 if name in prunable else None)
                                                 for name, parameter in model.named_parameters()})
         trial = next((t for t in ledger.trials() if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from raysearch.kernels import bitmap, cpu, decode, magnitudes, semi24
 from raysearch.kernels.weight import SparseWeight
-from raysearch.pruning.selection import TORCH, Passes
+from raysearch.pruning.selection import MAGNITUDES, Passes
 
 MIN_SEMI24_TOKENS = 256
 
@@ -54,9 +54,9 @@ def _semi24_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.dev
 
 
 def selection_passes(device: torch.device) -> Passes:
-    """The fastest passes of exact selection on this device."""
+    """The fastest passes of exact selection by magnitude on this device."""
     if device.type != "cuda" or not compiles("nvcc", magnitudes.library):
-        return TORCH
+        return MAGNITUDES
     return magnitudes.PASSES
 
 

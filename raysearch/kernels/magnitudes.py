@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from raysearch.kernels.compiled import NVCC, build
-from raysearch.pruning.selection import Passes
+from raysearch.pruning.selection import Passes, magnitude_keys
 
 WEIGHTS_PER_BLOCK = 1 << 18
 """At 2^17 to 2^19 a pass over 650 M weights takes 0.64 ms, 4.1 TB/s (H200, 2026-11-25)."""
@@ -57,4 +57,4 @@ def masks(shards: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list
     return found
 
 
-PASSES = Passes((11, 10, 10), counts, masks)
+PASSES = Passes(magnitude_keys, (11, 10, 10), counts, masks, lowest=0, infinity=0x7F800000)

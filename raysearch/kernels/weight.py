@@ -95,6 +95,10 @@ class SparseWeight:
         """The weight [O, K], bit for bit what was compressed under its mask."""
         return torch.cat([self.slab(*slab) for slab in self.slabs])
 
+    def mask(self) -> Tensor:
+        """bool [O, K], True where a block is kept: bit for bit the mask that it was compressed under."""
+        return _spread(self.kept(0, self.grid[0]), self.shape, self.block)
+
     def transposed(self) -> "SparseWeight":
         """The weight [K, O], unstructured or in blocks, made without its dense form."""
         rows, columns = self.kept(0, self.grid[0]).nonzero(as_tuple=True)

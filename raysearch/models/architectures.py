@@ -8,13 +8,16 @@ Left out on purpose: olmo2 and mixtral's experts (a norm over all heads, 3-D wei
 are slopes that belong to heads; mamba, which has none.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
+
+from raysearch.models.model import Prunable
+from raysearch.pruning.patterns import HeadRows, Layout, Matrix
 
 PLAIN = (nn.Linear, Conv1D)
 
@@ -140,6 +143,24 @@ def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
             thirds = [starts * stride + third * apart + within for third in range(3)]
             inputs, values = (Rows(names.fused, torch.cat(thirds, dim=1)),), Rows(names.fused, thirds[2])
         yield Heads(f"{known.blocks}.{index}.{names.module}", num_heads, size, inputs, values, names.output, read_by)
+
+
+def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
+    """What patterns may know of the model: its prunable matrices with their biases, and where their heads lie."""
+    parameters = dict(model.named_parameters())
+
+    def matrix(name: str, shape: tuple[int, int], transposed: bool) -> Matrix:
+        bias = f"{name.removesuffix('weight')}bias"
+        return Matrix(name, shape, transposed, bias if bias in parameters else None)
+
+    matrices = {p.name: matrix(p.name, (p.shape[0], p.shape[1]), p.transposed) for p in prunables}
+    known = architecture(model)
+    attentions = []
+    for heads in attention_heads(model, known) if known else ():
+        rows = [(heads.output, heads.read_by, True), *((path, of_head, False) for path, of_head in heads.inputs)]
+        attentions.append([HeadRows(matrices[f"{heads.path}.{path}.weight"], of_head.cpu(), are_inputs)
+                           for path, of_head, are_inputs in rows])
+    return Layout(list(matrices.values()), attentions)
 
 
 def shape(linear: Any) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -23,13 +24,19 @@ def stored_bytes(num_weights: int, num_nonzero: int, itemsize: int) -> int:
     return min(num_weights * itemsize, (num_weights + 7) // 8 + num_nonzero * itemsize)
 
 
-def to_store(tensor: Tensor, sparse: bool) -> Tensor | SparseWeight:
-    """What `write_weights` takes: on the CPU, and compressed, on the tensor's own device, where `sparse` and smaller."""
+def to_store(tensor: Tensor, mask: Tensor | None) -> Tensor | SparseWeight:
+    """What `write_weights` takes of a weight under its bool mask, both of one shape: on the CPU, and compressed, on the
+    tensor's own device, where that is smaller. A vector is a matrix of one row.
+
+    Where dense is smaller its zeros must say what the mask is, so a weight of which a kept value is 0 is compressed too.
+    """
     whole = tensor.detach().contiguous()
-    keep = whole != 0
-    if sparse and stored_bytes(whole.numel(), int(keep.sum()), whole.itemsize) < whole.nbytes:
-        return compress(whole, keep).moved(Tensor.cpu)
-    return whole.cpu()
+    if mask is None:
+        return whole.cpu()
+    says_the_mask = torch.equal(whole != 0, mask)
+    if says_the_mask and stored_bytes(whole.numel(), int(mask.sum()), whole.itemsize) >= whole.nbytes:
+        return whole.cpu()
+    return compress(whole.view(-1, whole.shape[-1]), mask.view(-1, whole.shape[-1])).moved(Tensor.cpu)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> str:

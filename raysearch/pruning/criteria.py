@@ -1,7 +1,11 @@
-"""Scores: the numbers by which weights are ranked, lowest pruned first; and the magnitude cut-off of Han et al."""
+"""Criteria: how weights are ranked. A criterion turns weights into scores, larger is kept; they may be negative.
+
+Adding one is a function and a line in CRITERIA; tests/pruning/test_criteria.py runs every line through one suite.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,12 +13,39 @@ from torch import Tensor
 _CHUNK_WEIGHTS = 1 << 20  # 8 MB of fp64 at a time
 
 
-def magnitude_scores(weight: Tensor) -> Tensor:
-    """|w|, in the shape and dtype of `weight`.
+class Criterion(NamedTuple):
+    """All tensors are [n] fp32, any part of a parameter: a score depends on its own weight only."""
 
-    `selection` ignores the sign of a score, so it takes the weights themselves and this copy is not needed there.
+    scores: Callable[[Tensor, Tensor | None], Tensor]
+    """(weights, what was gathered) -> scores."""
+    gather: Callable[[Tensor, Tensor, Tensor], object] | None = None
+    """(gathered, weights, gradients): adds to the first in place, in every step of the round, from gradients as they are
+    before clipping. A criterion that gathers prunes *during* its round; what it gathered ends with the round."""
+
+
+def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
+    """|w|. Single weights never come here: `selection` reads their magnitude off the bits, without a copy."""
+    return weights.abs()
+
+
+def movement(weights: Tensor, gathered: Tensor | None) -> Tensor:
+    """S = - sum over the steps of dL/dW * W, Sanh et al. 2020 (arXiv 2005.07683), eq. 3: weights that move away from 0 stay.
+
+    dL/dW is the gradient of the masked weight, passed straight through the mask. Differs from their code in that the scores
+    are summed as in the paper, where the code gives them to Adam; a factor on them changes no order.
     """
-    return weight.abs()
+    assert gathered is not None
+    return gathered
+
+
+def gather_movement(gathered: Tensor, weights: Tensor, gradients: Tensor) -> None:
+    gathered.addcmul_(weights, gradients, value=-1)
+
+
+CRITERIA = {
+    "magnitude": Criterion(magnitude),
+    "movement": Criterion(movement, gather_movement),
+}
 
 
 def moments(shards: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,11 @@
-"""The one door to deepspeed: sharded training that keeps masks, with nothing gathered (DESIGN section 5).
+"""The one door to deepspeed: sharded training that keeps masks, with nothing gathered.
 
-DeepSpeed calls `step()` of the wrapped torch optimizer on the fp32 master shards and copies to the module's weights
-after it. So the mask lives beside the shard, in its layout, and is applied at the end of that `step()`: on ZeRO 0 to 3
-the module then holds exactly the mask's zeros. A pruned weight is a zero among the prunable weights and nothing else,
-so the mask never needs a copy of its own: it is read off the weights when they are loaded or pruned.
+Masks, and whatever else belongs to single weights, live beside the fp32 masters, in their layout; the optimizer's step
+applies them (optimizer.py). Outside that step one invariant holds for every method and every ZeRO stage: a pruned weight is
+0 in the master, in the module and in the file.
 
-Private names of DeepSpeed are used in `_masters` and `_sync` only; pyproject.toml pins the version, and
-tests/test_engine.py holds the invariant for every stage.
+Private names of DeepSpeed are used in the part "masters" only; pyproject.toml pins the version, and
+tests/training/test_engine.py holds the invariant for every stage.
 """
 
 import importlib
@@ -26,9 +25,13 @@ from transformers import PreTrainedModel
 
 from raysearch.kernels import SparseWeight
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
-from raysearch.training.optimizer import SparseAdamW
+from raysearch.training.loss import Loss, next_token_loss, take_loss
+from raysearch.training.optimizer import Gather, SparseAdamW
 
 T = TypeVar("T")
+
+CLIP_NORM = 1.0
+"""Of all gradients together, those of pruned weights included."""
 
 
 def import_deepspeed() -> ModuleType:
@@ -60,7 +63,16 @@ class Shard:
     start: int
     """Flat index of the shard's first weight in the parameter."""
     values: Tensor
-    """[n] fp32, a view into the master shard: writing here writes the weight (`Engine.sync` carries it on)."""
+    """[n] fp32, a view into the master: writing here writes the weight (`Engine.sync` carries it on)."""
+    master: Tensor
+    """The flat fp32 tensor of one of DeepSpeed's groups in which the shard lies."""
+    offset: int
+    """Of the shard in its master."""
+
+    def of(self, state: Mapping[Tensor, Tensor]) -> Tensor | None:
+        """The shard's part [n] of what is kept beside the masters; None where nothing is kept for its master."""
+        whole = state.get(self.master)
+        return None if whole is None else whole.view(-1)[self.offset:self.offset + self.values.numel()]
 
 
 class Engine:
@@ -87,7 +99,7 @@ class Engine:
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size
         settings = {
             "train_micro_batch_size_per_gpu": self.sequences_per_rank,
-            "gradient_clipping": 1.0,
+            "gradient_clipping": CLIP_NORM,
             "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
             "bf16": {"enabled": dtype == "bfloat16"},
             "zero_allow_untested_optimizer": True,
@@ -100,6 +112,7 @@ class Engine:
         model: PreTrainedModel = load_model(model_path, getattr(torch, dtype))
         if dtype == "bfloat16" and not cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             multiply_in_fp32(model)
+        take_loss(model)
         self.prunables: list[Prunable] = prunable_parameters(model, prunable)
         names = {p.name for p in self.prunables}
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
@@ -117,11 +130,20 @@ class Engine:
             model=model, optimizer=self.optimizer, config=settings)
         self.model: PreTrainedModel = self.deepspeed_engine.module
         self.device = self.deepspeed_engine.device
+        self.prunable_names = names
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in names]
+        self._positions: dict[Tensor, list[int]] = {}
+        for position, shard in enumerate(self.shards):
+            self._positions.setdefault(shard.master, []).append(position)
+        self._by_master = {master: [self.shards[position] for position in positions]
+                           for master, positions in self._positions.items()}
         self._base = [base[shard.name].reshape(-1)[shard.start:shard.start + shard.values.numel()] if base
                       else shard.values.to("cpu", getattr(torch, dtype), copy=True) for shard in self.shards]
-        self.read_masks()
+        self.optimizer.clipped_by = self._clipped_by
+        if self._ds_optimizer is self.optimizer:  # stage 0 in fp32: DeepSpeed's engine clips, and forgets the norm
+            self.deepspeed_engine.clip_fp32_gradients = self._clip
+        self.set_masks(self._dense_masks())
 
     # ---- masters: the adapter to DeepSpeed's private layout ----
 
@@ -162,7 +184,7 @@ class Engine:
                     offset = max(0, offset)
                     length = min(total - start, flat.numel() - offset)
                 if length > 0:
-                    shards.append(Shard(name, index_of[name], start, flat[offset:offset + length]))
+                    shards.append(Shard(name, index_of[name], start, flat[offset:offset + length], master, offset))
         return sorted(shards, key=lambda shard: shard.index)
 
     def sync(self) -> None:
@@ -181,6 +203,17 @@ class Engine:
                 for master, _, (parameter,) in self._masters():
                     parameter.copy_(master)
 
+    def _clip(self) -> None:
+        """As DeepSpeed's engine clips, with the norm kept."""
+        from deepspeed.runtime.utils import clip_grad_norm_
+
+        self._norm = clip_grad_norm_(self.model.parameters(), max_norm=CLIP_NORM, mpu=self.deepspeed_engine.mpu)
+
+    def _clipped_by(self) -> float:
+        """What DeepSpeed divided this step's gradients by. Its optimizers set their norm before the first group's step."""
+        norm = self._norm if self._ds_optimizer is self.optimizer else self._ds_optimizer._global_grad_norm
+        return max(1.0, (float(norm) + 1e-6) / CLIP_NORM)
+
     # ---- weights and masks ----
 
     @property
@@ -193,6 +226,12 @@ class Engine:
             dist.all_reduce(tensor)
         return tensor
 
+    def maximum(self, value: Tensor) -> float:
+        """The largest of the ranks' numbers."""
+        if self.sharded:
+            dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return float(value)
+
     @property
     def shard_rank(self) -> tuple[int, int]:
         """(rank, world size) among the ranks that own different weights."""
@@ -200,49 +239,115 @@ class Engine:
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor | SparseWeight]) -> None:
-        """Writes whole tensors (by parameter name, any float dtype) into the shards; zeros become the mask. Sparse ones are
-        expanded on the engine's device, one at a time."""
+        """Writes whole weights (by parameter name, any float dtype) into the shards. The mask of a sparse one is its bitmap;
+        of a prunable one that is dense it is what is not zero; others have none. Sparse ones are expanded on the engine's
+        device, one at a time."""
+        masks: list[Tensor | None] = []
+        whole: dict[str, tuple[Tensor, Tensor | None]] = {}
         for shard in self.shards:
-            whole = weights[shard.name]
-            if isinstance(whole, SparseWeight):
-                whole = whole.moved(lambda values: values.to(self.device)).to_dense()
-            flat = whole.reshape(-1)
-            shard.values.copy_(flat[shard.start:shard.start + shard.values.numel()])
-        self.read_masks()
-        self.sync()
+            if shard.name not in whole:
+                whole = {shard.name: self._expanded(shard.name, weights[shard.name])}  # of the one before nothing is kept
+            values, mask = (part if part is None else part[shard.start:shard.start + shard.values.numel()]
+                            for part in whole[shard.name])
+            shard.values.copy_(values)
+            masks.append(mask)
+        self.set_masks(masks)
+
+    def _expanded(self, name: str, stored: Tensor | SparseWeight) -> tuple[Tensor, Tensor | None]:
+        """(flat values, flat bool mask or None) of a whole parameter."""
+        if isinstance(stored, SparseWeight):
+            stored = stored.moved(lambda values: values.to(self.device))
+            return stored.to_dense().reshape(-1), stored.mask().reshape(-1)
+        flat = stored.reshape(-1)
+        return flat, (flat != 0).to(self.device) if name in self.prunable_names else None
 
     @torch.no_grad()
     def load_base(self) -> None:
         """Copies this rank's shards of the dense model back: how a warm gang starts its next trial."""
         for shard, values in zip(self.shards, self._base):
             shard.values.copy_(values.to(self.device))
-        self.read_masks()
+        self.set_masks(self._dense_masks())
+
+    def _dense_masks(self) -> list[Tensor | None]:
+        """Of a model as it came: a zero among the prunable weights was pruned by somebody before, and stays so."""
+        return [shard.values != 0 if shard.name in self.prunable_names else None for shard in self.shards]
+
+    @torch.no_grad()
+    def set_masks(self, masks: Sequence[Tensor | None]) -> None:
+        """From now on the weights where the bool mask [n] of their shard is False are pruned; one mask, or None, for each of
+        `shards`. Collective.
+
+        While masks move (`keep_latents`), a weight that is pruned leaves its value behind, and one that comes back takes it
+        up again, both without moments. Otherwise it is gone. A kept prunable weight that is exactly 0 leaves its mask: the
+        stored bitmap, `sparsity` and the mask are then one.
+        """
+        before, self.optimizer.masks = self.optimizer.masks, {}
+        for master, shards in self._by_master.items():
+            given = [(shard, mask) for shard, mask in zip(shards, (masks[index] for index in self._positions[master]))]
+            if all(mask is None for _, mask in given):
+                continue
+            values = master.detach()
+            keep = torch.zeros_like(values, dtype=torch.bool)  # padding is pruned: it must stay 0
+            for shard, mask in given:
+                part = keep.view(-1)[shard.offset:shard.offset + shard.values.numel()]
+                part.copy_(mask) if mask is not None else part.fill_(True)
+            latent = self.optimizer.latents.get(master)
+            if latent is not None:
+                full = values + latent  # exact: where one is not 0 the other is
+                latent.copy_(full).masked_fill_(keep, 0)
+                values.copy_(full)
+            values.masked_fill_(~keep, 0)
+            for shard, mask in given:
+                if mask is not None and shard.name in self.prunable_names:
+                    keep.view(-1)[shard.offset:shard.offset + shard.values.numel()] &= shard.values != 0
+            if latent is not None and master in before:
+                self.optimizer.forget_moments(master, keep != before[master].bool())
+            self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
         self.sync()
+
+    @torch.no_grad()
+    def settle_masks(self) -> None:
+        """Masks stop moving; a kept prunable weight that training brought to exactly 0 leaves its mask. No weight changes."""
+        self.optimizer.gather, self.optimizer.gathered, self.optimizer.latents = None, {}, {}
+        for shard in self.prunable_shards:
+            mask = shard.of(self.optimizer.masks)
+            assert mask is not None, "prunable weights always have a mask"
+            mask.copy_(shard.values != 0)
+
+    def masks(self) -> list[Tensor | None]:
+        """The bool mask [n] of each of `shards`; None where its whole group has none."""
+        parts = [shard.of(self.optimizer.masks) for shard in self.shards]
+        return [None if part is None else part.bool() for part in parts]
+
+    def keep_latents(self, gather: Gather) -> None:
+        """Until the next `restart` masks may move: `gather` adds up in every step, for the groups that hold prunable weights,
+        and what is pruned is kept behind the mask. 8 bytes a weight."""
+        for master in {shard.master: None for shard in self.prunable_shards}:
+            self.optimizer.gathered[master] = torch.zeros_like(master)
+            self.optimizer.latents[master] = torch.zeros_like(master)
+        self.optimizer.gather = gather
 
     @torch.no_grad()
     def gather(self, name: str) -> Tensor:
         """The whole fp32 master of one parameter, in its shape, on every rank."""
-        whole = torch.zeros(torch.Size(self.shapes[name]).numel(), device=self.device)
-        for shard in self.shards:
-            if shard.name == name:
-                whole[shard.start:shard.start + shard.values.numel()] = shard.values
-        return self.all_reduce(whole).view(self.shapes[name])
+        return self._gather(name, lambda shard: shard.values, torch.float32)
 
     @torch.no_grad()
-    def prune(self, keep: Sequence[Tensor]) -> None:
-        """Zeroes the weights where `keep` (one bool tensor for each of `prunable_shards`) is False, for good."""
-        for shard, mask in zip(self.prunable_shards, keep):
-            shard.values.masked_fill_(~mask, 0)
-        self.read_masks()
-        self.sync()
+    def gather_mask(self, name: str) -> Tensor | None:
+        """The whole bool mask of one parameter on every rank; None where nothing of it is pruned and nothing can be."""
+        parts = {shard.name: shard.of(self.optimizer.masks) for shard in self.shards}
+        is_masked = torch.tensor(int(parts.get(name) is not None), device=self.device)
+        if not int(self.all_reduce(is_masked)):
+            return None
+        mask = self._gather(name, lambda shard: cast(Tensor, shard.of(self.optimizer.masks)), torch.uint8).bool()
+        return None if name not in self.prunable_names and bool(mask.all()) else mask
 
-    def read_masks(self) -> None:
-        """Every zero among the prunable weights is pruned from now on, a shard's padding too."""
-        names = {p.name for p in self.prunables}
-        name_of = {id(p): name for name, p in self.parameters.items()}
-        dtype = torch.bool if self.device.type == "cuda" else torch.float32
-        self.optimizer.keep = {master: (master.detach() != 0).to(dtype) for master, _, parameters in self._masters()
-                               if name_of[id(parameters[0])] in names}
+    def _gather(self, name: str, part_of: Callable[[Shard], Tensor], dtype: torch.dtype) -> Tensor:
+        whole = torch.zeros(torch.Size(self.shapes[name]).numel(), dtype=dtype, device=self.device)
+        for shard in self.shards:
+            if shard.name == name:
+                whole[shard.start:shard.start + shard.values.numel()] = part_of(shard)
+        return self.all_reduce(whole).view(self.shapes[name])
 
     @torch.no_grad()
     def nonzero_counts(self) -> dict[str, int]:
@@ -252,23 +357,41 @@ class Engine:
             counts[shard.index] += torch.count_nonzero(shard.values)
         return dict(zip(self.parameters, self.all_reduce(counts).tolist()))
 
+    @torch.no_grad()
+    def kept_counts(self) -> dict[str, int]:
+        """Weights that the masks keep of every parameter, over all ranks; all of one without a mask."""
+        counts = torch.zeros(len(self.parameters), dtype=torch.int64, device=self.device)
+        for shard, mask in zip(self.shards, self.masks()):
+            counts[shard.index] += shard.values.numel() if mask is None else torch.count_nonzero(mask)
+        return dict(zip(self.parameters, self.all_reduce(counts).tolist()))
+
     # ---- training ----
 
+    def save_checkpoint(self, folder: str, step: int) -> None:
+        """Weights, moments and the number of steps done, each rank its own part."""
+        self.deepspeed_engine.save_checkpoint(folder, tag="checkpoint", client_state={"step": step})
+
+    def load_checkpoint(self, folder: str) -> int:
+        """Back to what `save_checkpoint` wrote; the number of steps done."""
+        _, state = self.deepspeed_engine.load_checkpoint(folder, tag="checkpoint")
+        self.set_masks(self._dense_masks())
+        return int(state["step"])
+
     def restart(self, l1_lambda: float) -> None:
-        """A fresh optimizer: no moments, step 0, the masks as they are."""
+        """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are."""
         self.optimizer.restart()
         self.optimizer.l1_lambda = l1_lambda
 
-    def train_step(self, tokens: Tensor, learning_rate: float) -> Tensor:
-        """One optimizer step on this rank's `tokens` [sequences, context]; this rank's loss, nats per token."""
+    def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
+        """One optimizer step on this rank's `tokens` [sequences, context]; this rank's loss."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         tokens = tokens.to(self.device)
-        loss = self.deepspeed_engine(input_ids=tokens, labels=tokens).loss
-        self.deepspeed_engine.backward(loss)
+        value = self.deepspeed_engine(input_ids=tokens, loss=loss)
+        self.deepspeed_engine.backward(value)
         self.deepspeed_engine.step()
-        return loss.detach()
+        return value.detach()
 
     def mean(self, value: Tensor) -> float:
         """Mean over the ranks of one number."""

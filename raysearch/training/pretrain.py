@@ -338,7 +338,7 @@ def _eval_indices(blocks: Blocks) -> np.ndarray:
 def _save_checkpoint(engine: Engine, step: int) -> None:
     """Every rank hands in its own files; Ray Train joins them into one folder."""
     with tempfile.TemporaryDirectory() as folder:
-        engine.deepspeed_engine.save_checkpoint(folder, tag="checkpoint", client_state={"step": step})
+        engine.save_checkpoint(folder, step)
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
@@ -348,9 +348,7 @@ def _load_checkpoint(engine: Engine) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        _, state = engine.deepspeed_engine.load_checkpoint(folder, tag="checkpoint")
-    engine.read_masks()
-    return int(state["step"])
+        return engine.load_checkpoint(folder)
 
 
 def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:

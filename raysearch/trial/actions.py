@@ -1,6 +1,8 @@
 """From a trial's configuration to its list of actions, before anything runs."""
 
 from raysearch.config import Action, Study, TrialConfig
+from raysearch.pruning.criteria import CRITERIA
+from raysearch.pruning.patterns import PATTERNS
 from raysearch.pruning.schedules import resolve_schedule
 
 
@@ -9,6 +11,10 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
+    for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
+        if (name := getattr(config, field)) not in table:
+            raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
+    learns = CRITERIA[config.criterion].gather is not None
     epoch_tokens = min(study.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.batch_tokens)
     if config.finetune_epochs and not num_steps:
@@ -17,6 +23,15 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.l1_lambda and not num_steps:
         raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
                          f"{config.l1_lambda:g} and finetune_epochs 0")
+    if learns and not num_steps:
+        raise ValueError(f"criterion {config.criterion} learns during fine-tuning, so finetune_epochs must be above 0 with it, "
+                         "got 0")
+    if learns and config.threshold is not None:
+        raise ValueError(f"criterion {config.criterion} has no cut in units of the weights, so it needs target_sparsity or "
+                         f"rate, got threshold {config.threshold:g}")
+    if config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
+        raise ValueError(f"pattern {config.pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
+                         f"threshold_unit std do not go with it, got {config.scope} and {config.threshold_unit}")
     if config.threshold is not None:
         num_rounds = config.num_rounds or 1
         if config.schedule == "one_shot" and num_rounds > 1:
@@ -28,6 +43,8 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
             config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
+    if learns:
+        fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.seed}
     tokens = num_steps * study.batch_tokens

@@ -56,12 +56,12 @@ def store_weights(worker: Worker, record: RoundRecord) -> None:
 
 def candidate_weights(worker: Worker) -> dict[str, Tensor | SparseWeight]:
     """The engine's weights as they are stored, on rank 0: gathered and compressed one by one, on the engine's device."""
-    engine, prunable = worker.engine, {p.name for p in worker.engine.prunables}
+    engine = worker.engine
     weights = {}
     for name in engine.shapes:
-        whole = engine.gather(name)  # collective
+        whole, mask = engine.gather(name), engine.gather_mask(name)  # collective
         if engine.rank == 0:
-            weights[name] = to_store(whole, name in prunable)
+            weights[name] = to_store(whole, mask)
     return weights
 
 
@@ -77,10 +77,9 @@ class Weighed:
 
 def weigh(worker: Worker) -> Weighed:
     engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.dtype]
-    nonzero, prunable = engine.nonzero_counts(), {p.name for p in engine.prunables}
+    nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
-    return Weighed(nonzero, sum(nonzero.values()), sum(
-        stored_bytes(total[name], nonzero[name], itemsize) if name in prunable else total[name] * itemsize for name in total))
+    return Weighed(nonzero, sum(nonzero.values()), sum(stored_bytes(total[name], kept[name], itemsize) for name in total))
 
 
 @contextlib.contextmanager

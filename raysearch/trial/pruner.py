@@ -1,48 +1,208 @@
-"""The pruner: which weights an action removes, as masks on this rank's shards."""
+"""The pruner: units -> statistics -> scores -> budgets -> selection -> masks, on this rank's shards, with nothing gathered.
+
+A criterion that only looks at the weights prunes at the beginning of a round. One that gathers (pruning.criteria) prunes
+during it, along the path from the parent's sparsity to the action's. Everything here is collective, and gives every rank the
+same masks whatever the world size: single weights are selected exactly (pruning.selection), and the scores of units are
+summed as integers, in which no order of adding shows.
+"""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
-from raysearch.pruning.criteria import moments, std_threshold
-from raysearch.pruning.selection import keep_masks, num_to_prune, row_masks, threshold_masks
-from raysearch.training.engine import Engine
+from raysearch.models.architectures import layout
+from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
+from raysearch.pruning.criteria import CRITERIA, moments, std_threshold
+from raysearch.pruning.patterns import PATTERNS, Units, units_of
+from raysearch.pruning.selection import SCORES, keep_masks, reserve_, row_masks, threshold_masks
+from raysearch.training.engine import Engine, Shard
+
+Masks = list[Tensor | None]
+"""One bool mask [n], or None, for each of the engine's shards."""
 
 
-def select(engine: Engine, action: Action) -> list[Tensor]:
-    """Keep masks [n] for the engine's prunable shards, by the action's threshold, or by its sparsity and scope."""
-    shards = engine.prunable_shards
-    shards_of = {p.name: [shard for shard in shards if shard.name == p.name] for p in engine.prunables}
-    if action.threshold is not None:
-        cut = {name: action.threshold for name in shards_of}
-        if action.threshold_unit == "std":
-            for name, parts in shards_of.items():
-                sums = engine.all_reduce(moments([part.values for part in parts]).to(engine.device))
-                cut[name] = std_threshold(action.threshold, *sums.tolist())
-        return threshold_masks([shard.values for shard in shards], [cut[shard.name] for shard in shards])
-    assert action.sparsity is not None
-    rank, world_size = engine.shard_rank
-    passes = selection_passes(engine.device)
-    if action.scope == "global":
-        num_prune = num_to_prune(action.sparsity, sum(math.prod(p.shape) for p in engine.prunables))
-        return keep_masks([shard.values for shard in shards], [shard.index for shard in shards], num_prune,
-                          all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=passes)
-    keep: dict[str, Tensor] = {}
-    for prunable in engine.prunables:
-        parts = [shard.values for shard in shards_of[prunable.name]]
-        if action.scope == "layer":
-            num_prune = num_to_prune(action.sparsity, math.prod(prunable.shape))
-            # a rank that holds nothing of this layer takes part with an empty shard: selection is collective
-            (keep[prunable.name],) = keep_masks(parts or [torch.empty(0, device=engine.device)], [0], num_prune,
-                                                all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=passes)
-        else:  # a row may lie on several ranks, so the whole matrix is gathered
-            whole = engine.gather(prunable.name)
+class Pruner:
+    """Of one round: `begin` before it trains, `after_step` in it, `end` behind it. Collective."""
+
+    def __init__(self, engine: Engine, action: Action, num_steps: int) -> None:
+        self.engine, self.action, self.num_steps = engine, action, num_steps
+        self.criterion = CRITERIA[action.criterion]
+        find_units = PATTERNS[action.pattern]
+        self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
+        self._start = 0.0
+
+    def begin(self) -> None:
+        """Prunes by the weights as they are, or gets ready to gather."""
+        if self.criterion.gather is None:
+            self.engine.set_masks(self._masks(self.action.sparsity))
+            return
+        self.engine.keep_latents(self.criterion.gather)
+        kept, total = self._kept()
+        self._start = 1 - kept / total
+
+    def after_step(self, step: int) -> None:
+        """After the engine's step number `step`, counted from 1."""
+        if self.criterion.gather is None or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
+            return
+        assert self.action.sparsity is not None
+        self.engine.set_masks(self._masks(sparsity_at(step, self.num_steps, self._start, self.action.sparsity)))
+
+    def end(self) -> None:
+        """What the round's training brought to exactly 0 is pruned from now on."""
+        self.engine.settle_masks()
+
+    # ---- masks ----
+
+    def _masks(self, sparsity: float | None) -> Masks:
+        if self.units is not None:
+            return self._unit_masks(self.units, sparsity)
+        masks: Masks = [None] * len(self.engine.shards)
+        prunable = [index for index, shard in enumerate(self.engine.shards) if shard.name in self.engine.prunable_names]
+        for index, mask in zip(prunable, self._weight_masks(sparsity), strict=True):
+            masks[index] = mask
+        return masks
+
+    def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
+        """Of the prunable shards, each weight by itself."""
+        engine, action = self.engine, self.action
+        shards = engine.prunable_shards
+        if self.criterion is CRITERIA["magnitude"]:  # selection reads |w| off the weights; a pruned one is 0 and comes first
+            if sparsity is None:
+                return threshold_masks([shard.values for shard in shards], self._thresholds(shards))
+            scores, passes = [shard.values for shard in shards], selection_passes(engine.device)
+        else:
+            scores, passes = [self._scores(shard) for shard in shards], SCORES
+            if sparsity is None:
+                return [score >= cut for score, cut in zip(scores, self._thresholds(shards))]
+        assert sparsity is not None
+        rank, world_size = engine.shard_rank
+        if action.scope == "global":
+            num_prune = num_to_prune(sparsity, sum(math.prod(p.shape) for p in engine.prunables))
+            keep = keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
+                              world_size=world_size, passes=passes)
+            return self._never_revived(shards, keep, passes is SCORES)
+        parts: dict[str, Tensor] = {}
+        here = {shard.name: (shard, score) for shard, score in zip(shards, scores)}
+        for prunable in engine.prunables:
+            shard, score = here.get(prunable.name, (None, torch.empty(0, device=engine.device)))
+            if action.scope == "layer":  # a rank that holds nothing of it takes part with an empty shard: it is collective
+                num_prune = num_to_prune(sparsity, math.prod(prunable.shape))
+                (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
+                                                     world_size=world_size, passes=passes)
+                continue
+            whole = torch.zeros(math.prod(prunable.shape), device=engine.device)  # a row may lie on several ranks
+            if shard is not None:
+                whole[shard.start:shard.start + len(score)] = score.abs() if passes is not SCORES else score
+            whole = engine.all_reduce(whole).view(prunable.shape)
             rows = whole.T if prunable.transposed else whole  # [outputs, inputs]
-            mask = row_masks(rows, num_to_prune(action.sparsity, rows.shape[1]))
-            flat = (mask.T if prunable.transposed else mask).reshape(-1)
-            for shard in shards_of[prunable.name]:
-                keep[prunable.name] = flat[shard.start:shard.start + shard.values.numel()]
-    return [keep[shard.name] for shard in shards]
+            mask = row_masks(rows, num_to_prune(sparsity, rows.shape[1]))
+            if shard is not None:
+                flat = (mask.T if prunable.transposed else mask).reshape(-1)
+                parts[prunable.name] = flat[shard.start:shard.start + len(score)]
+        return self._never_revived(shards, [parts[shard.name] for shard in shards], passes is SCORES)
+
+    def _scores(self, shard: Shard) -> Tensor:
+        """fp32 [n], what is pruned for good below every number."""
+        optimizer, values = self.engine.optimizer, shard.values
+        latents = shard.of(optimizer.latents)
+        weights = values if latents is None else values + latents
+        scores = self.criterion.scores(weights, shard.of(optimizer.gathered))
+        if scores is weights or scores is shard.of(optimizer.gathered):
+            scores = scores.clone()
+        return reserve_(scores, self._eligible(shard)) if self.action.scope != "row" else scores.masked_fill_(
+            ~self._eligible(shard), -math.inf)
+
+    def _eligible(self, shard: Shard) -> Tensor:
+        """What may be kept: all but what was pruned before the round. A weight that left its mask in this round has a value
+        behind it; one that was pruned before has none."""
+        latents = shard.of(self.engine.optimizer.latents)
+        return shard.values != 0 if latents is None else (shard.values != 0) | (latents != 0)
+
+    def _never_revived(self, shards: Sequence[Shard], keep: list[Tensor], check: bool) -> list[Tensor]:
+        """Where fewer weights are to go than are gone, all that are gone stay so."""
+        return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)] if check else keep
+
+    def _thresholds(self, shards: Sequence[Shard]) -> list[float]:
+        """The cut of each shard: a threshold is the budget whose selection is a comparison."""
+        cut, engine = self.action.threshold, self.engine
+        assert cut is not None
+        if self.action.threshold_unit == "absolute":
+            return [cut] * len(shards)
+        of_layer = {}
+        for prunable in engine.prunables:
+            values = [shard.values for shard in shards if shard.name == prunable.name]
+            sums = engine.all_reduce(moments(values).to(engine.device))
+            of_layer[prunable.name] = std_threshold(cut, *sums.tolist())
+        return [of_layer[shard.name] for shard in shards]
+
+    # ---- units ----
+
+    def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
+        """Units whose weights are all pruned stay so; the masks of what belongs to no unit stay as they are."""
+        scores, sizes, eligible = self._unit_scores(units)
+        keep = eligible.clone()
+        if sparsity is None:
+            assert self.action.threshold is not None
+            keep &= scores >= self.action.threshold
+        else:
+            groups = units.group if self.action.scope == "layer" else torch.zeros_like(units.group)
+            for group in groups.unique():
+                members = (groups == group).nonzero().view(-1)
+                num_prune = num_to_prune(sparsity, int(sizes[members].sum()))
+                keep[members] = units_to_keep(scores[members], sizes[members], eligible[members], num_prune)
+        if not keep.any():
+            keep[scores.argmax()] = True  # a model without any head is no model
+        masks = self.engine.masks()
+        for index, shard in enumerate(self.engine.shards):
+            for part in units.parts:
+                if part.name == shard.name:
+                    unit = units_of(part, shard.start, shard.start + shard.values.numel(), self.engine.device)
+                    stays = keep.to(unit.device)[unit.clamp(min=0)] | (unit < 0)
+                    before = masks[index]
+                    masks[index] = stays if before is None else before & stays
+        return masks
+
+    def _unit_scores(self, units: Units) -> tuple[Tensor, Tensor, Tensor]:
+        """On the CPU and equal on every rank: scores fp64 [U], the mean over a unit's weights; sizes int64 [U]; eligible."""
+        engine, num_units = self.engine, len(units.group)
+        parts: list[tuple[Tensor, Tensor]] = []
+        largest = torch.zeros((), device=engine.device)
+        table = torch.zeros(2, num_units + 1, dtype=torch.int64, device=engine.device)  # the last column is of no unit
+        for shard in engine.prunable_shards:
+            for part in units.parts:
+                if part.name == shard.name and not part.goes_along:
+                    eligible = self._eligible(shard)
+                    weights = self.criterion.scores(self._weights(shard), shard.of(engine.optimizer.gathered))
+                    scores = torch.where(eligible, weights, 0)
+                    unit = units_of(part, shard.start, shard.start + shard.values.numel(), engine.device)
+                    where = torch.where(unit < 0, num_units, unit)
+                    table[0].scatter_add_(0, where, torch.ones_like(where))
+                    table[1].scatter_add_(0, where, eligible.long())
+                    parts.append((scores, where))
+                    largest = torch.maximum(largest, scores.abs().max())
+        sizes, alive = engine.all_reduce(table)[:, :num_units].cpu()
+        # integers of as many bits as the sum over the largest unit leaves, at most 40
+        num_bits = min(40, 62 - int(sizes.max()).bit_length())
+        scale = 2.0**num_bits / max(engine.maximum(largest), torch.finfo(torch.float32).tiny)
+        sums = torch.zeros(num_units + 1, dtype=torch.int64, device=engine.device)
+        for scores, where in parts:
+            sums.scatter_add_(0, where, (scores.double() * scale).round().long())
+        sums = engine.all_reduce(sums)[:num_units].cpu()
+        return sums.double() / scale / sizes.clamp(min=1), sizes, alive > 0
+
+    def _weights(self, shard: Shard) -> Tensor:
+        latents = shard.of(self.engine.optimizer.latents)
+        return shard.values if latents is None else shard.values + latents
+
+    def _kept(self) -> tuple[int, int]:
+        """Weights of the pattern that are not pruned, and all of them."""
+        if self.units is None:
+            total = sum(math.prod(p.shape) for p in self.engine.prunables)
+            kept = self.engine.kept_counts()
+            return sum(kept[name] for name in self.engine.prunable_names), total
+        _, sizes, eligible = self._unit_scores(self.units)
+        return int(sizes[eligible].sum()), int(sizes.sum())

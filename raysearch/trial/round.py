@@ -17,7 +17,7 @@ from raysearch.study.storage import as_file
 from raysearch.training.finetune import Diverged, finetune
 from raysearch.trial.candidate import intact, store_round, store_weights, weigh, written_meanwhile
 from raysearch.trial.inputs import read_inputs
-from raysearch.trial.pruner import select
+from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker
 
 
@@ -109,13 +109,16 @@ def train_candidate(worker: Worker, parent: RoundRecord, action: Action) -> tupl
     """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after)."""
     load_candidate(worker, parent)
     worker.loaded_key = None
-    times = [time.perf_counter()]
-    worker.engine.prune(select(worker.engine, action))
+    engine, times = worker.engine, [time.perf_counter()]
+    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.batch_tokens)
+    engine.restart(action.l1_lambda)
+    pruner.begin()
     times.append(time.perf_counter())
     train_loss = None
     if action.finetune_tokens:
         assert worker.inputs.blocks is not None
-        train_loss = finetune(worker.engine, worker.inputs.blocks, action, worker.study.warmup_fraction)
+        train_loss = finetune(engine, worker.inputs.blocks, action, worker.study.warmup_fraction, pruner.after_step)
+        pruner.end()
     times.append(time.perf_counter())
     return train_loss, times
 

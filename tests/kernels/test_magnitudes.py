@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from raysearch.kernels import selection_passes
-from raysearch.pruning.selection import TORCH, keep_masks
+from raysearch.pruning.selection import MAGNITUDES, keep_masks
 
 
 def hard_shards() -> list[Tensor]:
@@ -19,7 +19,7 @@ def hard_shards() -> list[Tensor]:
 
 
 def test_without_a_gpu_torch_does_it() -> None:
-    assert selection_passes(torch.device("cpu")) is TORCH
+    assert selection_passes(torch.device("cpu")) is MAGNITUDES
 
 
 @pytest.mark.gpu
@@ -28,10 +28,11 @@ def test_masks_on_a_gpu_are_those_of_the_cpu() -> None:
     on_gpu = [shard.cuda() for shard in shards]
     on_gpu[2] = torch.cat([shards[2][:1], shards[2]]).cuda()[1:]  # an address that 16 does not divide
     passes = selection_passes(on_gpu[0].device)
-    assert passes is not TORCH
+    assert passes is not MAGNITUDES
     num_weights = sum(shard.numel() for shard in shards)
     for low_bit, width, prefix in ((20, 11, 0), (0, 10, 0), (15, 16 - 5, 0x3C), (10, 10, 0x3CA)):
-        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefix).cpu(), TORCH.counts(shards, low_bit, width, prefix))
+        wanted = MAGNITUDES.counts(shards, low_bit, width, prefix)
+        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefix).cpu(), wanted)
     for num_prune in (0, 1, 250_000, 600_001, 601_234, num_weights):
         wanted = keep_masks(shards, range(5), num_prune)
         masks = keep_masks(on_gpu, range(5), num_prune, passes=passes)

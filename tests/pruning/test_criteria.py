@@ -1,18 +1,91 @@
-"""Scores and the std threshold, against torch on whole tensors."""
+"""The conformance suite of criteria, and the std threshold against torch on whole tensors."""
 
 import math
 
 import pytest
 import torch
+from torch import Tensor
 
-from raysearch.pruning.criteria import magnitude_scores, moments, std_threshold
+from raysearch.pruning.criteria import CRITERIA, Criterion, moments, std_threshold
+from raysearch.pruning.selection import SCORES, keep_masks
+
+# a new criterion is a line: this one ranks by magnitude times the steps that it was looked at
+TENANTS = {**CRITERIA, "magnitude_times_age": Criterion(lambda weights, age: weights.abs() * age,
+                                                        lambda age, weights, gradients: age.add_(1))}
 
 
-def test_magnitude_scores_keep_the_dtype() -> None:
-    weight = torch.tensor([[-2.0, 0.5], [-0.0, 3.0]])
-    scores = magnitude_scores(weight)
-    assert scores.dtype == torch.float32
-    assert scores.tolist() == [[2.0, 0.5], [0.0, 3.0]]
+def some(seed: int, num: int = 257) -> Tensor:
+    return torch.randn(num, generator=torch.Generator().manual_seed(seed))
+
+
+def gathered(criterion: Criterion, weights: Tensor, num_steps: int = 3) -> Tensor | None:
+    """What the criterion has after a few steps of made-up gradients."""
+    if criterion.gather is None:
+        return None
+    total = torch.zeros_like(weights)
+    for step in range(num_steps):
+        criterion.gather(total, weights, some(step + 1, len(weights)))
+    return total
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_scores_are_numbers_of_their_own_and_leave_the_weights_alone(name: str) -> None:
+    criterion, weights = TENANTS[name], some(0)
+    before = weights.clone()
+    total = gathered(criterion, weights)
+    scores = criterion.scores(weights, total)
+    assert (scores.shape, scores.dtype) == (weights.shape, torch.float32)
+    assert scores.isfinite().all()
+    assert torch.equal(weights, before)
+    assert len(scores.unique()) > 200  # they rank
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_a_score_depends_on_its_own_weight_only(name: str) -> None:
+    """So shards can be cut anywhere, and in any order."""
+    criterion, weights = TENANTS[name], some(0)
+    scores = criterion.scores(weights, gathered(criterion, weights))
+    parts = []
+    for part, start in ((weights[:100], 0), (weights[100:100], 100), (weights[100:], 100)):
+        total = None
+        if criterion.gather is not None:
+            total = torch.zeros_like(part)
+            for step in range(3):
+                criterion.gather(total, part, some(step + 1)[start:start + len(part)])
+        parts.append(criterion.scores(part, total))
+    assert torch.equal(torch.cat(parts), scores)
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_it_gathers_in_place_and_step_by_step(name: str) -> None:
+    criterion, weights = TENANTS[name], some(0)
+    if criterion.gather is None:
+        return
+    one, two = torch.zeros_like(weights), torch.zeros_like(weights)
+    criterion.gather(one, weights, some(1))
+    assert one.any()
+    criterion.gather(two, weights, some(1))
+    criterion.gather(two, weights, some(2))
+    assert not torch.equal(one, two)
+    alone = torch.zeros_like(weights)
+    criterion.gather(alone, weights, some(2))
+    assert torch.allclose(two, one + alone)
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_what_it_keeps_has_the_larger_scores(name: str) -> None:
+    criterion, weights = TENANTS[name], some(0)
+    scores = criterion.scores(weights, gathered(criterion, weights)).clone()
+    mask = keep_masks([scores], [0], 100, passes=SCORES)[0]
+    assert scores[mask].min() > scores[~mask].max()
+
+
+def test_magnitude_ranks_by_size_and_movement_by_direction() -> None:
+    weights, gradients = torch.tensor([2.0, -2.0, 0.1, -0.1]), torch.tensor([1.0, 1.0, -1.0, -1.0])
+    assert CRITERIA["magnitude"].scores(weights, None).tolist() == pytest.approx([2.0, 2.0, 0.1, 0.1])
+    total = torch.zeros(4)
+    CRITERIA["movement"].gather(total, weights, gradients)  # descent goes along -gradient: the second and third grow
+    assert CRITERIA["movement"].scores(weights, total).tolist() == pytest.approx([-2.0, 2.0, 0.1, -0.1])
 
 
 def test_std_threshold_over_shards_equals_the_whole_layer() -> None:

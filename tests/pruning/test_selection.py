@@ -13,10 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raysearch.pruning.budgets import num_to_prune
 from raysearch.pruning.selection import (
+    MAGNITUDES,
+    SCORES,
+    Passes,
     keep_masks,
-    kth_smallest,
-    num_to_prune,
+    reserve_,
     row_masks,
     threshold_masks,
 )
@@ -43,9 +46,10 @@ def on_ranks(world_size: int, work: Callable[[int, Callable[[Tensor], Tensor]], 
         return list(pool.map(run, range(world_size)))
 
 
-def brute_force_masks(parameters: list[Tensor], num_prune: int) -> list[Tensor]:
-    """Stable argsort of all magnitudes joined: ties in (parameter, flat index) order."""
-    scores = torch.cat([p.flatten() for p in parameters]).float().abs()
+def brute_force_masks(parameters: list[Tensor], num_prune: int, passes: Passes = MAGNITUDES) -> list[Tensor]:
+    """Stable argsort of all scores joined: ties in (parameter, flat index) order."""
+    scores = torch.cat([p.flatten() for p in parameters]).float()
+    scores = scores.abs() if passes is MAGNITUDES else scores + 0.0
     mask = torch.ones(len(scores), dtype=torch.bool)
     mask[scores.argsort(stable=True)[:num_prune]] = False
     return list(mask.split([p.numel() for p in parameters]))
@@ -57,7 +61,8 @@ def per_parameter_cut(parameter: Tensor, rank: int, world_size: int) -> tuple[in
     return min(rank * size, parameter.numel()), min((rank + 1) * size, parameter.numel())
 
 
-def sharded_masks(parameters: list[Tensor], num_prune: int, world_size: int, layout: str) -> list[Tensor]:
+def sharded_masks(parameters: list[Tensor], num_prune: int, world_size: int, layout: str,
+                  passes: Passes = MAGNITUDES) -> list[Tensor]:
     """keep_masks on every rank with its shards, joined back into whole parameters."""
     num_all = sum(p.numel() for p in parameters)
     starts = [sum(p.numel() for p in parameters[:i]) for i in range(len(parameters))]
@@ -73,7 +78,8 @@ def sharded_masks(parameters: list[Tensor], num_prune: int, world_size: int, lay
         cuts = [bounds(i, rank) for i in range(len(parameters))]
         indices = [i for i, (low, high) in enumerate(cuts) if high > low]
         shards = [parameters[i][slice(*cuts[i])] for i in indices]
-        masks = keep_masks(shards, indices, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size)
+        masks = keep_masks(shards, indices, num_prune, all_reduce=all_reduce, rank=rank, world_size=world_size,
+                           passes=passes)
         return dict(zip(indices, masks, strict=True))
 
     by_rank = on_ranks(world_size, work)
@@ -88,15 +94,35 @@ values = st.one_of(st.sampled_from(SPECIAL), st.floats(width=32, allow_nan=False
 parameter_lists = st.lists(st.lists(values, max_size=12), min_size=1, max_size=4)
 
 
-@given(parameter_lists, st.floats(0, 1), st.integers(1, 4), st.sampled_from(["per_parameter", "joined"]))
+@given(parameter_lists, st.floats(0, 1), st.integers(1, 4), st.sampled_from(["per_parameter", "joined"]),
+       st.sampled_from([MAGNITUDES, SCORES]))
 def test_masks_equal_brute_force_on_any_world_size(
-    lists: list[list[float]], part: float, world_size: int, layout: str
+    lists: list[list[float]], part: float, world_size: int, layout: str, passes: Passes
 ) -> None:
     parameters = [torch.tensor(p, dtype=torch.float32) for p in lists]
     num_prune = round(part * sum(p.numel() for p in parameters))
-    expected = brute_force_masks(parameters, num_prune)
-    masks = sharded_masks(parameters, num_prune, world_size, layout)
+    expected = brute_force_masks(parameters, num_prune, passes)
+    masks = sharded_masks(parameters, num_prune, world_size, layout, passes)
     assert all(torch.equal(mask, want) for mask, want in zip(masks, expected, strict=True))
+
+
+@given(st.lists(values, min_size=1, max_size=30), st.data())
+def test_what_is_reserved_goes_first_whatever_the_scores(scores: list[float], data: st.DataObject) -> None:
+    eligible = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
+    num_prune = data.draw(st.integers(int((~eligible).sum()), len(scores)))
+    reserved = reserve_(torch.tensor(scores, dtype=torch.float32), eligible)
+    mask = keep_masks([reserved], [0], num_prune, passes=SCORES)[0]
+    assert not (mask & ~eligible).any()
+    kept = torch.tensor(scores, dtype=torch.float32)[mask]
+    pruned = torch.tensor(scores, dtype=torch.float32)[eligible & ~mask]
+    assert int((~mask).sum()) == num_prune
+    assert not len(kept) or not len(pruned) or kept.min() >= pruned.max()
+
+
+@pytest.mark.parametrize("nan", [math.nan, -math.nan])
+def test_scores_that_are_no_numbers_are_refused(nan: float) -> None:
+    with pytest.raises(ValueError, match="scores must be numbers, got 1 NaN"):
+        keep_masks([torch.tensor([1.0, nan, -math.inf])], [0], 1, passes=SCORES)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -109,16 +135,10 @@ def test_all_tied_weights_are_cut_in_order(world_size: int, layout: str) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kth_smallest_equals_torch(dtype: torch.dtype) -> None:
+def test_every_dtype_over_several_chunks(dtype: torch.dtype) -> None:
     weights = (torch.randn(600_000, generator=torch.Generator().manual_seed(1)) * 0.02).to(dtype)  # three chunks
     shards = list(weights.split([100_000, 0, 500_000]))
-    magnitudes = weights.float().abs()
     for k in (1, 2, 299_999, 300_000, 600_000):
-        cut = kth_smallest(shards, k)
-        assert cut.threshold == magnitudes.kthvalue(k).values.item()
-        assert cut.num_below == (magnitudes < cut.threshold).sum()
-        assert cut.num_ties == (magnitudes == cut.threshold).sum()
-        assert cut.num_below + cut.num_ties_to_prune == k
         masks = keep_masks(shards, [0, 1, 2], k)
         assert torch.equal(torch.cat(masks), torch.cat(brute_force_masks([weights], k)))
 
@@ -133,7 +153,6 @@ def test_masks_on_cuda_equal_masks_on_cpu() -> None:
 
 
 def test_nothing_to_prune_and_nothing_at_all() -> None:
-    assert kth_smallest([torch.tensor([3.0, 0.0])], 0) == (0.0, 0, 1, 0)
     assert keep_masks([torch.tensor([3.0, 0.0])], [0], 0)[0].tolist() == [True, True]
     assert keep_masks([], [], 0) == []
     assert keep_masks([torch.ones(0)], [0], 0)[0].numel() == 0
@@ -195,7 +214,7 @@ def test_threshold_masks_keep_what_reaches_the_threshold() -> None:
 @given(st.lists(st.lists(values, min_size=5, max_size=5), min_size=1, max_size=6), st.integers(0, 5))
 def test_row_masks_equal_brute_force(rows: list[list[float]], num_prune: int) -> None:
     scores = torch.tensor(rows, dtype=torch.float32)
-    expected = torch.stack([brute_force_masks([row], num_prune)[0] for row in scores])
+    expected = torch.stack([brute_force_masks([row], num_prune, SCORES)[0] for row in scores])
     assert torch.equal(row_masks(scores, num_prune), expected)
 
 

@@ -73,11 +73,11 @@ def test_a_finished_round_is_not_computed_again(worker: Worker) -> None:
     action = Action(sparsity=0.25)
     record = run_round(worker, dense, action)
     steps = []
-    worker.engine.prune, original = lambda keep: steps.append(keep), worker.engine.prune
+    worker.engine.set_masks, original = lambda masks: steps.append(masks), worker.engine.set_masks
     try:
         assert run_round(worker, dense, action) == record
     finally:
-        worker.engine.prune = original
+        worker.engine.set_masks = original
     assert steps == []
 
 

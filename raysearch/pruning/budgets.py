@@ -1,0 +1,59 @@
+"""Budgets: how many weights, or units, each comparison group gives up."""
+
+import math
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+HOLD, SETTLE = 0.1, 0.7
+"""Shares of a round's steps: no mask changes before the first, none after the second (Sanh et al. hold and settle too)."""
+
+
+def num_to_prune(sparsity: float, num_weights: int) -> int:
+    """sparsity * num_weights, halves rounded up, in exact decimal arithmetic (0.29 of 50 is 14.5, hence 15)."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity must be between 0 and 1, got {sparsity:g}")
+    return math.floor(Fraction(repr(float(sparsity))) * num_weights + Fraction(1, 2))
+
+
+def units_to_keep(scores: Tensor, sizes: Tensor, eligible: Tensor, num_prune: int) -> Tensor:
+    """bool [U]: which units of one comparison group stay when about `num_prune` of its weights go, lowest scores first.
+
+    scores [U] any real numbers; sizes int64 [U], weights of each; eligible bool [U]: the others are gone already and count
+    among what goes. A unit goes when at least half of it lies within the budget, so that units of one size are rounded as
+    `num_to_prune` rounds weights. Ties go by index. ValueError for NaN.
+    """
+    if scores.isnan().any():
+        raise ValueError("scores must be numbers, got NaN")
+    order = torch.where(eligible, scores, -math.inf).argsort(stable=True)  # [U]
+    before = sizes[order].cumsum(0) - sizes[order]
+    gone = 2 * before + sizes[order] <= 2 * num_prune
+    keep = eligible.clone()
+    keep[order[gone]] = False
+    return keep
+
+
+def sparsity_at(step: int, num_steps: int, start: float, target: float) -> float:
+    """The sparsity after `step` of `num_steps` steps of a round that prunes while it trains.
+
+    target + (start - target) (1 - p)^3, Zhu & Gupta 2017 (arXiv 1710.01878) eq. 1, with p from 0 at HOLD of the steps to 1 at
+    SETTLE of them: scores are gathered before the first weight goes, and the last masks are trained with.
+    """
+    first, last = pruning_steps(num_steps)
+    if step >= last:
+        return target
+    p = max(0.0, (step - first) / (last - first))
+    return target + (start - target) * (1 - p) ** 3
+
+
+def pruning_steps(num_steps: int) -> tuple[int, int]:
+    """(first, last) step, counted from 1, after which masks may change."""
+    last = max(1, round(SETTLE * num_steps))
+    return min(max(1, round(HOLD * num_steps)), last), last
+
+
+def masks_are_due(step: int, num_steps: int, interval: int) -> bool:
+    """Whether masks change after this step, counted from 1: every `interval` steps from the first on, and at the last."""
+    first, last = pruning_steps(num_steps)
+    return first <= step <= last and ((step - first) % interval == 0 or step == last)

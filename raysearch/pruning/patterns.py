@@ -1,0 +1,120 @@
+"""Patterns: which weights stand or fall together. A pattern says to which unit each weight belongs, across parameters.
+
+Single weights (`unstructured`) are their own units and are never written down as such. For the others a unit is an integer,
+and a parameter's map is the sum of one number for its row and one for its column, so that it takes no memory per weight.
+
+Adding a pattern is a function and a line in PATTERNS; tests/pruning/test_patterns.py runs every line through one suite.
+
+Legend: O outputs, K inputs of a matrix, H heads of one attention module, U units in all.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NO_UNIT = -(1 << 40)
+"""Of a row or a column that belongs to no unit; no sum with it reaches 0."""
+
+
+class Matrix(NamedTuple):
+    """A prunable matrix."""
+
+    name: str
+    shape: tuple[int, int]
+    """As stored."""
+    transposed: bool
+    """Stored [K, O] (GPT-2's Conv1D) instead of [O, K]."""
+    bias: str | None
+    """Name of the bias [O] that its outputs have."""
+
+    @property
+    def num_outputs(self) -> int:
+        return self.shape[1] if self.transposed else self.shape[0]
+
+
+class HeadRows(NamedTuple):
+    """Outputs, or inputs, of one matrix that belong to the heads of one attention module."""
+
+    matrix: Matrix
+    of_head: Tensor
+    """int64 [H, n]."""
+    are_inputs: bool
+    """Of the attention's output matrix, whose columns read the heads."""
+
+
+class Layout(NamedTuple):
+    """What a pattern may know of a model."""
+
+    matrices: Sequence[Matrix]
+    attentions: Sequence[Sequence[HeadRows]]
+    """Empty where the model's heads are not known."""
+
+
+class Part(NamedTuple):
+    """The units of one parameter: weight (r, c) belongs to unit rows[r] + columns[c]; a negative sum is none."""
+
+    name: str
+    rows: Tensor
+    """int64 [R]."""
+    columns: Tensor
+    """int64 [C]; [1] for a vector."""
+    goes_along: bool = False
+    """Masked with its unit, but neither scored nor counted: a bias."""
+
+
+class Units(NamedTuple):
+    parts: tuple[Part, ...]
+    group: Tensor
+    """int64 [U]: the layer of each unit, the comparison group of scope "layer"."""
+
+
+def by_output(matrix: Matrix, unit: Tensor) -> list[Part]:
+    """Parts of a matrix, and of its bias, whose outputs belong to the units `unit` int64 [O]."""
+    none = torch.zeros(1, dtype=torch.int64)
+    others = torch.zeros(matrix.shape[0 if matrix.transposed else 1], dtype=torch.int64)
+    parts = [Part(matrix.name, *((others, unit) if matrix.transposed else (unit, others)))]
+    return parts + ([Part(matrix.bias, unit, none, goes_along=True)] if matrix.bias else [])
+
+
+def by_input(matrix: Matrix, unit: Tensor) -> Part:
+    """The part of a matrix whose inputs belong to the units `unit` int64 [K]."""
+    others = torch.zeros(matrix.num_outputs, dtype=torch.int64)
+    return Part(matrix.name, *((unit, others) if matrix.transposed else (others, unit)))
+
+
+def heads(layout: Layout) -> Units:
+    """A head: its rows of queries, keys and values, fused or not, with their biases, and its columns of the output.
+
+    With grouped queries a head is a key-value head with the queries that read it. Layers are attention modules.
+    """
+    if not layout.attentions:
+        raise ValueError("pattern head needs a model whose heads are known, and this one's are not; give another pattern, or "
+                         "add its family to raysearch/models/architectures.py")
+    parts: list[Part] = []
+    group: list[Tensor] = []
+    num_units = 0
+    for layer, attention in enumerate(layout.attentions):
+        num_heads = len(attention[0].of_head)
+        for matrix, of_head, are_inputs in attention:
+            size = sum(matrix.shape) - matrix.num_outputs if are_inputs else matrix.num_outputs
+            unit = torch.full((size,), NO_UNIT)
+            unit[of_head] = torch.arange(num_units, num_units + num_heads)[:, None]
+            parts += [by_input(matrix, unit)] if are_inputs else by_output(matrix, unit)
+        group.append(torch.full((num_heads,), layer))
+        num_units += num_heads
+    return Units(tuple(parts), torch.cat(group))
+
+
+PATTERNS: dict[str, Callable[[Layout], Units] | None] = {
+    "unstructured": None,
+    "head": heads,
+}
+
+
+def units_of(part: Part, start: int, stop: int, device: torch.device) -> Tensor:
+    """int64 [stop - start]: the units of the weights start..stop of the flattened parameter; negative where none."""
+    index = torch.arange(start, stop, device=device)
+    num_columns = len(part.columns)
+    return part.rows.to(device)[index // num_columns] + part.columns.to(device)[index % num_columns]

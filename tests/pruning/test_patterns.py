@@ -1,0 +1,95 @@
+"""The conformance suite of patterns."""
+
+import pytest
+import torch
+
+from raysearch.pruning.patterns import PATTERNS, HeadRows, Layout, Matrix, Units, by_output, heads, units_of
+
+
+def row_pairs(layout: Layout) -> Units:
+    """Two outputs, one after the other, stand or fall together: a new pattern is a function and a line."""
+    parts, group, num_units = [], [], 0
+    for layer, matrix in enumerate(layout.matrices):
+        pairs = torch.arange(matrix.num_outputs) // 2
+        parts += by_output(matrix, num_units + pairs)
+        group.append(torch.full((int(pairs.max()) + 1,), layer))
+        num_units += len(group[-1])
+    return Units(tuple(parts), torch.cat(group))
+
+
+TENANTS = {**{name: pattern for name, pattern in PATTERNS.items() if pattern is not None}, "row_pairs": row_pairs}
+
+
+def layout() -> Layout:
+    """One attention of 3 heads of 2 with a fused Conv1D, one of 2 key-value heads of 2 with two queries each; an MLP."""
+    fused = Matrix("0.qkv.weight", (5, 18), True, "0.qkv.bias")
+    out = Matrix("0.out.weight", (6, 5), True, None)
+    within = torch.arange(2)
+    first = torch.cat([torch.arange(3)[:, None] * 2 + third * 6 + within for third in range(3)], dim=1)
+    q, k, v = (Matrix(f"1.{name}.weight", (rows, 5), False, None) for name, rows in (("q", 8), ("k", 4), ("v", 4)))
+    out_1 = Matrix("1.out.weight", (5, 8), False, "1.out.bias")
+    queries, values = torch.arange(8).view(2, 4), torch.arange(4).view(2, 2)
+    return Layout([fused, out, q, k, v, out_1, Matrix("1.mlp.weight", (7, 5), False, "1.mlp.bias")], [
+        [HeadRows(out, torch.arange(6).view(3, 2), True), HeadRows(fused, first, False)],
+        [HeadRows(out_1, queries, True), HeadRows(q, queries, False), HeadRows(k, values, False), HeadRows(v, values, False)]])
+
+
+def whole(units: Units, matrix: Matrix) -> torch.Tensor:
+    """The units of a whole matrix, by three nested loops over what a part says."""
+    table = torch.full(matrix.shape, -1)
+    for part in units.parts:
+        if part.name == matrix.name:
+            for r in range(matrix.shape[0]):
+                for c in range(matrix.shape[1]):
+                    table[r, c] = max(-1, int(part.rows[r]) + int(part.columns[c]))
+    return table
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_units_are_numbered_without_gaps_and_each_has_weights_and_a_layer(name: str) -> None:
+    units, described = TENANTS[name](layout()), layout()
+    seen = torch.cat([whole(units, matrix).flatten() for matrix in described.matrices]).unique()
+    assert seen[seen >= 0].tolist() == list(range(len(units.group)))
+    assert units.group.tolist() == sorted(units.group.tolist())
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_maps_have_the_shapes_of_their_parameters(name: str) -> None:
+    described = layout()
+    shapes = {matrix.name: matrix.shape for matrix in described.matrices}
+    shapes |= {matrix.bias: (matrix.num_outputs, 1) for matrix in described.matrices if matrix.bias}
+    parts = TENANTS[name](described).parts
+    assert len({part.name for part in parts}) == len(parts)
+    for part in parts:
+        assert (len(part.rows), len(part.columns)) == shapes[part.name]
+        assert part.goes_along == (part.name not in {matrix.name for matrix in described.matrices})
+
+
+@pytest.mark.parametrize("name", TENANTS)
+def test_shards_cut_anywhere_say_the_same(name: str) -> None:
+    units, described = TENANTS[name](layout()), layout()
+    for matrix in described.matrices:
+        for part in (part for part in units.parts if part.name == matrix.name):
+            flat = whole(units, matrix).flatten()
+            for cut in (0, 1, 13, flat.numel()):
+                joined = torch.cat([units_of(part, 0, cut, torch.device("cpu")),
+                                    units_of(part, cut, flat.numel(), torch.device("cpu"))])
+                assert torch.equal(joined.clamp(min=-1), flat)
+
+
+def test_a_head_is_its_rows_and_columns() -> None:
+    units, described = heads(layout()), layout()
+    fused, out, q, k, v, out_1, mlp = (whole(units, matrix) for matrix in described.matrices)
+    assert fused[0].tolist() == [0, 0, 1, 1, 2, 2] * 3  # Conv1D: outputs are columns
+    assert out[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert q[:, 0].tolist() == [3] * 4 + [4] * 4
+    assert k[:, 0].tolist() == v[:, 0].tolist() == [3, 3, 4, 4]
+    assert out_1[0].tolist() == [3] * 4 + [4] * 4
+    assert mlp.tolist() == [[-1] * 5] * 7
+    (bias,) = [part for part in units.parts if part.goes_along]
+    assert (bias.name, bias.rows.tolist()) == ("0.qkv.bias", [0, 0, 1, 1, 2, 2] * 3)
+
+
+def test_heads_of_a_model_that_is_not_known_are_refused() -> None:
+    with pytest.raises(ValueError, match="pattern head needs a model whose heads are known"):
+        heads(Layout(layout().matrices, []))
