@@ -30,7 +30,7 @@ def test_the_dense_baseline_has_a_line_for_each_split(study: SyntheticStudy) -> 
     progress, lines = begun(study)
     progress.ended({"kind": "dense"}, error=False)
     assert without_counts(lines) == ["selection split, dense baseline: sparsity 0.000 text/bits_per_byte 2.0000",
-                           "report split, dense baseline: sparsity 0.000 text/bits_per_byte 2.0100"]
+                                     "report split, dense baseline: sparsity 0.000 text/bits_per_byte 2.0100"]
 
 
 def test_a_round_tells_the_selection_value_and_a_report_job_the_report_value(study: SyntheticStudy) -> None:
@@ -39,7 +39,7 @@ def test_a_round_tells_the_selection_value_and_a_report_job_the_report_value(stu
     progress.round_done({"kind": "trial", "number": 0})
     progress.ended({"kind": "report", "key": key}, error=False)
     assert without_counts(lines) == ["trial 0 round 2/3: sparsity 0.500 text/bits_per_byte 2.1500",  # 2 + 1.2 * 0.5^3
-                           "report split: sparsity 0.500 text/bits_per_byte 2.1650"]
+                                     "report split: sparsity 0.500 text/bits_per_byte 2.1650"]
 
 
 def test_a_report_job_that_failed_tells_no_value(study: SyntheticStudy) -> None:
