@@ -60,6 +60,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
     start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
     numbers = sorted({int(trial) for trial in rows["trial"]})
+    # the last 8 % of Viridis is a yellow that white paper swallows
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
     figure = go.Figure()
     paths: dict[str, list[list[float]]] = {"sparsity": [], "round": []}
@@ -69,7 +70,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
             of_trials.append([x for x, _ in start] + path[axis].astype(float).tolist())
         status = str(path["status"].iloc[-1])
         hover = [f"trial {number}: dense baseline" for _ in start]
-        hover += [_hover(row, objective, f"trial {number}, round {row['round']} ({status})")
+        hover += [_hover(row, f"selection/{objective}", f"trial {number}, round {row['round']} ({status})")
                   for _, row in path.iterrows()]
         figure.add_trace(go.Scatter(
             x=paths["sparsity"][-1], y=[y for _, y in start] + path[f"selection/{objective}"].tolist(),
@@ -80,10 +81,10 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     for status in present:
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"ended {status}".replace(
             "ended running", "still running"), marker={"symbol": STATUS_SYMBOLS[status], "size": 10, "color": MUTED}))
+    figure.update_layout(_limited_y(frame, "selection"))
     _style(figure, frame)
     figure.update_xaxes(title_text="sparsity")
     figure.update_yaxes(title_text=f"{html.escape(objective)}, selection split")
-    figure.update_layout(_limited_y(frame, "selection"))
     legend_only: list[list[float | None]] = [[None] for _ in present]
     _add_buttons(figure, [[(axis, {"x": [*paths[axis], *legend_only]}, {"xaxis.title.text": axis}) for axis in paths]])
     return figure
@@ -135,24 +136,23 @@ def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scat
 
 def _trace(rows: pd.DataFrame, split: str, size: str, name: str, colour: str, look: Mapping[str, object]) -> go.Scatter:
     objective = setting(rows, "objective")
-    hover = [_hover(row, objective, "dense baseline" if row["status"] == "dense" else
+    hover = [_hover(row, f"{split}/{objective}", "dense baseline" if row["status"] == "dense" else
                     f"trial {row['trial']}, round {row['round']} ({row['status']})") for _, row in rows.iterrows()]
-    return go.Scatter(
+    return go.Scatter(  # abs: the quality of a metric where lower is better is its negative
         x=rows[size].astype(float).tolist(), y=quality(rows, split).abs().tolist(), name=name, hovertext=hover,
         hoverinfo="text", error_y={"array": quality_stderr(rows, split).fillna(0).tolist(), "color": colour,
                                    "thickness": 1.2 if colour == BLUE else 0.6, "width": 3 if colour == BLUE else 0},
         **look)
 
 
-def _hover(row: pd.Series, objective: str, title: str) -> str:
-    """Lines of a hover box, escaped: plotly reads a little HTML in them."""
+def _hover(row: pd.Series, column: str, title: str) -> str:
+    """Lines of a hover box, escaped: plotly reads a little HTML in them. `column`: of the split in the picture."""
+    split, _, objective = column.partition("/")
     lines = [f"<b>{html.escape(title)}</b>", html.escape(describe_config(row)),
              f"sparsity {row['sparsity']:.3f}, of the whole model {row['model_sparsity']:.3f}",
              f"{row['num_nonzero']:,} non-zero, {human_bytes(row['stored_bytes'])} stored"]
-    for split in ("selection", "report"):
-        value, stderr = (float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr"))
-        if not np.isnan(value):
-            lines.append(f"{html.escape(objective)} {with_stderr(value, stderr)} on {split}")
+    value = with_stderr(float(row[column]), float(row[f"{column}_stderr"]))
+    lines.append(f"{html.escape(objective)} {value} on the {split} split")
     if pd.notna(row["reason"]):
         reason = str(row["reason"])
         lines.append(f"<i>{html.escape(reason if len(reason) <= 90 else reason[:89] + '…')}</i>")

@@ -55,6 +55,7 @@ def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame) -> None:
             assert line.y0 == line.y1 == baseline == rows.loc[rows["status"] == "dense", scored.name].iloc[0]
             assert (band.y0, band.y1) == pytest.approx((baseline - 0.02, baseline + 0.02))
             assert f"{split} split" in figure.layout.yaxis.title.text
+            assert all(f"on the {split} split" in text for trace in shown.values() for text in trace.hovertext)
 
 
 def test_the_buttons_for_size_and_split_combine(frame: pd.DataFrame) -> None:
