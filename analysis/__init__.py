@@ -1,1 +1,1 @@
-"""A study's results on a laptop: load, frontier, pick, tables, plots, report. No torch, ray or optuna needed."""
+"""A study's results on a laptop: load, frontier, pick, tables, plots, page. No torch, ray or optuna needed."""

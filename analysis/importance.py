@@ -96,5 +96,5 @@ def _levels(column: pd.Series) -> tuple[list[str], Ints]:
         text = column.map("{:g}".format, na_action="ignore")
     else:
         text = column
-    codes, found = pd.factorize(text.astype(object).where(column.notna(), "not used"), sort=True)
-    return [str(name) for name in found], codes.astype(np.int64)
+    codes, levels = pd.factorize(text.astype(object).where(column.notna(), "not used"), sort=True)
+    return [str(level) for level in levels], codes.astype(np.int64)

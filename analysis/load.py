@@ -49,14 +49,14 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
         rows.append({"round": 0, "status": "dense", **_round_cells(rounds[record.root_key], reports)})
     for trial in trials:
         rows.extend(_trial_rows(ledger, trial, rounds, reports))
-    found = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
-    found |= {name for row in rows for name in row} - set(COLUMNS)
-    metrics = sorted(found, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
+    columns = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
+    columns |= {name for row in rows for name in row} - set(COLUMNS)
+    metrics = sorted(columns, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
     frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
-    devices = sorted({done.provenance.device for done in rounds.values()}) or [record.provenance.device]
+    devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model, objective=record.study.objective,
                        size=record.study.size, device=", ".join(devices), created_at=record.provenance.created_at)
     return frame

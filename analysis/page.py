@@ -39,7 +39,7 @@ def write_page(directory: str | AnyPath, out: str | AnyPath | None = None) -> An
     ledger = Ledger.open(directory)
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
-        raise ValueError(f"the report must be a file, got the folder {path}; name the file, such as {path}/report.html")
+        raise ValueError(f"the page must be a file, got the folder {path}; name the file, such as {path}/report.html")
     page = _page(frame, ledger.study())
     with new_file(path) as file:
         file.write_text(page, encoding="utf-8")
@@ -59,19 +59,19 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     noise = (quality_stderr(pruned, split).fillna(0) ** 2 + dense_stderr**2) ** 0.5
     up = higher_is_better(setting(frame, "objective"))
     limit, words = (0.01, "1 point") if up else (0.01 * abs(goals), "1 %")
-    told = [_smallest(frame, pruned[loss <= noise], "one standard error", split),
-            _smallest(frame, pruned[loss <= limit], words, split)]
+    sentences = [_smallest(frame, pruned[loss <= noise], "one standard error", split),
+                 _smallest(frame, pruned[loss <= limit], words, split)]
     front = frontier(frame)
     num_front = int((front["status"] != "dense").sum())
-    told.append(f"{num_front} of {len(pruned)} candidates scored on the {split} split are on the frontier, from "
-                f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(pool) - 1} candidates "
-                f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
-                f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
+    sentences.append(f"{num_front} of {len(pruned)} candidates scored on the {split} split are on the frontier, from "
+                     f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(pool) - 1} candidates "
+                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
+                     f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
     if (loss < -noise).any():
-        told.append(f"Better than the dense baseline by more than one standard error: {int((loss < -noise).sum())}. "
-                    "Fine-tuning trained them further than the baseline, so this says that the baseline was not trained to "
-                    "its end, not that pruning helps.")
-    return told
+        sentences.append(f"Better than the dense baseline by more than one standard error: {int((loss < -noise).sum())}. "
+                         "Fine-tuning trained them further than the baseline, so this says that the baseline was not trained "
+                         "to its end, not that pruning helps.")
+    return sentences
 
 
 def optimism(frame: pd.DataFrame) -> pd.DataFrame:
@@ -110,7 +110,7 @@ def _smallest(frame: pd.DataFrame, good: pd.DataFrame, words: str, split: str) -
 def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
     """The whole page; every string that is not ours goes through html.escape."""
     title = f"{PurePath(record.study.model).name}: {record.space}"
-    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in headlines(frame))
+    points = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in headlines(frame))
     sections = [
         _section("Frontier", _plot(frontier_figure(frame), "frontier"), _frontier_caption(frame)),
         _section("Candidates on the frontier", _frontier_table(frame), "Smallest first. P(front) is the share of 1,000 "
@@ -144,7 +144,7 @@ def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
 <p class="meta">{html.escape(_meta(frame, record))}</p>
 </header>
 {_cards(frame)}
-<ul class="headlines">{told}</ul>
+<ul class="headlines">{points}</ul>
 {"".join(sections)}
 </main>
 </body>
@@ -158,7 +158,8 @@ def _section(title: str, body: str, caption: str) -> str:
 
 
 def _plot(figure: go.Figure, name: str) -> str:
-    config = {"responsive": True, "displaylogo": False, "displayModeBar": False}
+    # a double click that resets would go back to the range of the split that the figure opened with
+    config = {"responsive": True, "displaylogo": False, "displayModeBar": False, "doubleClick": "autosize"}
     body = figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=config)
     return f'<div class="plot" style="height:{figure.layout.height}px">{body}</div>'
 
@@ -197,33 +198,47 @@ def _cards(frame: pd.DataFrame) -> str:
 
 
 def _frontier_caption(frame: pd.DataFrame) -> str:
+    """Which candidates are in the picture of which split, and why the two must not be compared."""
+    pool = candidates(frame)
+    pruned = pool[pool["status"] != "dense"]
+    num_scored = {split: int(quality(pruned, split).notna().sum()) for split in ("selection", "report")}
+    colours = ("Blue: candidates that no other one beats in both size and quality. Grey: beaten by another one. Dotted line: "
+               "the dense baseline. Bars and band: one standard error; candidates share their items, so the error of a "
+               "difference between two is usually smaller than the bars suggest.")
     if frontier_split(frame) == "report":
-        words = ("Blue: candidates that no other one beats in both size and quality on the report split, which the "
-                 "search never saw. Solid grey: scored there too, but beaten. Hollow: candidates that the search did "
-                 "not choose; they have selection values only, which are not strictly comparable.")
+        splits = (f"The report split, which the search never saw, was scored for the {num_scored['report']} of {len(pruned)} "
+                  "candidates that the search chose; choose from these. The button “selection split” shows the "
+                  f"{num_scored['selection']} candidates scored there, with that split's own dense baseline and frontier. The "
+                  "search chose by those values, so they flatter what it chose. Each split holds other items: a value of one "
+                  "says nothing beside a value of the other.")
     else:
-        words = ("Nothing has been scored on the report split yet, so this shows the selection split, which the search "
-                 "optimised: expect the report to be a little worse. Run the sweep to its end.")
-    return f"{words} Bars and band: one standard error. Dotted line: the dense baseline."
+        splits = (f"Nothing has been scored on the report split yet, so this shows the {num_scored['selection']} of "
+                  f"{len(pruned)} candidates scored on the selection split. The search chooses by these values, so they "
+                  "flatter what it chose: expect the report split to be a little worse. Run the sweep to its end.")
+    num_raced = int(pruned["dominated_by"].notna().sum())
+    raced = f" {num_raced} whose scoring a race stopped early are in neither picture." if num_raced else ""
+    return f"{colours} {splits}{raced}"
 
 
 def _frontier_table(frame: pd.DataFrame) -> str:
     split, front = frontier_split(frame), frontier(frame)
     if front.empty:
         return "<p>No candidate yet.</p>"
-    metrics = metric_names(front, split)
-    header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident",
-              *(name.replace("/", "/ ") for name in metrics), "P(front)", "how it was pruned"]
+    objective = setting(frame, "objective")
+    others = [name for name in metric_names(front, split) if name != objective]  # last: a screen seldom holds them all
+    header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident", objective.replace("/", "/ "),
+              "P(front)", "how it was pruned", *(name.replace("/", "/ ") for name in others)]
     pool = pd.concat([front, candidates(frame)[lambda rows: (rows["status"] == "dense")
                                                & ~rows["key"].isin(front["key"])]])
     rows = []
     for _, row in pool.iterrows():
-        scores = [with_stderr(*(float(row[f"{split}/{name}{end}"]) for end in ("", "_stderr"))) for name in metrics]
+        score, *scores = [with_stderr(*(float(row[f"{split}/{name}{end}"]) for end in ("", "_stderr")))
+                          for name in (objective, *others)]
         rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), f"{row['sparsity']:.3f}",
                      f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
-                     human_bytes(row["resident_bytes"]), *scores,
+                     human_bytes(row["resident_bytes"]), score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
-                     describe_config(row)])
+                     describe_config(row), *scores])
     return _table(header, rows, left=("how it was pruned",))
 
 

@@ -99,18 +99,18 @@ class Pick(Candidate):
 def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
                       minimum: Sequence[str] = (), maximum: Sequence[str] = ()) -> tuple[Constraint, ...]:
     """Constraints from the command line's strings: METRIC=NUMBER for the last three."""
-    found = []
+    constraints = []
     if max_bytes is not None:
-        found.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
+        constraints.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
     if max_nonzero is not None:
-        found.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
+        constraints.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
     for text in max_drop:
-        found.append(_parse_metric_constraint("max_drop", text))
+        constraints.append(_parse_metric_constraint("max_drop", text))
     for text in minimum:
-        found.append(_parse_metric_constraint("min", text))
+        constraints.append(_parse_metric_constraint("min", text))
     for text in maximum:
-        found.append(_parse_metric_constraint("max", text))
-    return tuple(found)
+        constraints.append(_parse_metric_constraint("max", text))
+    return tuple(constraints)
 
 
 def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
@@ -165,25 +165,25 @@ def read_pick(path: str | AnyPath) -> Pick:
 def describe_pick(result: Pick) -> str:
     """The pick for a terminal, without a final newline: what it is, its metrics beside the dense baseline's, every
     constraint with its margin, and the runners-up."""
-    told = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
+    text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
             f"pruned {describe_config(pd.Series(result.config, dtype=object))}\n")
     rows = [[name, with_stderr(*_pair(measured)), with_stderr(*_pair(result.dense_metrics.get(name)))]
             for name, measured in result.metrics.items()]
-    told += aligned(["report split", "picked", "dense"], rows, left=("report split",))
+    text += aligned(["report split", "picked", "dense"], rows, left=("report split",))
     for check in result.checks:
         noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
         number = ",.0f" if check.constraint.metric is None else ".4g"
-        told += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+        text += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
     for other in result.runners_up:
-        told += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
-    return told.rstrip("\n")
+        text += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
+    return text.rstrip("\n")
 
 
-def _sizes(found: Candidate) -> str:
-    return (f"sparsity {found.sparsity:.3f}, {human_count(found.num_nonzero)} non-zero of "
-            f"{human_count(found.num_parameters)}, {human_bytes(found.stored_bytes)} stored")
+def _sizes(candidate: Candidate) -> str:
+    return (f"sparsity {candidate.sparsity:.3f}, {human_count(candidate.num_nonzero)} non-zero of "
+            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored")
 
 
 def _pair(measured: Measured | None) -> tuple[float, float]:

@@ -4,7 +4,7 @@ Every figure says above its axes on which model and hardware, and when, its numb
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 import numpy as np
@@ -19,28 +19,36 @@ from raysearch.units import human_bytes
 
 INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes"}
+SPLIT_LABELS = {"report": "report split", "selection": "selection split (what the search saw)"}
 STATUS_SYMBOLS = {"done": "circle", "stopped": "square", "failed": "x", "running": "triangle-right"}
+BUTTON_ROW_PX, LEFT_PX = 36, 84
+Button = tuple[str, dict[str, object], dict[str, object]]
+"""Label, what it changes in the traces, what it changes in the layout."""
 
 
 def frontier_figure(frame: pd.DataFrame) -> go.Figure:
-    """Size against the objective on the report split (selection while nothing is scored there), with buttons for the
-    size: the frontier as a staircase with error bars of one standard error, the dense baseline as a line with a band
-    of one standard error, all other candidates in grey. Candidates that were never scored on the report split are
-    hollow and stand at their selection value."""
-    split, objective = frontier_split(frame), setting(frame, "objective")
-    figure = go.Figure()
+    """Size against the objective on one split at a time, with buttons for the size and, where both were scored, the split.
+
+    It opens on the report split once a candidate is scored there; the selection split holds all candidates. Each has its
+    own frontier (a staircase, error bars of one standard error), its own dense baseline (a line with a band of one standard
+    error) and its own range of y; all other candidates are grey. The splits never share a picture: they hold different
+    items, and one may be easier by more than the candidates differ."""
+    splits = ["report", "selection"] if frontier_split(frame) == "report" else ["selection"]
     sizes = sorted(SIZES, key=lambda size: size != setting(frame, "size"))
-    for size in sizes:
-        for trace in _frontier_traces(frame, split, size):
-            figure.add_trace(trace.update(visible=size == sizes[0], meta=size))
-    _add_dense_band(figure, frame, split)
+    drawn = {(split, size): _frontier_traces(frame, split, size) for split in splits for size in sizes}
+    views = {split: _view(frame, split) for split in splits}
+    figure = go.Figure([go.Scatter(trace, visible=split == splits[0], meta=split)
+                        for split in splits for trace in drawn[split, sizes[0]]])
+    figure.update_layout(views[splits[0]])
     _style(figure, frame)
     figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat="~s")
-    direction = "higher" if higher_is_better(objective) else "lower"
-    figure.update_yaxes(title_text=f"{html.escape(objective)} ({direction} is better)")
-    _limit_y(figure, frame, split)
-    _add_buttons(figure, [(SIZE_NAMES[size], {"visible": [trace.meta == size for trace in figure.data]},
-                           {"xaxis.title.text": _size_title(size)}) for size in sizes])
+    # the size buttons change the points of both splits and the split buttons what is visible, so any two combine
+    of_size: list[Button] = [
+        (SIZE_NAMES[size], _points([trace for split in splits for trace in drawn[split, size]]),
+         {"xaxis.title.text": _size_title(size)}) for size in sizes]
+    of_split: list[Button] = [(SPLIT_LABELS[split], {"visible": [trace.meta == split for trace in figure.data]}, views[split])
+                              for split in splits]
+    _add_buttons(figure, [of_split, of_size] if len(splits) > 1 else [of_size])
     return figure
 
 
@@ -52,6 +60,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
     start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
     numbers = sorted({int(trial) for trial in rows["trial"]})
+    # the last 8 % of Viridis is a yellow that white paper swallows
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
     figure = go.Figure()
     paths: dict[str, list[list[float]]] = {"sparsity": [], "round": []}
@@ -61,7 +70,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
             of_trials.append([x for x, _ in start] + path[axis].astype(float).tolist())
         status = str(path["status"].iloc[-1])
         hover = [f"trial {number}: dense baseline" for _ in start]
-        hover += [_hover(row, objective, f"trial {number}, round {row['round']} ({status})")
+        hover += [_hover(row, f"selection/{objective}", f"trial {number}, round {row['round']} ({status})")
                   for _, row in path.iterrows()]
         figure.add_trace(go.Scatter(
             x=paths["sparsity"][-1], y=[y for _, y in start] + path[f"selection/{objective}"].tolist(),
@@ -72,12 +81,12 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     for status in present:
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"ended {status}".replace(
             "ended running", "still running"), marker={"symbol": STATUS_SYMBOLS[status], "size": 10, "color": MUTED}))
+    figure.update_layout(_limited_y(frame, "selection"))
     _style(figure, frame)
     figure.update_xaxes(title_text="sparsity")
     figure.update_yaxes(title_text=f"{html.escape(objective)}, selection split")
-    _limit_y(figure, frame, "selection")
-    dummies: list[list[float | None]] = [[None] for _ in present]
-    _add_buttons(figure, [(axis, {"x": [*paths[axis], *dummies]}, {"xaxis.title.text": axis}) for axis in paths])
+    legend_only: list[list[float | None]] = [[None] for _ in present]
+    _add_buttons(figure, [[(axis, {"x": [*paths[axis], *legend_only]}, {"xaxis.title.text": axis}) for axis in paths]])
     return figure
 
 
@@ -109,88 +118,108 @@ def made_with(frame: pd.DataFrame) -> str:
 
 
 def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scatter]:
+    """Candidates beside the frontier, frontier, dense baseline: always these three, so that the traces of one size can
+    take the place of another's. Only what was scored on `split`; plotly leaves an empty one out of the legend."""
     pool = candidates(frame)
-    is_dense = pool["status"] == "dense"
-    baseline, pool = pool[is_dense & quality(pool, split).notna()], pool[~is_dense]
+    pool = pool[quality(pool, split).notna()]
     front = frontier(frame, split, size)
-    rest = pool[~pool["key"].isin(front["key"])]
-    scored = quality(rest, split).notna()
+    is_dense = pool["status"] == "dense"
+    beaten = pool[~is_dense & ~pool["key"].isin(front["key"])]
     staircase = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2, "shape": "hv"},
                  "marker": {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1.2}}}
-    marker_size = 8 if len(rest) <= 150 else 5
-    filled = {"mode": "markers", "marker": {"color": PALE, "size": marker_size}}
+    dots = {"mode": "markers", "marker": {"color": PALE, "size": 8 if len(beaten) <= 150 else 5}}
     diamond = {"mode": "markers", "marker": {"color": INK, "size": 11, "symbol": "diamond"}}
-    hollow = {"mode": "markers", "marker": {"color": PALE, "size": marker_size, "symbol": "circle-open",
-                                             "line": {"width": 1.4 if marker_size == 8 else 0.8}}}
-    traces = [_trace(rest[~scored], "selection", size, "not on the frontier (selection value)", PALE, hollow)
-              ] if split == "report" else []
-    traces += [_trace(rest[scored], split, size, f"not on the frontier ({split} value)", PALE, filled),
-               _trace(front, split, size, f"frontier ({split} split, ± 1 standard error)", BLUE, staircase),
-               _trace(baseline, split, size, "dense baseline", INK, diamond)]
-    return [trace for trace in traces if len(trace.x)]
+    return [_trace(beaten, split, size, "not on the frontier", PALE, dots),
+            _trace(front, split, size, f"frontier ({split} split, ± 1 standard error)", BLUE, staircase),
+            _trace(pool[is_dense], split, size, "dense baseline", INK, diamond)]
 
 
 def _trace(rows: pd.DataFrame, split: str, size: str, name: str, colour: str, look: Mapping[str, object]) -> go.Scatter:
     objective = setting(rows, "objective")
-    hover = [_hover(row, objective, "dense baseline" if row["status"] == "dense" else
+    hover = [_hover(row, f"{split}/{objective}", "dense baseline" if row["status"] == "dense" else
                     f"trial {row['trial']}, round {row['round']} ({row['status']})") for _, row in rows.iterrows()]
-    return go.Scatter(
+    return go.Scatter(  # abs: the quality of a metric where lower is better is its negative
         x=rows[size].astype(float).tolist(), y=quality(rows, split).abs().tolist(), name=name, hovertext=hover,
         hoverinfo="text", error_y={"array": quality_stderr(rows, split).fillna(0).tolist(), "color": colour,
                                    "thickness": 1.2 if colour == BLUE else 0.6, "width": 3 if colour == BLUE else 0},
         **look)
 
 
-def _hover(row: pd.Series, objective: str, title: str) -> str:
-    """Lines of a hover box, escaped: plotly reads a little HTML in them."""
+def _hover(row: pd.Series, column: str, title: str) -> str:
+    """Lines of a hover box, escaped: plotly reads a little HTML in them. `column`: of the split in the picture."""
+    split, _, objective = column.partition("/")
     lines = [f"<b>{html.escape(title)}</b>", html.escape(describe_config(row)),
              f"sparsity {row['sparsity']:.3f}, of the whole model {row['model_sparsity']:.3f}",
              f"{row['num_nonzero']:,} non-zero, {human_bytes(row['stored_bytes'])} stored"]
-    for split in ("selection", "report"):
-        value, stderr = (float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr"))
-        if not np.isnan(value):
-            lines.append(f"{html.escape(objective)} {with_stderr(value, stderr)} on {split}")
+    value = with_stderr(float(row[column]), float(row[f"{column}_stderr"]))
+    lines.append(f"{html.escape(objective)} {value} on the {split} split")
     if pd.notna(row["reason"]):
         reason = str(row["reason"])
         lines.append(f"<i>{html.escape(reason if len(reason) <= 90 else reason[:89] + '…')}</i>")
     return "<br>".join(lines)
 
 
-def _add_dense_band(figure: go.Figure, frame: pd.DataFrame, split: str) -> None:
-    for value, stderr in zip(quality(frame, split)[frame["status"] == "dense"].abs().dropna(),
-                             quality_stderr(frame, split)[frame["status"] == "dense"].fillna(0)):
-        figure.add_hrect(y0=value - stderr, y1=value + stderr, fillcolor=INK, opacity=0.07, line_width=0, layer="below")
-        figure.add_hline(y=value, line={"color": INK, "width": 1.2, "dash": "dot"}, layer="below")
+def _points(traces: Sequence[go.Scatter]) -> dict[str, object]:
+    """What a button must change to show these points in the place of the others: one entry per trace."""
+    return {"x": [trace.x for trace in traces], "y": [trace.y for trace in traces],
+            "hovertext": [trace.hovertext for trace in traces], "error_y.array": [trace.error_y.array for trace in traces]}
+
+
+def _view(frame: pd.DataFrame, split: str) -> dict[str, object]:
+    """The part of the layout that belongs to one split."""
+    objective = setting(frame, "objective")
+    direction = "higher" if higher_is_better(objective) else "lower"
+    return {"yaxis.title.text": f"{html.escape(objective)}<br>{split} split ({direction} is better)",
+            "shapes": _dense_band(frame, split), **_limited_y(frame, split)}
+
+
+def _dense_band(frame: pd.DataFrame, split: str) -> list[dict[str, object]]:
+    """The dense baseline's value on `split` as a dotted line, one standard error around it as a band."""
+    baseline = frame[frame["status"] == "dense"]
+    shapes: list[dict[str, object]] = []
+    for value, stderr in zip(quality(baseline, split).abs(), quality_stderr(baseline, split).fillna(0)):
+        if not np.isnan(value):
+            across = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
+            shapes.append({"type": "rect", "y0": value - stderr, "y1": value + stderr, "fillcolor": INK, "opacity": 0.07,
+                           "line": {"width": 0}, **across})
+            shapes.append({"type": "line", "y0": value, "y1": value, "line": {"color": INK, "width": 1.2, "dash": "dot"},
+                           **across})
+    return shapes
 
 
 def _size_title(size: str) -> str:
     return f"{SIZE_NAMES[size]} (smaller is better)"
 
 
-def _limit_y(figure: go.Figure, frame: pd.DataFrame, split: str) -> None:
-    """Keeps a few ruined candidates from flattening the figure: where all values span more than three times the
-    frontier's, the axis opens on the frontier, and a note says how many candidates lie outside."""
+def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
+    """Layout that keeps a few ruined candidates from flattening the figure: where the values on `split` span more than
+    three times those of its frontiers (by each size) and dense baseline, the axis opens on these, and a note counts the
+    candidates outside."""
     pool = candidates(frame)
-    shown = quality(pool, split).fillna(quality(pool, "selection")).abs().dropna()
-    matter = pd.concat([quality(frontier(frame, split), split), quality(pool[pool["status"] == "dense"], split)])
-    matter = matter.abs().dropna()
-    if matter.empty or shown.max() - shown.min() <= 3 * (matter.max() - matter.min()):
-        return
+    values = quality(pool, split).abs()
+    on_frontier = {key for size in SIZES for key in frontier(frame, split, size)["key"]}
+    matter = values[pool["key"].isin(on_frontier) | (pool["status"] == "dense")].dropna()
+    if matter.empty or values.max() - values.min() <= 3 * (matter.max() - matter.min()):
+        return {"yaxis.autorange": True, "annotations": []}
     pad = 0.15 * (matter.max() - matter.min()) or 0.05 * matter.max()
-    low, high = matter.min() - pad, matter.max() + pad
-    outside = int(((shown < low) | (shown > high)).sum())
-    figure.update_yaxes(range=[low, high])
-    if outside:
-        figure.add_annotation(text=f"{outside} outside this view; double-click shows all", x=1, y=1, xref="paper",
-                              yref="paper", xanchor="right", yanchor="top", showarrow=False,
-                              font={"size": 11, "color": MUTED}, bgcolor="white")
+    low, high = float(matter.min() - pad), float(matter.max() + pad)
+    num_outside = int(((values < low) | (values > high)).sum())
+    note = {"text": f"{num_outside} outside this view; double-click shows all", "x": 1, "y": 1, "xref": "paper",
+            "yref": "paper", "xanchor": "right", "yanchor": "top", "showarrow": False,
+            "font": {"size": 11, "color": MUTED}, "bgcolor": "white"}
+    return {"yaxis.autorange": False, "yaxis.range": [low, high], "annotations": [note] if num_outside else []}
 
 
-def _add_buttons(figure: go.Figure, choices: list[tuple[str, dict[str, object], dict[str, object]]]) -> None:
-    figure.update_layout(updatemenus=[{
-        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
-        "pad": {"t": 0, "b": 6}, "bgcolor": "white", "bordercolor": GRID, "font": {"size": 12}, "showactive": True,
-        "buttons": [{"label": label, "method": "update", "args": [data, layout]} for label, data, layout in choices]}])
+def _add_buttons(figure: go.Figure, rows: Sequence[Sequence[Button]]) -> None:
+    """Rows of buttons above the axes, the first at the top; the first button of each is what the figure opens with."""
+    look = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+            "bgcolor": "white", "bordercolor": GRID, "font": {"size": 12}, "showactive": True}
+    height = BUTTON_ROW_PX * len(rows)
+    # they begin left of the y axis, at the figure's edge, so that two fit on a telephone
+    figure.update_layout(margin_t=40 + height, height=figure.layout.height + height - BUTTON_ROW_PX, updatemenus=[
+        {**look, "pad": {"l": -LEFT_PX, "b": 6 + BUTTON_ROW_PX * (len(rows) - 1 - index)},
+         "buttons": [{"label": label, "method": "update", "args": [traces, layout]} for label, traces, layout in row]}
+        for index, row in enumerate(rows)])
 
 
 def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
@@ -201,10 +230,10 @@ def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
         font={"family": "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif",
               "size": 13, "color": INK},
         hoverlabel={"bgcolor": "white", "bordercolor": GRID, "align": "left", "font": {"size": 12, "color": INK}},
-        title={"text": html.escape(made_with(frame)), "x": 0, "xref": "paper", "xanchor": "left", "y": 1,
-               "yref": "container", "yanchor": "top", "pad": {"t": 8}, "font": {"size": 12, "color": MUTED}},
-        margin={"l": 60, "r": 16, "t": 76, "b": 90}, xaxis=axis, yaxis=axis,
+        title={"text": html.escape(made_with(frame)), "x": 0, "xref": "container", "xanchor": "left", "y": 1,
+               "yref": "container", "yanchor": "top", "pad": {"t": 8}, "font": {"size": 11, "color": MUTED}},
+        margin={"l": LEFT_PX, "r": 16, "t": 76, "b": 90}, xaxis=axis, yaxis=axis,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12}})
-    if not figure.data:
+    if not any(len(trace.x) for trace in figure.data):
         figure.add_annotation(text="no candidate scored yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False,
                               font={"size": 18, "color": MUTED})

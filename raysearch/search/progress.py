@@ -1,16 +1,21 @@
 """The lines that a sweep prints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from raysearch.config import Study
+from raysearch.config import Metric, Study
 from raysearch.study.ledger import Ledger
 from raysearch.study.storage import AnyPath
 from raysearch.trial.rank import Job
 
 
 class Progress:
-    """Plain lines for a terminal and a job log alike: what ran, what is left, the best so far."""
+    """Plain lines for a terminal and a job log alike: what ran, its objective, what is left.
+
+    A line about a round holds the selection split's value, which the search sees. A line that begins with "report split"
+    holds that split's value. The two are of different items, so the dense baseline has a line for each: a value is to be
+    read against the baseline of its own split.
+    """
 
     def __init__(self, ledger: Ledger, study: Study, root_key: str, echo: Callable[[str], None]) -> None:
         self.ledger, self.study, self.root_key, self.echo = ledger, study, root_key, echo
@@ -26,7 +31,7 @@ class Progress:
 
     def round_done(self, job: Job) -> None:
         trial = self.ledger.trial(job["number"])
-        self._line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
+        self._selection_line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
 
     def ended(self, job: Job, error: bool) -> None:
         if job["kind"] == "trial":
@@ -35,12 +40,21 @@ class Progress:
             self.count[trial.status] += trial.status != "running"
             if trial.status == "failed":
                 self.echo(f"trial {trial.number} failed: {trial.reason}")
+        elif not error and job["kind"] == "dense":  # this job scores both splits
+            self._selection_line("selection split, dense baseline", self.root_key)
+            self._report_line("report split, dense baseline", self.root_key)
         elif not error:
-            self._line("dense baseline" if job["kind"] == "dense" else "report split", job.get("key", self.root_key))
+            self._report_line("report split", job["key"])
 
-    def _line(self, what: str, key: str) -> None:
+    def _selection_line(self, what: str, key: str) -> None:
+        self._line(what, key, self.ledger.candidate(key).metrics)
+
+    def _report_line(self, what: str, key: str) -> None:
+        self._line(what, key, self.ledger.report_metrics(key) or {})
+
+    def _line(self, what: str, key: str, metrics: Mapping[str, Metric]) -> None:
         candidate = self.ledger.candidate(key)
-        metric = candidate.metrics.get(self.study.objective)
+        metric = metrics.get(self.study.objective)
         quality = f"{self.study.objective} {metric.value:.4f}" if metric else ""
         ended = self.count["done"] + self.count["stopped"] + self.count["failed"]
         elapsed = time.monotonic() - self.began

@@ -53,6 +53,24 @@ def test_what_it_says(study_directory: Path, tmp_path: Path) -> None:
         assert words in text, words
 
 
+def test_the_caption_counts_the_candidates_of_each_split(study_directory: Path, tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.2, 0.5], report=True)
+    (raced,) = study.trial(1, [0.4])
+    record = study.ledger.candidate(raced)
+    (study.ledger.round_directory(raced) / "record.json").write_text(
+        record.model_copy(update={"dominated_by": "rival"}).model_dump_json())
+    for directory, phrases in (
+            (study_directory, ("was scored for the 12 of 19 candidates", "shows the 19 candidates scored there")),
+            (tmp_path / "study", ("was scored for the 2 of 3 candidates", "shows the 2 candidates scored there",
+                                  "1 whose scoring a race stopped early are in neither picture"))):
+        text = Page(write_page(directory, tmp_path / "r.html").read_text()).text
+        for phrase in phrases:
+            assert phrase in text, phrase
+    assert "a race stopped" not in Page(write_page(study_directory, tmp_path / "r.html").read_text()).text
+
+
 def test_everything_foreign_is_escaped(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study")
     study.dense()
@@ -82,9 +100,9 @@ def test_headlines_for_an_accuracy(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study", objective="last_word/acc")
     study.dense()
     study.trial(0, [0.1, 0.3, 0.8], report=True)
-    found = headlines(load(tmp_path / "study"))
-    assert found[0].startswith("Smallest within one standard error of dense: sparsity 0.30")
-    assert found[1].startswith("Smallest within 1 point of dense: sparsity 0.10")
+    sentences = headlines(load(tmp_path / "study"))
+    assert sentences[0].startswith("Smallest within one standard error of dense: sparsity 0.30")
+    assert sentences[1].startswith("Smallest within 1 point of dense: sparsity 0.10")
 
 
 def test_optimism_by_hand(frame: pd.DataFrame) -> None:
@@ -106,12 +124,12 @@ def test_any_moment_of_a_study(tmp_path: Path) -> None:
     assert "Not shown: importance needs at least 8 candidates of 4 trials, got 0 of 0." in text
     study.trial(1, [0.2, 0.4])
     text = Page(write_page(tmp_path / "study").read_text()).text
-    assert "Nothing has been scored on the report split yet" in text
+    assert "Nothing has been scored on the report split yet, so this shows the 2 of 2 candidates scored on the" in text
     study.dense()
     study.trial(2, [0.3], report=True)
     assert "1 of 1 candidates scored on the report split" in Page(write_page(tmp_path / "study").read_text()).text
 
 
-def test_a_folder_is_not_a_report(study_directory: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="the report must be a file, got the folder"):
+def test_a_folder_is_not_a_page(study_directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the page must be a file, got the folder"):
         write_page(study_directory, tmp_path)

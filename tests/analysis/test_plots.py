@@ -5,36 +5,74 @@ import pytest
 from plotly.graph_objects import Figure, Scatter
 from synthetic_study import SyntheticStudy
 
+from analysis.candidates import candidates, frontier
 from analysis.importance import importance
 from analysis.load import load
 from analysis.plots import frontier_figure, importance_figure, trajectory_figure
 
 
 def visible(figure: Figure) -> dict[str, Scatter]:
-    return {trace.name: trace for trace in figure.data if trace.visible}
+    """Traces that are drawn, by name; plotly draws no empty one."""
+    return {trace.name: trace for trace in figure.data if trace.visible and len(trace.x)}
+
+
+def press(figure: Figure, label: str) -> None:
+    """What plotly's method `update` does in a browser when the button is pressed."""
+    (button,) = [button for menu in figure.layout.updatemenus for button in menu.buttons if button.label == label]
+    traces, layout = button.args
+    for name, values in traces.items():
+        for trace, value in zip(figure.data, values, strict=True):
+            trace[name] = value
+    for name, value in layout.items():
+        figure.layout[name] = value
 
 
 def test_frontier_figure_shows_these_points(frame: pd.DataFrame) -> None:
-    traces = visible(frontier_figure(frame))
+    figure = frontier_figure(frame)
+    traces = visible(figure)
     front = traces["frontier (report split, ± 1 standard error)"]
     assert list(front.x) == [372_800, 440_000, 488_000, 520_000, 560_000, 600_000, 680_000, 760_000, 920_000]
     assert front.y[-1] == pytest.approx(2 + 1.2 * 0.001 - 0.05 + 0.015)
     assert set(front.error_y.array) == {0.02}
     assert front.line.shape == "hv"
-    assert len(traces["not on the frontier (report value)"].x) == 3
-    assert len(traces["not on the frontier (selection value)"].x) == 7  # 19 candidates, 12 scored on report
-    assert traces["not on the frontier (selection value)"].marker.symbol == "circle-open"
+    assert len(traces["not on the frontier"].x) == 3  # 19 candidates, 12 scored on the report split
     assert list(traces["dense baseline"].y) == [2.01]
+    assert figure.layout.yaxis.title.text == "text/bits_per_byte<br>report split (lower is better)"
 
 
-def test_the_switch_shows_stored_bytes(frame: pd.DataFrame) -> None:
+def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
-    first, second = figure.layout.updatemenus[0].buttons
-    assert (first.label, second.label) == ("non-zero parameters", "stored bytes")
-    shown = [trace for trace, on in zip(figure.data, second.args[0]["visible"]) if on]
-    assert {trace.meta for trace in shown} == {"stored_bytes"}
-    assert max(max(trace.x) for trace in shown) == 4_000_000
-    assert [trace.visible for trace in figure.data] == first.args[0]["visible"]
+    rows = candidates(frame)
+    for split, label in (("report", "report split"), ("selection", "selection split (what the search saw)")):
+        press(figure, label)
+        scored = rows[f"{split}/text/bits_per_byte"].dropna()
+        for size in ("stored bytes", "non-zero parameters"):
+            press(figure, size)
+            shown = visible(figure)
+            assert sorted(y for trace in shown.values() for y in trace.y) == sorted(scored)
+            (baseline,) = shown["dense baseline"].y
+            band, line = figure.layout.shapes
+            assert line.y0 == line.y1 == baseline == rows.loc[rows["status"] == "dense", scored.name].iloc[0]
+            assert (band.y0, band.y1) == pytest.approx((baseline - 0.02, baseline + 0.02))
+            assert f"{split} split" in figure.layout.yaxis.title.text
+            assert all(f"on the {split} split" in text for trace in shown.values() for text in trace.hovertext)
+
+
+def test_the_buttons_for_size_and_split_combine(frame: pd.DataFrame) -> None:
+    figure = frontier_figure(frame)
+    splits, sizes = figure.layout.updatemenus
+    assert [button.label for button in splits.buttons] == ["report split", "selection split (what the search saw)"]
+    assert [button.label for button in sizes.buttons] == ["non-zero parameters", "stored bytes"]
+    press(figure, "stored bytes")
+    press(figure, "selection split (what the search saw)")
+    front = frontier(frame, "selection", "stored_bytes")
+    shown = visible(figure)["frontier (selection split, ± 1 standard error)"]
+    assert list(shown.x) == front["stored_bytes"].tolist()
+    assert list(shown.y) == front["selection/text/bits_per_byte"].tolist()
+    assert [text.split(" (")[0] for text in shown.hovertext] == [
+        f"<b>trial {row['trial']}, round {row['round']}" for _, row in front.iterrows()]
+    assert max(max(trace.x) for trace in visible(figure).values()) == 4_000_000
+    assert figure.layout.xaxis.title.text == "stored bytes (smaller is better)"
 
 
 def test_selection_split_until_something_is_scored(tmp_path: Path) -> None:
@@ -44,22 +82,27 @@ def test_selection_split_until_something_is_scored(tmp_path: Path) -> None:
     figure = frontier_figure(load(tmp_path / "study"))
     traces = visible(figure)
     assert traces["frontier (selection split, ± 1 standard error)"].x[0] == 2_500_000
-    assert figure.layout.yaxis.title.text == "last_word/acc (higher is better)"
+    assert figure.layout.yaxis.title.text == "last_word/acc<br>selection split (higher is better)"
     assert figure.layout.xaxis.title.text == "stored bytes (smaller is better)"
+    assert [[button.label for button in menu.buttons] for menu in figure.layout.updatemenus] == [
+        ["stored bytes", "non-zero parameters"]]
 
 
-def test_ruined_candidates_do_not_flatten_the_figure(tmp_path: Path) -> None:
+def test_ruined_candidates_do_not_flatten_the_split_that_they_are_on(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study")
     study.dense()
     study.trial(0, [0.2, 0.5], report=True)
-    frame = load(tmp_path / "study")
-    assert frontier_figure(frame).layout.yaxis.range is None
     study.trial(1, [0.4])
     frame = load(tmp_path / "study")
     frame.loc[frame["trial"] == 1, "selection/text/bits_per_byte"] = 9.0
     figure = frontier_figure(frame)
+    assert (figure.layout.yaxis.autorange, figure.layout.yaxis.range, figure.layout.annotations) == (True, None, ())
+    press(figure, "selection split (what the search saw)")
+    assert not figure.layout.yaxis.autorange
     assert figure.layout.yaxis.range[1] < 2.3
-    assert "1 outside this view; double-click shows all" in [note.text for note in figure.layout.annotations]
+    assert [note.text for note in figure.layout.annotations] == ["1 outside this view; double-click shows all"]
+    press(figure, "report split")
+    assert (figure.layout.yaxis.autorange, figure.layout.annotations) == (True, ())
 
 
 def test_trajectories(frame: pd.DataFrame) -> None:

@@ -1,0 +1,64 @@
+import re
+from pathlib import Path
+
+import pytest
+from synthetic_study import ROOT, SyntheticStudy
+
+from raysearch.search.progress import Progress
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> SyntheticStudy:
+    """The dense baseline, which has 2.0000 on the selection split and 2.0100 on the report split."""
+    study = SyntheticStudy(tmp_path / "study", num_trials=5)
+    study.dense()
+    return study
+
+
+def begun(study: SyntheticStudy) -> tuple[Progress, list[str]]:
+    lines: list[str] = []
+    return Progress(study.ledger, study.ledger.study().study, ROOT, lines.append), lines
+
+
+def without_counts(lines: list[str]) -> list[str]:
+    """The lines without their clock and without the counts of trials."""
+    parts = [re.fullmatch(r"\[ *\d+ s\] (.*) \| trials: .*", line) for line in lines]
+    return [part[1] for part in parts if part]
+
+
+def test_the_dense_baseline_has_a_line_for_each_split(study: SyntheticStudy) -> None:
+    progress, lines = begun(study)
+    progress.ended({"kind": "dense"}, error=False)
+    assert without_counts(lines) == ["selection split, dense baseline: sparsity 0.000 text/bits_per_byte 2.0000",
+                                     "report split, dense baseline: sparsity 0.000 text/bits_per_byte 2.0100"]
+
+
+def test_a_round_tells_the_selection_value_and_a_report_job_the_report_value(study: SyntheticStudy) -> None:
+    *_, key = study.trial(0, [0.3, 0.5, 0.7], status="running", num_finished=2, report=True)
+    progress, lines = begun(study)
+    progress.round_done({"kind": "trial", "number": 0})
+    progress.ended({"kind": "report", "key": key}, error=False)
+    assert without_counts(lines) == ["trial 0 round 2/3: sparsity 0.500 text/bits_per_byte 2.1500",  # 2 + 1.2 * 0.5^3
+                                     "report split: sparsity 0.500 text/bits_per_byte 2.1650"]
+
+
+def test_a_report_job_that_failed_tells_no_value(study: SyntheticStudy) -> None:
+    (key,) = study.trial(0, [0.5])
+    progress, lines = begun(study)
+    progress.ended({"kind": "report", "key": key}, error=True)
+    assert lines == []
+
+
+def test_trials_are_counted_by_their_end(study: SyntheticStudy) -> None:
+    study.trial(0, [0.5])  # done by a driver before this one
+    progress, lines = begun(study)
+    for number in (1, 2, 3):
+        progress.started({"kind": "trial", "number": number})
+    study.trial(1, [0.4])
+    study.trial(2, [0.4], status="failed", num_finished=0, reason="round 1: diverged")
+    study.trial(3, [0.2, 0.3], status="running", num_finished=1)
+    progress.ended({"kind": "trial", "number": 1}, error=False)
+    progress.ended({"kind": "trial", "number": 2}, error=False)
+    progress.round_done({"kind": "trial", "number": 3})
+    assert lines[0] == "trial 2 failed: round 1: diverged"
+    assert lines[1].endswith("| trials: 1 running, 2 done, 0 stopped, 1 failed of 5")
