@@ -21,7 +21,7 @@ test: install
 	$(BIN)/python -m pytest -q
 
 chaos: install
-	$(BIN)/python -m pytest -q -m "slow or not slow" tests/end_to_end tests/search
+	$(BIN)/python -m pytest -q -m "slow or not slow" tests/end_to_end tests/search tests/study tests/trial
 
 check: install
 	$(BIN)/ruff check .

@@ -8,18 +8,25 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from s3 import refusing_store, s3, store  # noqa: F401  fixtures for all folders
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import raysearch.study.files
+from raysearch import cli
 from raysearch.config import Study
 from raysearch.study.ledger import Ledger
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.worker import Worker
+
+Run = Callable[..., tuple[int, str, str]]
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -92,3 +99,37 @@ def study(tiny_model: Path, stories: Path) -> Study:
 def worker(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Worker:
     """A workbench on one rank in this process."""
     return Worker(study, Ledger(tmp_path_factory.mktemp("study")), read_inputs(study))
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refused write is tried again after half a second."""
+    monkeypatch.setattr(raysearch.study.files, "WRITE_RETRY_S", 0.5)
+
+
+@pytest.fixture
+def apart(worker: Worker, tmp_path: Path) -> Worker:
+    """The shared workbench on a study directory of its own."""
+    ledger = worker.ledger
+    worker.ledger, worker.loaded_key = Ledger(tmp_path / "study"), None
+    yield worker
+    worker.ledger, worker.loaded_key = ledger, None
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["raysearch", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

@@ -1,10 +1,13 @@
 """Faults that happen inside a worker: code that runs in every process of a sweep once it has imported raysearch.trial.round."""
 
 import os
+import resource
 import signal
 import subprocess
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -65,3 +68,19 @@ def kill(process: psutil.Process) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
+@contextmanager
+def refusing(seconds: float = threading.TIMEOUT_MAX) -> Iterator[None]:
+    """For `seconds`, but no longer than the block, the system refuses every file of this process above 20 kB (EFBIG).
+
+    A block, not a fixture: pytest's own output can be such a file, and it writes there before it tears fixtures down.
+    """
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    timer = threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, old))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -67,6 +67,17 @@ class SyntheticStudy:
             started_at="2026-11-23T09:00:00+00:00", seconds=12.5 * len(keys)))
         return keys
 
+    def finish(self, number: int, status: str = "done", num_finished: int | None = None, **changes: Any) -> list[str]:
+        """Plays the gang of a trial that was begun: writes its rounds, at its actions' sparsities, and its record."""
+        begun = self.ledger.trial(number)
+        keys: list[str] = []
+        for depth, action in enumerate(begun.actions[:num_finished], start=1):
+            parent = keys[-1] if keys else ROOT
+            keys.append(round_key(parent, action))
+            self._round(keys[-1], parent, action, depth, action.sparsity or 0.0, metrics(action.sparsity or 0.0, 0.0))
+        self.ledger.write_trial(begun.model_copy(update={"keys": tuple(keys), "status": status, **changes}))
+        return keys
+
     def _round(self, key: str, parent: str | None, action: Action | None, depth: int, sparsity: float,
                scored: dict[str, Metric]) -> None:
         zeros = round(sparsity * NUM_PRUNABLE)

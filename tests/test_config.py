@@ -1,3 +1,4 @@
+
 import pytest
 
 from raysearch.config import Study, TrialConfig, higher_is_better, parse
@@ -35,3 +36,10 @@ def test_direction_of_metrics() -> None:
     up = ["hellaswag/acc", "choice/acc_norm", "triviaqa/exact_match"]
     down = ["text/bits_per_byte", "lambada/perplexity", "text/word_perplexity"]
     assert [higher_is_better(name) for name in up + down] == [True] * 3 + [False] * 3
+
+
+def test_a_wrong_word_names_both_rules() -> None:
+    with pytest.raises(ValueError, match=r"num_ranks: Input should be a valid integer or Input should be 'auto' \(got 'all'\)"):
+        parse(Study, {"model": "m", "num_ranks": "all"}, "x")
+    with pytest.raises(ValueError, match="num_ranks must be at least 1, or auto, got 0"):
+        parse(Study, {"model": "m", "num_ranks": 0}, "x")

@@ -1,14 +1,11 @@
 """Which gang holds a model: known numbers, by hand."""
 
-from pathlib import Path
 
 import pytest
-from transformers import GPT2Config
 
-from raysearch.cluster.joining import gpu_memory, placed
 from raysearch.cluster.placement import place, rank_bytes
-from raysearch.config import Study, parse
-from raysearch.models.model import ModelSize, model_size
+from raysearch.config import Study
+from raysearch.models.model import ModelSize
 
 GPU_BYTES = 85_520_809_984  # an H100 of "80 GB"
 GPT2 = ModelSize(124_439_808, 768, 12, 50_257)
@@ -74,33 +71,3 @@ def test_nothing_fits_is_one_sentence() -> None:
                                          r"in bfloat16; 2 ranks at ZeRO-3 \d+\.\d GB of") as error:
         place(auto(), LLAMA_70B, GPU_BYTES, 2)
     assert "\n" not in str(error.value)
-
-
-def test_a_model_is_measured_without_its_weights(tmp_path: Path, tiny_model: Path) -> None:
-    GPT2Config().save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
-    assert model_size(str(tmp_path)) == GPT2  # tied embeddings once
-    assert model_size(str(tiny_model)).num_layers == 2
-
-
-def test_on_processors_auto_is_one_rank_and_a_record_is_adopted() -> None:
-    said: list[str] = []
-    study = placed(auto(gpus_per_rank=0.0), None, said.append)
-    assert (study.num_ranks, study.zero_stage, len(said)) == (1, 0, 1)
-    again = placed(auto(), auto(num_ranks=4, zero_stage=3), said.append)
-    assert (again.num_ranks, again.zero_stage, len(said)) == (4, 3, 1)
-    assert placed(auto(num_ranks=2, zero_stage=1), auto(num_ranks=4, zero_stage=3), said.append).num_ranks == 2
-
-
-def test_a_wrong_word_names_both_rules() -> None:
-    with pytest.raises(ValueError, match=r"num_ranks: Input should be a valid integer or Input should be 'auto' \(got 'all'\)"):
-        parse(Study, {"model": "m", "num_ranks": "all"}, "x")
-    with pytest.raises(ValueError, match="num_ranks must be at least 1, or auto, got 0"):
-        parse(Study, {"model": "m", "num_ranks": 0}, "x")
-
-
-def test_this_machine_has_a_gpu_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
-    with pytest.raises(ValueError, match="auto needs a GPU to measure"):
-        gpu_memory()

@@ -1,153 +1,24 @@
 """Faults, injected for real: no finished round is lost, none is recorded twice, no trial stays running, others go on.
 
-The quick ones run by default; `make chaos` runs the slow ones too. Others of their kind: a torn journal and a driver's kill
-in test_search.py, signals in test_signals.py, a job's stop in test_jobs.py, locks in test_ledger.py and test_status.py.
+The quick ones run by default; `make chaos` runs the slow ones too. Others of their kind: damaged weights and storage that
+refuses in test_candidate.py and test_files.py, a torn journal in test_journal.py, a driver's kill in test_sweep.py, signals in
+test_signals.py, a job's stop in test_jobs.py, locks in test_ledger.py, test_lease.py and test_status.py.
 """
 
-import resource
 import shutil
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import optuna
 import psutil
 import pytest
-import torch
 from faults import inject, kill, wait_until, workers
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from sweeps import finish, sweep, write_space
 
-import raysearch.study.files
-from raysearch.config import Action, Study, TrialConfig
 from raysearch.models.weights import read_weights
-from raysearch.study.files import persist, write_json
 from raysearch.study.ledger import Ledger
-from raysearch.study.provenance import utc_now
-from raysearch.study.records import TrialRecord
-from raysearch.trial.actions import resolve_actions
-from raysearch.trial.round import dense_round, load_candidate, run_round
-from raysearch.trial.run import run_trial
-from raysearch.trial.worker import Worker
-
-ACTION = Action(sparsity=0.5, finetune_tokens=1024, learning_rate=1e-3)
-
-
-# ---- damaged checkpoints ----
-
-
-def truncate(path: Path) -> None:
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size // 2)
-
-
-def flip_a_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 4
-    path.write_bytes(data)
-
-
-@pytest.fixture
-def apart(worker: Worker, tmp_path: Path) -> Worker:
-    """The shared workbench on a study directory of its own."""
-    ledger = worker.ledger
-    worker.ledger, worker.loaded_key = Ledger(tmp_path / "study"), None
-    yield worker
-    worker.ledger, worker.loaded_key = ledger, None
-
-
-@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-def test_damaged_weights_are_computed_again(apart: Worker, damage: Callable[[Path], None]) -> None:
-    first = run_round(apart, dense_round(apart), ACTION)
-    second = run_round(apart, first, ACTION.model_copy(update={"sparsity": 0.7, "data_start_tokens": 1024}))
-    path = apart.ledger.weights_path(second.key)
-    before = {name: tensor.clone() for name, tensor in read_weights(path, second.weights_sha256).items()}  # not mapped
-    for record in (first, second):  # its parent's too, so that both are computed again
-        damage(apart.ledger.weights_path(record.key))
-    apart.engine.load_base()
-    apart.loaded_key = None
-    third = run_round(apart, second, ACTION.model_copy(update={"sparsity": 0.8, "data_start_tokens": 2048}))
-    again = apart.ledger.candidate(second.key)
-    assert again.model_copy(update={"weights_sha256": second.weights_sha256}) == second
-    after = read_weights(path, again.weights_sha256)
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert {record.key for record in apart.ledger.rounds().values()} == {
-        apart.inputs.root_key, first.key, second.key, third.key}
-    assert third.sparsity == pytest.approx(0.8, abs=1e-4)
-    assert path.with_suffix(".damaged").exists() == (damage is not Path.unlink)
-    load_candidate(apart, again)
-    assert sum(apart.engine.nonzero_counts().values()) == second.num_nonzero
-
-
-# ---- storage that refuses ----
-
-
-@contextmanager
-def refusing(seconds: float = threading.TIMEOUT_MAX) -> Iterator[None]:
-    """For `seconds`, but no longer than the block, the system refuses every file of this process above 20 kB (EFBIG).
-
-    A block, not a fixture: pytest's own output can be such a file, and it writes there before it tears fixtures down.
-    """
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    timer = threading.Timer(seconds, resource.setrlimit, (resource.RLIMIT_FSIZE, old))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-@pytest.fixture
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A refused write is tried again after half a second."""
-    monkeypatch.setattr(raysearch.study.files, "WRITE_RETRY_S", 0.5)
-
-
-@pytest.mark.usefixtures("soon")
-def test_storage_that_refuses_once_costs_a_moment(apart: Worker) -> None:
-    dense = dense_round(apart)
-    started = time.monotonic()
-    with refusing(seconds=0.25):
-        persist(apart.ledger.directory / "x", lambda: (apart.ledger.directory / "x").write_bytes(b"0" * 30_000))
-    assert 0.5 <= time.monotonic() - started < 5
-    record = run_round(apart, dense, ACTION)
-    assert apart.ledger.candidate(record.key) == record
-
-
-@pytest.mark.usefixtures("soon")
-def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Worker, study: Study) -> None:
-    config = TrialConfig(target_sparsity=0.5, num_rounds=1, schedule="linear")
-    trial = TrialRecord(number=0, config=config, started_at=utc_now(),
-                        actions=resolve_actions(config, study, apart.inputs.num_train_tokens))
-    dense_round(apart)
-    with refusing(), pytest.raises(OSError, match=r"weights.safetensors|rounds/"):
-        list(run_trial(apart, trial))
-    failed = apart.ledger.trial(0)
-    assert failed.status == "failed"
-    assert str(apart.ledger.directory / "rounds") in failed.reason
-    assert "cannot be written, twice 0.5 s apart" in failed.reason
-    assert list(apart.ledger.rounds()) == [apart.inputs.root_key]
-    assert not [path for path in (apart.ledger.directory / "rounds").iterdir() if path.name.startswith(".")]
-
-
-@pytest.mark.usefixtures("soon")
-def test_a_refused_record_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with refusing(), pytest.raises(OSError, match="a.json: cannot be written"):
-        persist(path, lambda: write_json(path, {"a": "1" * 30_000}))
-    assert path.read_text() == '{\n "a": 1\n}'
-    assert list(tmp_path.iterdir()) == [path]
-
-
-# ---- processes that die or hang ----
 
 
 def check(folder: Path, num_trials: int, failed: dict[int, str]) -> Ledger:

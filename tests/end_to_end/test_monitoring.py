@@ -14,12 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna_dashboard import wsgi
 from sweeps import check_whole, finish, sweep, write_space
 
-import raysearch.search.sweep
-from raysearch.config import Action, Study
-from raysearch.search.loggers import logger_callbacks
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import config_hash
-from raysearch.trial.gang import disagreement
 
 SECRETS = {"HF_TOKEN": "hf_planted6b1f0a", "WANDB_API_KEY": "planted0c4d7e52", "AWS_SECRET_ACCESS_KEY": "planted77aa9911"}
 
@@ -131,27 +126,3 @@ def test_keep_frontier_says_what_it_deleted(watched: Watched) -> None:
     reported = {path.parent.name for path in watched.ledger.directory.glob("rounds/*/report.json")}
     assert kept == reported - {watched.ledger.study().root_key}
     assert f"deleted {len(watched.ledger.rounds()) - 1 - len(kept)} files" in line
-
-
-def test_missing_loggers_are_named() -> None:
-    assert logger_callbacks("x", None, None) == []
-    with pytest.raises(ValueError, match="--mlflow needs the package mlflow, which is not installed here: pip install mlflow"):
-        logger_callbacks("x", "file:///tmp", None)
-    with pytest.raises(ValueError, match="--wandb needs the package wandb"):
-        logger_callbacks("x", None, "project")
-
-
-def test_a_missing_logger_stops_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--wandb needs"):
-        raysearch.search.sweep.sweep("s", tmp_path / "study", Study(model="m"), dict, print, wandb_project="project")
-    assert not list(tmp_path.iterdir())
-
-
-def test_ranks_that_resolve_otherwise_are_named() -> None:
-    study, actions = Study(model="m"), [Action(sparsity=0.5)]
-    ours = config_hash(study, actions)
-    job = {"kind": "trial", "number": 7, "config_hash": ours}
-    assert disagreement(job, [ours, ours]) == ""
-    for theirs in (config_hash(study, [Action(sparsity=0.6)]), config_hash(Study(model="m", weight_decay=0.1), actions)):
-        assert theirs != ours
-        assert disagreement(job, [ours, theirs]).startswith(f"rank 1 ({theirs}) resolves trial 7 to another configuration")

@@ -1,141 +1,179 @@
-"""Every backend that this machine can run gives the product, whatever the shape, the mask, the dtype and the strides."""
+"""The conformance suite of the sparse backends: each gives the product of every weight that its line of the table names,
+whatever the shape, the mask, the bias, the tokens and the strides, within what its dtype allows, and refuses all others."""
 
 import itertools
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from layers import SHAPES, assert_product, mask_of
 
 from raysearch.kernels import bitmap, cpu, decode
-from raysearch.kernels.backends import BACKENDS, compiles
-from raysearch.kernels.weight import compress
+from raysearch.kernels.backends import BACKENDS, MIN_SEMI24_TOKENS, compiles, hopper
+from raysearch.kernels.weight import SparseWeight, compress
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
-                                                                                reason="needs a CUDA device")])]
 LARGE = [(512, 1024), (80, 11008), (96, 11008)]
 """Of weights on a GPU: more inputs than a block's threads or warps take at once, an odd and an even number of 16 outputs."""
-PATTERNS = [("unstructured", 1), ("2:4", 1), ("block", 16), ("block", 32), ("block", 64), ("block", 128)]
+TOKENS = (1, 2, 3, 8, 16, 33, 200, 300)
+SPARSITIES = (0.0, 0.5, 0.95, 1.1)
+"""Nothing, some, much and everything pruned."""
+SINGLES = [("unstructured", 1), ("2:4", 1)]
+BLOCKS = [("block", 16), ("block", 32), ("block", 64), ("block", 128)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("pattern", "block"), PATTERNS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_products(device: str, pattern: str, block: int, dtype: torch.dtype) -> None:
-    num_runs = 0
+class Tenant(NamedTuple):
+    """What a backend takes."""
+
+    device: str
+    patterns: list[tuple[str, int]]
+    dtypes: list[torch.dtype]
+    tokens: tuple[int, int]
+    """Fewest and most of one product."""
+    step: tuple[int, int]
+    """Outputs and inputs must be multiples of these."""
+    runs_here: Callable[[], bool]
+    """Whether this machine, whose device it is, has the compiler and the instructions."""
+
+
+def on_hopper(library: Callable[[], Any]) -> Callable[[], bool]:
+    return lambda: hopper(0) and compiles("nvcc", library)
+
+
+ANY = (1, 1 << 30)
+TENANTS = {
+    "block": Tenant("cuda", BLOCKS, [torch.bfloat16, torch.float16], ANY, (1, 8), lambda: True),
+    "2:4": Tenant("cuda", [("2:4", 1)], [torch.bfloat16, torch.float16], (MIN_SEMI24_TOKENS, ANY[1]), (16, 16),
+                  torch.backends.cusparselt.is_available),
+    "decode": Tenant("cuda", SINGLES, [torch.bfloat16], (1, decode.MAX_TOKENS), (1, 8), on_hopper(decode.library)),
+    "bitmap": Tenant("cuda", SINGLES, [torch.bfloat16], (1, bitmap.MAX_TOKENS), (1, 8), on_hopper(bitmap.library)),
+    "csr": Tenant("cpu", SINGLES, [torch.float32], ANY, (1, 1), lambda: compiles("g++", cpu.library)),
+    "amx": Tenant("cpu", BLOCKS[1:], [torch.bfloat16], ANY, (1, 1), lambda: compiles("g++", cpu.library) and cpu.has_amx()),
+}
+ON_ITS_DEVICE = [pytest.param(name, marks=pytest.mark.gpu) if tenant.device == "cuda" else name
+                 for name, tenant in TENANTS.items()]
+
+
+@pytest.fixture
+def tenant(name: str) -> Tenant:
+    """The backend's line, where it runs here."""
+    found = TENANTS[name]
+    if (found.device == "cuda" and not torch.cuda.is_available()) or not found.runs_here():
+        pytest.skip(f"backend {name} does not run on this machine")
+    return found
+
+
+def layer(pattern: tuple[str, int], shape: tuple[int, int], sparsity: float, dtype: torch.dtype,
+          device: str) -> tuple[torch.Tensor, SparseWeight]:
+    """(its dense form [O, K], the weight)."""
+    mask = mask_of(*pattern, shape, sparsity).to(device)
+    dense = torch.where(mask, torch.randn(shape, device=device), 0).to(dtype)
+    return dense, compress(dense, mask, *pattern)
+
+
+def takes(tenant: Tenant, pattern: tuple[str, int], shape: tuple[int, int], dtype: torch.dtype, num_tokens: int) -> bool:
+    return (pattern in tenant.patterns and dtype in tenant.dtypes and tenant.tokens[0] <= num_tokens <= tenant.tokens[1]
+            and shape[0] % tenant.step[0] == 0 and shape[1] % tenant.step[1] == 0)
+
+
+def layers(tenant: Tenant) -> Iterator[tuple[torch.dtype, torch.Tensor, SparseWeight]]:
+    """Of every kind that a backend takes."""
     torch.manual_seed(1)
-    for shape in [*SHAPES, *LARGE] if device == "cuda" else SHAPES:
-        for sparsity in (0.0, 0.5, 0.95, 1.1):  # nothing, some, much and everything pruned
-            mask = mask_of(pattern, block, shape, sparsity).to(device)
-            dense = torch.where(mask, torch.randn(shape, device=device), 0).to(dtype)
-            weight = compress(dense, mask, pattern, block)
-            bias = torch.randn(shape[0], device=device).to(dtype)
-            packs: dict[str, Any] = {}
-            for num_tokens in (1, 2, 3, 8, 16, 33, 200, 300):
-                wide = torch.randn(num_tokens, shape[1] + 8, device=device).to(dtype)
-                x = wide[:, :shape[1]]  # not contiguous
-                for name, backend in BACKENDS.items():
-                    for variant in backend.variants(weight, dtype, weight.values.device, num_tokens):
-                        if name not in packs:
-                            packs[name] = backend.pack(weight, weight.values.device)
-                        packed = packs[name]
-                        assert_product(backend.run(x, packed, bias, variant), x, dense, bias)
-                        assert_product(backend.run(x, packed, None, variant), x, dense, None)
-                        num_runs += 1
-    if device == "cpu" and pattern in ("unstructured", "2:4") and dtype == torch.float32 and compiles("g++", cpu.library):
-        assert num_runs == len(SHAPES) * 4 * 8
+    shapes = [*SHAPES, *LARGE] if tenant.device == "cuda" else SHAPES
+    for pattern, dtype, shape, sparsity in itertools.product(tenant.patterns, tenant.dtypes, shapes, SPARSITIES):
+        if takes(tenant, pattern, shape, dtype, tenant.tokens[0]):
+            yield dtype, *layer(pattern, shape, sparsity, dtype, tenant.device)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_csr_shares_tokens_among_threads(num_threads: int) -> None:
-    if not compiles("g++", cpu.library):
-        pytest.skip("no compiler")
-    mask = mask_of("unstructured", 1, (130, 300), 0.7)
-    dense = torch.where(mask, torch.randn(130, 300), 0)
-    packed, x = cpu.pack_csr(compress(dense, mask)), torch.randn(333, 300)
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        assert_product(cpu.csr_linear(x, packed, None), x, dense, None)
-    finally:
-        torch.set_num_threads(before)
+def test_every_backend_has_its_line() -> None:
+    assert list(TENANTS) == list(BACKENDS)
+    assert all(backend.name == name for name, backend in BACKENDS.items())
 
 
-@pytest.mark.parametrize(("shape", "sparsity"), [((70, 200), 0.5), ((34, 64), 0.99), ((33, 72), 1.1), ((40, 12320), 0.97),
-                                                 ((256, 1024), 0.0)])
-def test_the_decode_layout_holds_the_weight(shape: tuple[int, int], sparsity: float) -> None:
-    mask = mask_of("unstructured", 1, shape, sparsity)
-    dense = torch.where(mask, torch.randn(shape), 0).bfloat16()
-    packed = decode.pack_decode(compress(dense, mask), "cpu")
-    num_chunks, chunk = decode.chunks(shape[1])
-    groups = torch.repeat_interleave(torch.arange(len(packed.starts) - 1), packed.starts.diff().long())
-    slots = (packed.bases.int() & 0xFFFF)[..., None] + packed.offsets.int()  # [octets, 32, 8]
-    assert (slots % decode.SLOTS < 8).all()  # the ninth holds nothing
-    columns = slots // decode.SLOTS * 8 + slots % decode.SLOTS
-    first = (groups % num_chunks * chunk)[:, None, None]
-    assert ((columns >= first) & (columns < first + chunk)).all()  # no lane reads beyond its block's inputs
-    rows = ((groups // num_chunks * 32)[:, None, None] + torch.arange(32)[:, None]).expand_as(columns)
-    found = torch.zeros(-(-shape[0] // 32) * 32, num_chunks * chunk, dtype=torch.float64)
-    found.index_put_((rows, columns.long()), packed.values.double(), accumulate=True)
-    assert torch.equal(found[:shape[0], :shape[1]], dense.double())
-    assert found.count_nonzero() == dense.count_nonzero()
+@pytest.mark.parametrize("name", ON_ITS_DEVICE)
+def test_products(name: str, tenant: Tenant) -> None:
+    backend, num_layers = BACKENDS[name], 0
+    for dtype, dense, weight in layers(tenant):
+        num_outputs, num_inputs = weight.shape
+        bias = torch.randn(num_outputs, device=dense.device).to(dtype)
+        packed = backend.pack(weight, dense.device)
+        for num_tokens in (count for count in TOKENS if tenant.tokens[0] <= count <= tenant.tokens[1]):
+            x = torch.randn(num_tokens, num_inputs + 8, device=dense.device).to(dtype)[:, :num_inputs]  # not contiguous
+            for variant in backend.variants(weight, dtype, dense.device, num_tokens):
+                assert_product(backend.run(x, packed, bias, variant), x, dense, bias)
+                assert_product(backend.run(x, packed, None, variant), x, dense, None)
+        num_layers += 1
+    assert num_layers >= len(tenant.patterns) * len(tenant.dtypes) * len(SPARSITIES)
 
 
-@pytest.mark.parametrize(("shape", "sparsity"), [((70, 200), 0.5), ((34, 64), 0.99), ((33, 72), 1.1), ((16, 392), 0.0),
-                                                 ((600, 256), 0.7)])
-def test_the_bitmap_layout_holds_the_weight(shape: tuple[int, int], sparsity: float) -> None:
-    mask = mask_of("unstructured", 1, shape, sparsity)
-    dense = torch.where(mask, torch.randn(shape), 0).bfloat16()
-    packed = bitmap.pack_bitmap(compress(dense, mask), "cpu")
-    assert packed.pairs == (sparsity >= 0.7)
-    head, num_stages = 1 if packed.pairs else 2, -(-shape[1] // 128)
-    found = torch.zeros(-(-shape[0] // 16) * 16, num_stages * 128, dtype=torch.bfloat16)
-    for stage, (start, stop) in enumerate(zip(packed.starts.tolist(), packed.starts[1:].tolist())):
-        units = packed.data[start:stop]
-        bits = units[:head].reshape(32, -1, 1) >> torch.arange(8, dtype=torch.uint8) & 1  # [lane, byte, bit]
-        words = units[head:].view(torch.int32).T.contiguous()  # [lane, row]
-        num_rows, num_streams = stop - start - head, 1 if packed.pairs else 2
-        streams = (words if packed.pairs else words.view(torch.int16)).view(32, num_rows, num_streams)
-        for lane in range(32):
-            kept = bits[lane].view(streams.shape[2], 32).bool()
-            items = torch.zeros(kept.shape, dtype=streams.dtype)
-            for stream in range(len(kept)):
-                items[stream, kept[stream]] = streams[lane, :int(kept[stream].sum()), stream]
-            rows = stage // num_stages * 16 + lane // 4
-            columns = stage % num_stages * 128 + lane % 4 * 8
-            fragment = items.view(torch.bfloat16).view(8, 2, 2, 2)  # [tile, upper inputs, lower outputs, pair]
-            for tile, upper, lower in itertools.product(range(8), range(2), range(2)):
-                place = columns + tile // 2 * 32 + tile % 2 * 4 + upper * 2
-                found[rows + lower * 8, place:place + 2] = fragment[tile, upper, lower]
-    assert torch.equal(found[:shape[0], :shape[1]], dense)
-    assert found.count_nonzero() == dense.count_nonzero()
+@pytest.mark.parametrize("name", ON_ITS_DEVICE)
+def test_what_the_line_names_is_taken(name: str, tenant: Tenant) -> None:
+    for dtype, dense, weight in layers(tenant):
+        for num_tokens in TOKENS:
+            if takes(tenant, (weight.pattern, weight.block), weight.shape, dtype, num_tokens):
+                assert BACKENDS[name].variants(weight, dtype, dense.device, num_tokens), (weight.shape, dtype, num_tokens)
 
 
-def test_a_bitmap_kernel_that_takes_two_tiles_needs_an_even_number() -> None:
-    for outputs, fits in ((80, [(1, 1)]), (96, list(bitmap.VARIANTS)), (33, [(1, 1)])):
-        weight = compress(torch.ones(outputs, 1024).bfloat16(), torch.rand(outputs, 1024) < 0.5)
-        assert [v for v in bitmap.VARIANTS if bitmap.fits_bitmap(weight, torch.bfloat16, 4, v)] == fits
+@pytest.mark.parametrize("name", ON_ITS_DEVICE)
+def test_what_the_line_does_not_name_is_left_to_others(name: str, tenant: Tenant) -> None:
+    for pattern, dtype, shape, num_tokens in itertools.product(SINGLES + BLOCKS, DTYPES, SHAPES, TOKENS):
+        if not takes(tenant, pattern, shape, dtype, num_tokens):
+            dense, weight = layer(pattern, shape, 0.5, dtype, tenant.device)
+            assert BACKENDS[name].variants(weight, dtype, dense.device, num_tokens) == [], (pattern, shape, dtype, num_tokens)
 
 
-def test_amx_tiles_hold_the_weight() -> None:
-    for block, shape in [(32, (72, 200)), (64, (130, 100)), (128, (300, 260))]:
-        mask = mask_of("block", block, shape, 0.5)
-        dense = torch.where(mask, torch.randn(shape), 0).bfloat16()
-        packed = cpu.pack_tiles(compress(dense, mask, "block", block))
-        rows = torch.repeat_interleave(torch.arange(len(packed.starts) - 1), packed.starts.diff().long())
-        found = torch.zeros(-(-shape[0] // 32) * 32, -(-shape[1] // 32) * 32)
-        for row, column, tile in zip(rows.tolist(), packed.columns.tolist(), packed.blocks.float()):
-            found[row * 32:row * 32 + 32, column * 32:column * 32 + 32] = tile.permute(0, 2, 1, 3).reshape(32, 32)
-        assert torch.equal(found[:shape[0], :shape[1]], dense.float())
+@pytest.mark.parametrize("name", [name for name, tenant in TENANTS.items() if tenant.device == "cuda"])
+def test_a_gpus_backend_takes_nothing_on_a_processor(name: str) -> None:
+    for pattern, dtype in itertools.product(SINGLES + BLOCKS, DTYPES):
+        dense, weight = layer(pattern, (64, 128), 0.5, dtype, "cpu")
+        assert not any(BACKENDS[name].variants(weight, dtype, dense.device, count) for count in (1, 8, 512))
 
 
-def test_bad_weights_are_refused() -> None:
-    blocks = mask_of("block", 32, (64, 64), 0.5)
-    block_weight = compress(torch.ones(64, 64), blocks, "block", 32)
-    single = compress(torch.ones(64, 64), blocks)
-    with pytest.raises(ValueError, match="CSR kernel needs single weights in float32, got blocks of 32"):
-        cpu.pack_csr(block_weight)
-    with pytest.raises(ValueError, match="AMX kernel needs blocks of 32, 64 or 128 in bfloat16, got blocks of 1"):
-        cpu.pack_tiles(single)
-    with pytest.raises(ValueError, match="decode kernel needs single weights in bfloat16, got blocks of 1 in torch.float32"):
-        decode.pack_decode(single, "cpu")
+@pytest.mark.parametrize("name", ON_ITS_DEVICE)
+def test_a_product_is_the_same_twice_and_leaves_its_inputs(name: str, tenant: Tenant) -> None:
+    """Also for a copy of what was packed, as the dispatcher times it."""
+    shape, num_tokens = (64, 128), max(8, tenant.tokens[0])
+    dense, weight = layer(tenant.patterns[0], shape, 0.5, tenant.dtypes[0], tenant.device)
+    packed = BACKENDS[name].pack(weight, dense.device)
+    copy = type(packed)(*(part.clone() if isinstance(part, torch.Tensor) else part for part in packed))
+    x = torch.randn(num_tokens, shape[1], device=dense.device).to(dense.dtype)
+    before = x.clone()
+    variants = BACKENDS[name].variants(weight, dense.dtype, dense.device, num_tokens)
+    assert variants
+    for variant in variants:
+        first = BACKENDS[name].run(x, packed, None, variant)
+        assert torch.equal(BACKENDS[name].run(x, packed, None, variant), first)
+        assert torch.equal(BACKENDS[name].run(x, copy, None, variant), first)
+    assert torch.equal(x, before)
+    assert torch.equal(weight.to_dense(), dense)
+
+
+@pytest.mark.parametrize(("name", "pattern", "dtype", "sentence"), [
+    ("csr", ("block", 32), torch.float32, "CSR kernel needs single weights in float32, got blocks of 32 in torch.float32"),
+    ("csr", ("unstructured", 1), torch.bfloat16, "CSR kernel needs single weights in float32, got blocks of 1 in torch.bf"),
+    ("amx", ("unstructured", 1), torch.bfloat16, "AMX kernel needs blocks of 32, 64 or 128 in bfloat16, got blocks of 1"),
+    ("amx", ("block", 16), torch.bfloat16, "AMX kernel needs blocks of 32, 64 or 128 in bfloat16, got blocks of 16"),
+    ("amx", ("block", 32), torch.float32, "AMX kernel needs blocks of 32, 64 or 128 in bfloat16, got blocks of 32 in torch.fl"),
+    ("decode", ("unstructured", 1), torch.float32, "decode kernel needs single weights in bfloat16, got blocks of 1 in"),
+    ("decode", ("block", 16), torch.bfloat16, "decode kernel needs single weights in bfloat16, got blocks of 16"),
+    ("bitmap", ("unstructured", 1), torch.float32, "bitmap kernel needs single weights in bfloat16, got blocks of 1 in"),
+    ("bitmap", ("block", 16), torch.bfloat16, "bitmap kernel needs single weights in bfloat16, got blocks of 16"),
+    ("block", ("2:4", 1), torch.bfloat16, "block kernel needs a weight of pattern block, got 2:4"),
+])
+def test_a_layout_refuses_what_it_cannot_hold(name: str, pattern: tuple[str, int], dtype: torch.dtype, sentence: str) -> None:
+    if name == "block":
+        pytest.importorskip("triton")
+    with pytest.raises(ValueError, match=sentence):
+        BACKENDS[name].pack(layer(pattern, (64, 64), 0.5, dtype, "cpu")[1], torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["decode", "bitmap"])
+def test_a_kernel_for_few_tokens_refuses_more(name: str, tenant: Tenant) -> None:
+    dense, weight = layer(("unstructured", 1), (64, 128), 0.5, torch.bfloat16, "cuda")
+    packed = BACKENDS[name].pack(weight, dense.device)
+    (variant, *_) = BACKENDS[name].variants(weight, dense.dtype, dense.device, tenant.tokens[1])
+    x = torch.randn(tenant.tokens[1] + 1, 128, device="cuda").bfloat16()
+    with pytest.raises(ValueError, match=f"the {name} kernel takes at most {tenant.tokens[1]} tokens, got {len(x)}"):
+        BACKENDS[name].run(x, packed, None, variant)

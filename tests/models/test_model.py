@@ -3,10 +3,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.model import fingerprint, load_model, model_folder, multiply_in_fp32, prunable_parameters
+from raysearch.models.model import (
+    ModelSize,
+    fingerprint,
+    load_model,
+    model_folder,
+    model_size,
+    multiply_in_fp32,
+    prunable_parameters,
+)
 
 
 def test_gpt2_matrices(tiny_model: Path) -> None:
@@ -78,3 +86,12 @@ def test_bad_folders_are_one_sentence(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path))
+
+GPT2 = ModelSize(124_439_808, 768, 12, 50_257)
+
+
+def test_a_model_is_measured_without_its_weights(tmp_path: Path, tiny_model: Path) -> None:
+    GPT2Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    assert model_size(str(tmp_path)) == GPT2  # tied embeddings once
+    assert model_size(str(tiny_model)).num_layers == 2

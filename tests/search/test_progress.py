@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 from synthetic_study import ROOT, SyntheticStudy
+from synthetic_study import twelve_trials as twelve
 
-from raysearch.search.progress import Progress
+from raysearch.search.progress import Progress, last_line
+from raysearch.study.ledger import Ledger
 
 
 @pytest.fixture
@@ -62,3 +64,18 @@ def test_trials_are_counted_by_their_end(study: SyntheticStudy) -> None:
     progress.round_done({"kind": "trial", "number": 3})
     assert lines[0] == "trial 2 failed: round 1: diverged"
     assert lines[1].endswith("| trials: 1 running, 2 done, 0 stopped, 1 failed of 5")
+
+
+def test_trials_that_ended_before_this_sweep_are_counted(tmp_path: Path) -> None:
+    ledger = Ledger(twelve(tmp_path))
+    progress = Progress(ledger, ledger.study().study, ROOT, print)
+    assert progress.count == {"running": 0, "done": 7, "stopped": 2, "failed": 2}
+
+
+@pytest.mark.parametrize(("text", "said"), [("one\nValueError: two\n\n", "ValueError: two"), ("", "its process died"),
+                                            (None, "its process died")])
+def test_the_last_line_of_a_log(tmp_path: Path, text: str | None, said: str) -> None:
+    log = tmp_path / "00000.rank-0.log"
+    if text is not None:
+        log.write_text(text)
+    assert last_line(log) == f"{said} (log in {log})"

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from raysearch.config import Action, Metric, Study, TrialConfig
-from raysearch.study.files import new_directory, write_json
+from raysearch.study.files import new_directory
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import Provenance, StudyRecord, TrialRecord, round_key
+from raysearch.study.records import Provenance, StudyRecord, TrialRecord
 
 PROVENANCE = Provenance(created_at="2026-11-23T00:00:00+00:00", git_commit=None, versions={}, device="CPU", hostname="h")
 
@@ -15,12 +15,6 @@ PROVENANCE = Provenance(created_at="2026-11-23T00:00:00+00:00", git_commit=None,
 def study_record(**changes: object) -> StudyRecord:
     fields = {"model": "/m", "num_trials": 4, **changes}
     return StudyRecord(study=Study(**fields), space="s", space_hash="0", root_key="r", provenance=PROVENANCE)
-
-
-def test_keys_follow_parent_and_action() -> None:
-    action = Action(sparsity=0.5)
-    assert round_key("a", action) == round_key("a", Action(sparsity=0.5, l1_lambda=0.0))
-    assert len({round_key("a", action), round_key("b", action), round_key("a", Action(sparsity=0.51))}) == 3
 
 
 def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
@@ -54,15 +48,6 @@ def test_opening_what_is_no_study(tmp_path: Path, content: str | None, sentence:
         Ledger.open(tmp_path)
     with pytest.raises(ValueError, match="no such study directory"):
         Ledger.open(tmp_path / "nowhere")
-
-
-def test_nothing_half_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Out of range float"):
-        write_json(tmp_path / "a.json", {"loss": float("nan")})
-    with pytest.raises(RuntimeError, match="boom"), new_directory(tmp_path / "round") as folder:
-        (folder / "weights").write_text("x")
-        raise RuntimeError("boom")
-    assert list(tmp_path.iterdir()) == []
 
 
 def _hold(directory: Path, held: object, release: object) -> None:

@@ -14,6 +14,11 @@ from ranks import run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from raysearch.config import Action
+from raysearch.study.records import RoundRecord
+from raysearch.trial.round import dense_round, load_candidate, run_round
+from raysearch.trial.worker import Worker
+
 STAGES = (0, 1, 2, 3)
 COMBINATIONS = [(criterion, pattern, scope) for criterion in ("magnitude", "movement", "magnitude_times_age")
                 for pattern in ("unstructured", "head", "row_pairs") for scope in ("global", "layer", "row")
@@ -76,6 +81,20 @@ def test_masked_heads_are_heads_that_were_cut_by_hand(measured: dict, tiny_model
             attention.c_proj.weight[head * size:(head + 1) * size] = 0
     assert torch.allclose(torch.tensor(case["logits"]), model(tokens).logits[:, -1, :20], atol=1e-5)
     assert len(case["pruned"]) == 2  # half of two heads in each of two layers
+
+
+def test_scopes_cut_where_they_say(worker: Worker) -> None:
+    def by_layer(scope: str) -> RoundRecord:
+        return run_round(worker, dense_round(worker), Action(sparsity=0.35, scope=scope))
+
+    for scope, spread in (("layer", 0.001), ("row", 0.02)):
+        values = by_layer(scope).layer_sparsity.values()
+        assert max(values) - min(values) < spread, scope
+    assert max(by_layer("global").layer_sparsity.values()) - min(by_layer("global").layer_sparsity.values()) > 0.001
+    load_candidate(worker, by_layer("row"))
+    weight = worker.engine.gather("transformer.h.0.mlp.c_fc.weight")  # Conv1D keeps [inputs, outputs]
+    zeros = (weight == 0).sum(0)
+    assert zeros.min() == zeros.max() == round(0.35 * weight.shape[0])
 
 
 # ---- by hand: plain torch, one process, no engine ----

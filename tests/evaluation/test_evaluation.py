@@ -13,14 +13,12 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
-from lm_eval.api.metrics import bits_per_byte, mean, perplexity, weighted_perplexity
 from lm_eval.models.huggingface import HFLM
 from tiny_models import story, tiny_model
 
 from raysearch.config import higher_is_better
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks, metric_names
 from raysearch.evaluation.generation import shared_prefix
-from raysearch.evaluation.statistics import summarise
 
 DOCUMENTS = [story(7 * n) for n in range(12)]
 ALL = ["text", "last_word", "choice"]
@@ -164,24 +162,6 @@ def test_bad_arguments(gpt2: Any, tokenizer: Any) -> None:
         evaluate(Scorer(gpt2, tokenizer), tasks, limit=0)
     with pytest.raises(ValueError, match="num_fewshot must be below the 5 examples of task 'choice'; got 5"):
         evaluate(Scorer(gpt2, tokenizer), tasks, num_fewshot=5)
-
-
-def test_standard_errors_against_the_bootstrap() -> None:
-    generator = np.random.default_rng(0)
-    weights = generator.integers(50, 300, size=400)
-    losses = weights * generator.normal(-1.5, 0.4, size=400)
-    ratio_items = list(zip(losses.tolist(), weights.tolist()))
-    cases: list[tuple[list[Any], Any]] = [
-        (generator.integers(0, 2, size=400).tolist(), mean),
-        (generator.normal(-2, 1, size=400).tolist(), perplexity),
-        (ratio_items, weighted_perplexity), (ratio_items, bits_per_byte),
-        (ratio_items, lambda rows: -sum(x for x, _ in rows) / sum(w for _, w in rows))]
-    for values, aggregation in cases:
-        draws = [aggregation([values[i] for i in generator.integers(0, 400, size=400)]) for _ in range(1500)]
-        value, stderr, _ = summarise(values, aggregation)
-        assert value == pytest.approx(aggregation(values))
-        assert stderr == pytest.approx(np.std(draws), rel=0.15)
-    assert summarise([0.5], mean)[1] is None
 
 
 def test_a_fresh_process_prints_nothing_at_import() -> None:

@@ -1,0 +1,97 @@
+"""Which rows are candidates, how good they are, and which are on the frontier."""
+
+import itertools
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import NUM_PARAMETERS, ROOT, SyntheticStudy
+
+from analysis.candidates import (
+    candidates,
+    dense,
+    frontier,
+    frontier_split,
+    quality,
+    quality_stderr,
+    relative_hypervolume,
+    setting,
+)
+from analysis.load import load
+
+
+def test_candidates_have_a_model_of_their_own(frame: pd.DataFrame) -> None:
+    found = candidates(frame)
+    assert found["key"].is_unique
+    assert set(found["key"]) == set(frame["key"].dropna())
+    assert ROOT in set(found["key"])
+
+
+def test_the_baseline_or_none(frame: pd.DataFrame, tmp_path: Path) -> None:
+    assert dense(frame)["num_nonzero"] == NUM_PARAMETERS
+    SyntheticStudy(tmp_path)
+    assert dense(load(tmp_path)) is None
+
+
+def test_quality_is_better_when_it_is_higher(frame: pd.DataFrame, tmp_path: Path) -> None:
+    bits = frame["selection/text/bits_per_byte"]
+    assert quality(frame, "selection").dropna().tolist() == (-bits.dropna()).tolist()
+    assert quality_stderr(frame, "selection").dropna().unique().tolist() == [0.02]
+    study = SyntheticStudy(tmp_path, objective="last_word/acc")
+    study.dense()
+    assert quality(load(tmp_path), "selection").tolist() == [0.6]
+
+
+def test_a_raced_candidate_has_no_quality(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense()
+    (key,) = study.trial(0, [0.5])
+    record = study.ledger.candidate(key).model_copy(update={"dominated_by": ROOT})
+    (study.ledger.round_directory(key) / "record.json").write_text(record.model_dump_json())
+    frame = load(tmp_path)
+    assert math.isnan(quality(frame, "selection").iloc[1])
+    assert frontier(frame, "selection")["key"].tolist() == [ROOT]
+
+
+def test_the_frontier_is_what_no_other_beats(frame: pd.DataFrame) -> None:
+    assert frontier_split(frame) == "report"
+    for split, size in itertools.product(("selection", "report"), ("num_nonzero", "stored_bytes")):
+        found = frontier(frame, split, size)
+        pool = candidates(frame).assign(quality=quality(frame, split)).dropna(subset="quality")
+        wanted = [row.key for row in pool.itertuples() if not any(
+            (getattr(other, size) <= getattr(row, size) and other.quality >= row.quality)
+            and (getattr(other, size) < getattr(row, size) or other.quality > row.quality) for other in pool.itertuples())]
+        assert set(found["key"]) == set(wanted)
+        assert found[size].is_monotonic_increasing
+        assert found["front_probability"].between(0, 1).all()
+
+
+def test_the_selection_split_until_a_candidate_is_scored_on_the_other(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense(report=True)
+    study.trial(0, [0.5])
+    assert frontier_split(load(tmp_path)) == "selection"
+    study.trial(1, [0.6], report=True)
+    assert frontier_split(load(tmp_path)) == "report"
+
+
+def test_half_the_size_at_equal_quality_is_half_a_hypervolume(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense(report=False)
+    assert relative_hypervolume(load(tmp_path)) == pytest.approx(0.0)
+    study.trial(0, [0.625])  # half of all parameters, at 2 + 1.2 * 0.625**3 bits where dense has 2
+    worse = 2 / (2 + 1.2 * 0.625**3)
+    assert relative_hypervolume(load(tmp_path)) == pytest.approx(0.5 * worse)
+
+
+def test_no_baseline_no_hypervolume(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.trial(0, [0.5])
+    assert math.isnan(relative_hypervolume(load(tmp_path)))
+
+
+def test_lost_attrs_are_one_sentence(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"frame must carry attrs\['objective'\].*copy attrs after a concat or merge"):
+        setting(pd.DataFrame(), "objective")
+    assert setting(frame, "size") == "num_nonzero"

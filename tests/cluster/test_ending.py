@@ -1,0 +1,65 @@
+"""How a sweep ends: signals in processes of their own, and memory that ran out, as Tune hears of it."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from ray.air.execution._internal.actor_manager import RayActorManager
+from ray.exceptions import OutOfMemoryError, RayActorError
+
+from raysearch.cluster.ending import EXIT_WITHIN_S, out_of_memory_as_death
+
+WAITS = """
+import sys, time
+from raysearch.cluster.ending import stopping_on_signals
+try:
+    with stopping_on_signals():
+        print("waits", flush=True)
+        time.sleep(60)
+except BaseException as error:
+    print(type(error).__name__, flush=True)
+    if sys.argv[1] == "slow":
+        time.sleep(60)
+    raise
+"""
+
+
+@pytest.mark.parametrize(("number", "code", "raised"), [(signal.SIGTERM, 143, "SystemExit"),
+                                                        (signal.SIGINT, 130, "KeyboardInterrupt")])
+@pytest.mark.parametrize("pace", ["quick", "slow"])
+def test_a_signal_ends_the_process_in_time(number: int, code: int, raised: str, pace: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS, pace], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waits\n"
+    told = time.monotonic()
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, f"{raised}\n")
+    assert time.monotonic() - told < EXIT_WITHIN_S + 1
+
+
+def test_a_second_signal_ends_it_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITS, "slow"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waits\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "KeyboardInterrupt\n"
+    told = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 130
+    assert time.monotonic() - told < EXIT_WITHIN_S / 2
+
+
+def test_out_of_memory_counts_as_a_death_and_other_errors_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[Exception] = []
+    monkeypatch.setattr(RayActorManager, "_actor_task_failed", lambda manager, task, exception: heard.append(exception))
+    before = RayActorManager._actor_task_failed
+    other = ValueError("x")
+    with pytest.raises(RuntimeError, match="boom"), out_of_memory_as_death():
+        for error in (OutOfMemoryError("no memory is left on the node"), other):
+            RayActorManager._actor_task_failed(None, None, error)
+        raise RuntimeError("boom")
+    assert isinstance(heard[0], RayActorError)
+    assert "no memory is left on the node" in str(heard[0])
+    assert heard[1] is other
+    assert RayActorManager._actor_task_failed is before

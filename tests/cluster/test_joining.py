@@ -1,0 +1,27 @@
+"""Joining the Ray cluster, and what auto makes of it."""
+
+import pytest
+
+from raysearch.cluster.joining import gpu_memory, placed
+from raysearch.config import Study
+
+
+def auto(**settings: object) -> Study:
+    return Study(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
+                    "context_tokens": 1024, "batch_tokens": 16_384, **settings})
+
+
+def test_on_processors_auto_is_one_rank_and_a_record_is_adopted() -> None:
+    said: list[str] = []
+    study = placed(auto(gpus_per_rank=0.0), None, said.append)
+    assert (study.num_ranks, study.zero_stage, len(said)) == (1, 0, 1)
+    again = placed(auto(), auto(num_ranks=4, zero_stage=3), said.append)
+    assert (again.num_ranks, again.zero_stage, len(said)) == (4, 3, 1)
+    assert placed(auto(num_ranks=2, zero_stage=1), auto(num_ranks=4, zero_stage=3), said.append).num_ranks == 2
+
+
+def test_this_machine_has_a_gpu_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    with pytest.raises(ValueError, match="auto needs a GPU to measure"):
+        gpu_memory()

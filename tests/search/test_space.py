@@ -1,0 +1,119 @@
+"""Search spaces, draws from them, and lists of given trials: each mistake is one sentence."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from raysearch.config import Study, TrialConfig
+from raysearch.search.space import check_given, draw, load_space, read_trials, sample_trials, space_hash
+from raysearch.study.records import TrialRecord
+from raysearch.trial.inputs import Inputs
+
+STUDY = Study(model="m", batch_tokens=256, context_tokens=64)
+INPUTS = Inputs("root", 10**6, {}, None)
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    """What varies."""
+    return {"target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9)}
+
+
+def one_of_two_modes(trial: optuna.Trial) -> dict[str, Any]:
+    if trial.suggest_categorical("mode", ["target", "threshold"]) == "target":
+        return {"target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9)}
+    return {"threshold": trial.suggest_float("threshold", 0.1, 1.0), "threshold_unit": "std"}
+
+
+# ---- spaces ----
+
+
+def test_a_space_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_own_space.py").write_text("STUDY = {'model': 'm', 'num_trials': 3}\ndef space(trial):\n    return {}\n")
+    study, found = load_space("my_own_space")
+    assert (study, found(None)) == (Study(model="m", num_trials=3), {})
+
+
+def test_the_hash_of_a_space_is_that_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    body = "return {'target_sparsity': trial.suggest_float('s', 0.1, 0.9)}"
+    texts = {"hashed_a": f"def space(trial):\n    {body}\n",
+             "hashed_b": f"def space(trial):  # a comment\n\n    # and another\n    {body}\n",
+             "hashed_c": "def space(trial):\n    " + body.replace("0.9", "0.8") + "\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.py").write_text("STUDY = {'model': 'm'}\n" + text)
+    first, second, third = (space_hash(load_space(name)[1]) for name in texts)
+    assert first == second != third
+
+
+def test_draws_are_resolved_and_the_same_twice() -> None:
+    trials = sample_trials(STUDY, one_of_two_modes, INPUTS, 20)
+    assert trials == sample_trials(STUDY, one_of_two_modes, INPUTS, 20)
+    assert {actions[0].threshold is None for actions in trials} == {True, False}
+    assert all(len(actions) == 1 for actions in trials)
+
+
+@pytest.mark.parametrize(("fields", "sentence"), [
+    ([0.5], "space(trial) must return a dict of trial settings, got list"),
+    ({"sparsity": 0.5}, "space(trial): sparsity: no such field; the fields are schedule, "),
+    ({"threshold": 0.1, "target_sparsity": 0.5}, "space(trial): threshold and target_sparsity contradict each other"),
+])
+def test_a_draw_that_contradicts_itself_is_refused(fields: Any, sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        draw(lambda trial: fields, optuna.create_study().ask())
+
+
+# ---- given trials ----
+
+
+def test_trials_are_read_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "trials.jsonl"
+    file.write_text('{"target_sparsity": 0.5}\n\n  \n{"threshold": 0.1, "threshold_unit": "std"}\r\n{}', encoding="utf-8")
+    assert read_trials(file) == [TrialConfig(target_sparsity=0.5), TrialConfig(threshold=0.1, threshold_unit="std"),
+                                 TrialConfig()]
+
+
+@pytest.mark.parametrize(("content", "sentence"), [
+    (b"", "FILE: holds no trial; give one object of trial settings in each line"),
+    (b" \n\n", "FILE: holds no trial; give one object of trial settings in each line"),
+    (b'{"target_sparsity": 0.5}\n\n{"target_spar', "FILE, line 3: is not JSON (Unterminated string"),
+    (b'{"target_sparsity": 0.5}\n[0.5]', "FILE, line 2: must be an object of trial settings, got [0.5]"),
+    (b'"' + b"x" * 100 + b'"', 'FILE, line 1: must be an object of trial settings, got "' + "x" * 39),
+    (b'{"sparsity": 0.5}', "FILE, line 1: sparsity: no such field; the fields are schedule, "),
+    (b'{"target_sparsity": 1.5}', "FILE, line 1: target_sparsity: Input should be less than 1 (got 1.5)"),
+    (b'{"target_sparsity": 0.5, "threshold": 1.0}', "FILE, line 1: threshold and target_sparsity contradict each other"),
+    (b'\xff\xfe{"target_sparsity": 0.5}', "FILE: cannot be read ('utf-8' codec can't decode byte 0xff"),
+    (None, "FILE: cannot be read ([Errno 2] No such file or directory"),
+])
+def test_a_bad_file_of_trials_is_one_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    file = tmp_path / "trials.jsonl"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(sentence.replace("FILE", f"--trials-from {file}"))) as error:
+        read_trials(file)
+    assert "\n" not in str(error.value)
+
+
+def begun(number: int, sparsity: float) -> TrialRecord:
+    return TrialRecord(number=number, config=TrialConfig(target_sparsity=sparsity), actions=(), started_at="now")
+
+
+def test_a_study_goes_on_with_the_list_that_it_began() -> None:
+    given = [TrialConfig(target_sparsity=sparsity) for sparsity in (0.1, 0.2, 0.3)]
+    for trials in ([], [begun(0, 0.1)], [begun(0, 0.1), begun(1, 0.2), begun(2, 0.3)]):
+        check_given(given, trials)
+    check_given(given, [begun(0, 0.1), begun(5, 0.2)])  # Optuna's numbers have holes where a driver died before a record
+    check_given((), [begun(0, 0.1)])  # a study that is sampled
+
+
+@pytest.mark.parametrize(("trials", "sentence"), [
+    ([begun(0, 0.2)], "trial 0 of the study is not number 1 of the given trials; give the same list, longer or not, or a new "
+                      "directory with --out"),
+    ([begun(0, 0.1), begun(3, 0.3)], "trial 3 of the study is not number 2 of the given trials"),
+])
+def test_a_list_that_changed_is_refused(trials: list[TrialRecord], sentence: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        check_given([TrialConfig(target_sparsity=0.1), TrialConfig(target_sparsity=0.2)], trials)

@@ -1,0 +1,125 @@
+"""One contract for a local folder and a store: whole or not at all, the same names, the same errors."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from s3 import SECRET
+
+from raysearch.cluster.doctor import check_store
+from raysearch.study.files import new_file, write_json
+from raysearch.study.ledger import Ledger
+from raysearch.study.storage import StorePath, as_file, location, pull, push
+
+
+def test_paths_are_those_of_pathlib(store: StorePath, tmp_path: Path) -> None:
+    seen = []
+    for root in (store, tmp_path / "x"):
+        assert not root.exists()
+        assert list(root.glob("*")) == []
+        write_json(root / "rounds" / "k1" / "record.json", {"a": 1})
+        (root / "rounds" / "k1" / "weights.bin").write_bytes(b"123")
+        write_json(root / "rounds" / ".k2" / "record.json", {})
+        write_json(root / "lock", {})
+        assert root.is_dir()
+        assert not root.is_file()
+        (found,) = (root / "rounds").glob("[!.]*/record.json")
+        assert found.parent.name == "k1"
+        assert json.loads(found.read_text()) == {"a": 1}
+        assert abs(found.stat().st_mtime - time.time()) < 60
+        weights = root / "rounds" / "k1" / "weights.bin"
+        weights.replace(weights.with_suffix(".damaged"))
+        assert not weights.exists()
+        for act in (weights.unlink, weights.read_bytes, weights.stat):
+            with pytest.raises(FileNotFoundError) as error:
+                act()
+            assert str(error.value.filename) == str(weights)
+        weights.unlink(missing_ok=True)
+        seen.append((sorted(path.name for path in root.iterdir()), sorted(
+            (path.name, path.stem, path.suffixes, path.stat().st_size) for path in (root / "rounds").glob("*/*"))))
+    assert seen[0] == seen[1]
+    assert str(store / "a" / "b.json") == str(location(str(store / "a" / "b.json")))
+    assert location(str(store / "rounds" / "k1" / "record.json")).read_text() == '{\n "a": 1\n}'
+
+
+def test_objects_are_whole(store: StorePath, tmp_path: Path) -> None:
+    data = os.urandom(22_345_678)  # three parts of an upload
+    with new_file(store / "big") as file:
+        file.write_bytes(data)
+    with as_file(store / "big") as local:
+        assert local.read_bytes() == data
+    assert not local.exists()
+    with pytest.raises(RuntimeError, match="boom"), new_file(store / "big") as file:
+        file.write_bytes(b"half")
+        raise RuntimeError("boom")
+    assert (store / "big").stat().st_size == len(data)
+
+    def interrupt(number: int, frame: object) -> None:
+        raise SystemExit(number)
+
+    (tmp_path / "new").write_bytes(b"new" * 5_000_000)
+    (tmp_path / "newer").write_bytes(b"newer")
+    before = signal.signal(signal.SIGALRM, interrupt)
+    delays_ms = [("new", 5.0), ("new", 50.0), ("new", 100.0), *(("newer", 0.1 * step) for step in range(1, 100))]
+    for name, delay_ms in delays_ms:
+        signal.setitimer(signal.ITIMER_REAL, delay_ms / 1000)
+        with contextlib.suppress(SystemExit, RuntimeError):  # the second comes of a lock that was interrupted
+            (store / "big").upload(tmp_path / name)
+            time.sleep(0.1)
+        assert (store / "big").stat().st_size in (len(data), 15_000_000, 5)
+    signal.signal(signal.SIGALRM, before)
+
+    log = store / "a.log"
+    pull(log).write_text("")
+    push(log)
+    with open(pull(log), "a") as file:
+        file.write("more")
+    push(log)
+    assert log.read_text() == "more"
+
+
+def test_a_file_uri_is_a_local_path(tmp_path: Path) -> None:
+    assert location(f"file://{tmp_path}/a%20b") == tmp_path / "a b"
+    assert location("studies/x") == Path("studies/x").resolve()
+
+
+@pytest.mark.parametrize(("uri", "sentence"), [
+    (f"s3://KEY:{SECRET}@bucket/x", "a URI must hold no credentials.*environment .on S3 AWS_ACCESS_KEY_ID"),
+    (f"s3://KEY:a/{SECRET}@bucket/x", "a URI must hold no credentials"),
+    (f"gs://{SECRET}@bucket/x", "a URI must hold no credentials"),
+    (f"s3://bucket/x?secret_key={SECRET}", "a URI must hold no credentials"),
+    (f"abfs://container@account.dfs.core.windows.net/x?sas_token={SECRET}", "a URI must hold no credentials"),
+    ("ftp://host/x", "ftp://host/x: pyarrow cannot open it.*give a folder, or a URI such as s3://"),
+    ("s3://bucket/x?endpoint=localhost", "pyarrow cannot open it .*endpoint"),
+    ("s3:///x", "pyarrow cannot open it|names no bucket"),
+    ("s3://", "names no bucket"),
+    (Path("s3://bucket/x"), "s3:/bucket/x: only a study's directory can be a URI"),
+])
+def test_uris_that_cannot_be_used(uri: str | Path, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as error:
+        location(uri)
+    assert SECRET not in str(error.value)
+
+
+def test_refusals_are_one_sentence(s3: str, store: StorePath, refusing_store: Callable[[float], None]) -> None:
+    query = f"endpoint_override={s3}&scheme=http"
+    missing = location(f"s3://nowhere/x?{query}") / "a"
+    with pytest.raises(OSError, match="the bucket does not exist; create it") as error:
+        missing.write_bytes(b"x")
+    assert error.value.filename == str(missing)
+    with pytest.raises(ValueError, match="no such study directory"):
+        Ledger.open(f"s3://nowhere/x?{query}")
+    with pytest.raises(OSError, match="the store does not answer; check endpoint_override"):
+        (location("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http") / "a").read_bytes()
+    refusing_store(60)
+    with pytest.raises(OSError, match="the store refuses these credentials, or there are none; give them in the environment"):
+        (store / "a").write_bytes(b"x")
+    with pytest.raises(OSError, match="the store refuses these credentials"):
+        (store / "a").read_bytes()
+    check = check_store(store)
+    assert (check.level, "the store refuses these credentials" in check.text) == ("problem", True)

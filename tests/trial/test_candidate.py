@@ -1,0 +1,156 @@
+"""A candidate as it is weighed, stored, damaged and computed again, in a folder and on a store."""
+
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from faults import refusing
+
+from raysearch.config import Action, Study, TrialConfig
+from raysearch.models.weights import read_weights
+from raysearch.study.files import file_sha256, persist
+from raysearch.study.ledger import Ledger
+from raysearch.study.provenance import utc_now
+from raysearch.study.records import TrialRecord
+from raysearch.study.storage import StorePath, as_file
+from raysearch.trial.actions import resolve_actions
+from raysearch.trial.round import dense_round, load_candidate, run_round
+from raysearch.trial.run import run_trial
+from raysearch.trial.worker import Worker
+
+TOKENS = 64 * 16
+ACTION = Action(sparsity=0.5, finetune_tokens=1024, learning_rate=1e-3)
+
+
+def weights_of(worker: Worker) -> dict[str, torch.Tensor]:
+    return {name: worker.engine.gather(name).clone() for name in worker.engine.shapes}
+
+
+def test_counts_are_those_of_the_weights(worker: Worker) -> None:
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.3, finetune_tokens=TOKENS, learning_rate=1e-3))
+    stored = read_weights(worker.ledger.round_directory(record.key) / "weights.safetensors", record.weights_sha256)
+    prunable = [p.name for p in worker.engine.prunables]
+    num_prunable = sum(stored[name].numel() for name in prunable)
+    assert record.num_prunable == num_prunable
+    assert record.num_nonzero == sum(int(w.count_nonzero()) for w in stored.values())
+    zeros = sum(int((stored[name] == 0).sum()) for name in prunable)
+    assert zeros == round(0.3 * num_prunable)
+    assert record.sparsity == zeros / num_prunable
+    assert record.resident_bytes == 4 * record.num_parameters
+    assert record.stored_bytes < record.resident_bytes
+    assert math.isfinite(record.train_loss)
+    current = weights_of(worker)
+    assert all(torch.equal(stored[name], current[name]) for name in stored)
+
+
+def test_weights_are_copied_where_there_are_no_hard_links(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.234))
+    assert file_sha256(worker.ledger.weights_path(record.key)) == record.weights_sha256
+
+
+def truncate(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
+def test_damaged_weights_are_computed_again(apart: Worker, damage: Callable[[Path], None]) -> None:
+    first = run_round(apart, dense_round(apart), ACTION)
+    second = run_round(apart, first, ACTION.model_copy(update={"sparsity": 0.7, "data_start_tokens": 1024}))
+    path = apart.ledger.weights_path(second.key)
+    before = {name: tensor.clone() for name, tensor in read_weights(path, second.weights_sha256).items()}  # not mapped
+    for record in (first, second):  # its parent's too, so that both are computed again
+        damage(apart.ledger.weights_path(record.key))
+    apart.engine.load_base()
+    apart.loaded_key = None
+    third = run_round(apart, second, ACTION.model_copy(update={"sparsity": 0.8, "data_start_tokens": 2048}))
+    again = apart.ledger.candidate(second.key)
+    assert again.model_copy(update={"weights_sha256": second.weights_sha256}) == second
+    after = read_weights(path, again.weights_sha256)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert {record.key for record in apart.ledger.rounds().values()} == {
+        apart.inputs.root_key, first.key, second.key, third.key}
+    assert third.sparsity == pytest.approx(0.8, abs=1e-4)
+    assert path.with_suffix(".damaged").exists() == (damage is not Path.unlink)
+    load_candidate(apart, again)
+    assert sum(apart.engine.nonzero_counts().values()) == second.num_nonzero
+
+
+@pytest.mark.usefixtures("soon")
+def test_storage_that_refuses_once_costs_a_moment(apart: Worker) -> None:
+    dense = dense_round(apart)
+    started = time.monotonic()
+    with refusing(seconds=0.25):
+        persist(apart.ledger.directory / "x", lambda: (apart.ledger.directory / "x").write_bytes(b"0" * 30_000))
+    assert 0.5 <= time.monotonic() - started < 5
+    record = run_round(apart, dense, ACTION)
+    assert apart.ledger.candidate(record.key) == record
+
+
+@pytest.mark.usefixtures("soon")
+def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Worker, study: Study) -> None:
+    config = TrialConfig(target_sparsity=0.5, num_rounds=1, schedule="linear")
+    trial = TrialRecord(number=0, config=config, started_at=utc_now(),
+                        actions=resolve_actions(config, study, apart.inputs.num_train_tokens))
+    dense_round(apart)
+    with refusing(), pytest.raises(OSError, match=r"weights.safetensors|rounds/"):
+        list(run_trial(apart, trial))
+    failed = apart.ledger.trial(0)
+    assert failed.status == "failed"
+    assert str(apart.ledger.directory / "rounds") in failed.reason
+    assert "cannot be written, twice 0.5 s apart" in failed.reason
+    assert list(apart.ledger.rounds()) == [apart.inputs.root_key]
+    assert not [path for path in (apart.ledger.directory / "rounds").iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def on_store(apart: Worker, store: StorePath) -> Worker:
+    """`apart`, with its study on a store."""
+    apart.ledger = Ledger(store)
+    return apart
+
+
+def shorten(path: StorePath) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [shorten, StorePath.unlink])
+def test_damaged_weights_on_a_store_are_computed_again(on_store: Worker, damage: Callable[[StorePath], None]) -> None:
+    first = run_round(on_store, dense_round(on_store), ACTION)
+    path = on_store.ledger.weights_path(first.key)
+    with as_file(path) as file:
+        before = read_weights(file, first.weights_sha256)
+    damage(path)
+    on_store.engine.load_base()
+    on_store.loaded_key = None
+    second = run_round(on_store, first, ACTION.model_copy(update={"sparsity": 0.7, "data_start_tokens": 1024}))
+    with as_file(path) as file:
+        after = read_weights(file, on_store.ledger.candidate(first.key).weights_sha256)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert path.with_suffix(".damaged").exists() == (damage is shorten)
+    assert set(on_store.ledger.rounds()) == {on_store.inputs.root_key, first.key, second.key}
+    assert on_store.ledger.delete_weights([first.key])[0] == 1 + (damage is shorten)
+    assert on_store.ledger.round(first.key) is not None
+
+
+def test_a_round_on_a_store_exists_once_its_record_does(on_store: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: list[str] = []
+    upload = StorePath.upload
+    monkeypatch.setattr(StorePath, "upload", lambda path, local: (uploaded.append(path.name), upload(path, local)))
+    record = run_round(on_store, dense_round(on_store), ACTION)
+    assert uploaded == ["record.json", "weights.safetensors", "record.json"]
+    assert on_store.ledger.round(record.key) == record
