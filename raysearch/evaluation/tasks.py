@@ -24,7 +24,8 @@ Split = Literal["selection", "report", "all"]
 Item = dict[str, Any]
 
 SHOT_POOL = 100
-"""Few-shot examples of a file task are drawn from this many items, whatever the split and the limit."""
+"""Few-shot examples of a file task are drawn from this many items, whatever the split and the limit, so that prompts do
+not change with them."""
 
 _ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _ACC_NORM = {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}
@@ -165,7 +166,7 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
     ValueError for an unknown name, a limit below 1, or documents that give no item.
     """
     _check_limit(limit)
-    made = []
+    item_tasks = []
     for name in tasks:
         if name not in HELDOUT_CONFIGS:
             raise ValueError(_unknown(name, HELDOUT_CONFIGS))
@@ -174,8 +175,8 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
         if not items:
             raise ValueError(f"task {name!r} finds no item in the held-out documents: they need more running text; "
                              f"got {len(documents)} documents of {sum(map(len, documents))} characters")
-        made.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
-    return made
+        item_tasks.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
+    return item_tasks
 
 
 def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Split = "all",
@@ -187,15 +188,15 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
     missing file, a malformed line (file, line and field), a data set that is not on this machine when offline.
     """
     _check_limit(limit)
-    made: list[Task] = []
+    tasks: list[Task] = []
     for name in names:
         if name in FILE_TASKS and (data_dir is not None):
-            made.append(_file_task(name, data_dir, split, limit))
+            tasks.append(_file_task(name, data_dir, split, limit))
         elif name in HELDOUT_CONFIGS:
             raise ValueError(f"task {name!r} is made from held-out documents: it needs a corpus, not a data directory")
         else:
-            made.extend(_hub_tasks(name, split, limit))
-    return made
+            tasks.extend(_hub_tasks(name, split, limit))
+    return tasks
 
 
 def in_split(identity: str, split: Split) -> bool:
@@ -241,7 +242,7 @@ def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> It
         raise ValueError(f"task {name!r} needs the file {data_dir / task.files[0]}, which does not exist")
     train = path.with_name("train" + path.suffix)
     shots: list[Item] = list(islice(_items(train, task), SHOT_POOL)) if train.is_file() else []
-    shots_from_items = not shots
+    shots_from_items = not shots  # then of the selection split only: the report split is published
     items: list[Item] = []
     for item in _items(path, task):
         if (limit is None or len(items) < limit) and in_split(item["item_id"], split):
