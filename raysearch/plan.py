@@ -157,13 +157,13 @@ def rank_seconds(action: Action, study: Study, calibration: Calibration) -> floa
 
 def distinct_rounds(root_key: str, trials: Trials) -> dict[str, Action]:
     """Round key -> action: rounds that trials share by a common prefix run once."""
-    found = {}
+    rounds = {}
     for actions in trials:
         key = root_key
         for action in actions:
             key = round_key(key, action)
-            found[key] = action
-    return found
+            rounds[key] = action
+    return rounds
 
 
 def describe_plan(plan: Plan) -> str:
@@ -173,8 +173,8 @@ def describe_plan(plan: Plan) -> str:
     studies = [plan.trials[start:start + study.num_trials] for start in starts]
     rounds = [distinct_rounds(plan.root_key, trials) for trials in studies]
     dense_s = calibration.evaluate_s
-    busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in found.values())) / 3600
-              for found in rounds]
+    busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in distinct.values())) / 3600
+              for distinct in rounds]
     lengths = [len(actions) for actions in plan.trials]
     num_rounds = statistics.fmean(sum(map(len, trials)) for trials in studies)
     num_distinct = statistics.fmean(map(len, rounds))

@@ -28,10 +28,13 @@ from raysearch.study.storage import AnyPath, StorePath, location
 
 PACKAGE = "raysearch-llm"
 MIN_SHARED_MEMORY_BYTES = 2 * 10**9
+"""Docker gives a container 64 MB unless it is asked for more."""
 MIN_FREE_BYTES = 10**9
+"""Below it, free disk is a problem; below FEW_FREE_BYTES, a warning."""
 FEW_FREE_BYTES = 20 * 10**9
 TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 60.0
+"""A node may first have to start a worker process."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ def examine(directory: str | AnyPath) -> list[Check]:
 def check_versions() -> Iterator[Check]:
     """Installed versions against the ranges of pyproject.toml."""
     try:
-        found = importlib.metadata.metadata(PACKAGE)
+        wanted = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         yield Check("problem", f"{PACKAGE} is not installed in this Python, so no version was checked; pip install it")
         return
     fitting = []
-    if platform.python_version() not in SpecifierSet(found["Requires-Python"]):
-        yield Check("problem", f"python {platform.python_version()} must be {found['Requires-Python']}")
-    for requirement in map(Requirement, found.get_all("Requires-Dist") or ()):
+    if platform.python_version() not in SpecifierSet(wanted["Requires-Python"]):
+        yield Check("problem", f"python {platform.python_version()} must be {wanted['Requires-Python']}")
+    for requirement in map(Requirement, wanted.get_all("Requires-Dist") or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -71,7 +74,7 @@ def check_versions() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             yield Check("problem", f"{requirement.name} is missing; pip install '{requirement}'")
             continue
-        if requirement.specifier.contains(version, prereleases=True):
+        if requirement.specifier.contains(version, prereleases=True):  # a nightly build is one
             fitting.append(f"{requirement.name} {version}")
         else:
             yield Check("problem", f"{requirement.name} {version} must be {requirement.specifier}; "

@@ -19,6 +19,7 @@ from raysearch.models.compact import Compaction, compact
 MIN_SPARSITY = 0.3
 """Below it no layout is smaller than the dense one, and nothing is timed."""
 FEW_TOKENS, MANY_TOKENS = 16, 4096
+"""A decoding step and a scoring batch: what an untimed layer chooses for."""
 
 
 class SparseLinear(nn.Module):
@@ -185,7 +186,7 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
 
     times = time_in_turn([run(0), run(1)], device, NUM_PAIRS)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
-    run(0)()
+    run(0)()  # the dense layers again, until _install decides
     return max(1.0, ratio)
 
 
@@ -198,6 +199,7 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
                 layer.choices[tokens] = choice.model_copy(update={"backend": "dense", "variant": 0})
         used = {choice.backend for choice in layer.choices.values()}
         layer.packed = {name: packed for name, packed in layer.packed.items() if name in used}
+        # the dense weight goes only where the chosen backends take one token, few and many
         if "dense" not in used and all(takes(choice, layer.sparse, tokens) for choice in layer.choices.values()
                                        for tokens in (1, FEW_TOKENS, MANY_TOKENS)):
             layer.dense = None

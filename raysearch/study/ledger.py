@@ -157,7 +157,7 @@ class Ledger:
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
-        paths = self._found("rounds", "[!.]*/record.json")
+        paths = self._matching("rounds", "[!.]*/record.json")
         records = self._each(lambda path: self._read(path, RoundRecord), paths)
         return dict(zip((path.parent.name for path in paths), records))
 
@@ -172,7 +172,7 @@ class Ledger:
 
     def reports(self) -> dict[str, dict[str, Metric]]:
         """Metrics on the report split by key, of the candidates that have them."""
-        paths = self._found("rounds", "[!.]*/report.json")
+        paths = self._matching("rounds", "[!.]*/report.json")
         return dict(zip((path.parent.name for path in paths), self._each(self._metrics, paths)))
 
     @staticmethod
@@ -185,7 +185,7 @@ class Ledger:
         persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:
-        paths = self._found("trials", "[0-9]*.json")
+        paths = self._matching("trials", "[0-9]*.json")
         return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda trial: trial.number)
 
     def candidate(self, key: str) -> RoundRecord:
@@ -209,10 +209,10 @@ class Ledger:
 
     def stacks(self, number: int) -> dict[str, str]:
         """Stack of each rank that found its round of this trial too long, by "rank 0", ..."""
-        found = {path: path.read_text() for path in self._found("trials", f"{number:05d}.rank-*.stack")}
-        return {path.suffixes[0][1:].replace("-", " "): text for path, text in found.items() if text}
+        texts = {path: path.read_text() for path in self._matching("trials", f"{number:05d}.rank-*.stack")}
+        return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
-    def _found(self, folder: str, pattern: str) -> list[AnyPath]:
+    def _matching(self, folder: str, pattern: str) -> list[AnyPath]:
         return sorted((self.directory / folder).glob(pattern), key=str)
 
     def _each(self, read: Callable[[AnyPath], T], paths: Iterable[AnyPath]) -> list[T]:

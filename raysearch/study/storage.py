@@ -169,9 +169,9 @@ class StorePath:
 
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with self._named():
-            found = self.filesystem.get_file_info(selector)
+            infos = self.filesystem.get_file_info(selector)
         above = PurePosixPath(_open(self.root)[1])
-        return [StorePath(self.root, str(PurePosixPath(info.path).relative_to(above)), info) for info in found]
+        return [StorePath(self.root, str(PurePosixPath(info.path).relative_to(above)), info) for info in infos]
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
