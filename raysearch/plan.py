@@ -87,10 +87,11 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     """Prunes to the draws' mean sparsity (stored bytes are linear in it), trains a few steps at learning rate 0,
     evaluates, stores the candidate in a folder that is deleted."""
     actions = [action for trial in trials for action in trial]
+    # a threshold names no sparsity before it is applied
     sparsity = statistics.fmean([action.sparsity for action in actions if action.sparsity is not None] or [0.5])
     one_rank = study.model_copy(update={"num_ranks": 1, "batch_tokens": study.batch_tokens // study.num_ranks})
     trains = any(action.finetune_tokens for action in actions)
-    if not study.gpus_per_rank:
+    if not study.gpus_per_rank:  # as the ranks of such a study are started
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(max(1, int(study.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:

@@ -96,7 +96,7 @@ def check_gpus() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         free_bytes, total_bytes = torch.cuda.mem_get_info(index)
         text = f"GPU {index}: {torch.cuda.get_device_name(index)}, {_gb(free_bytes)} of {_gb(total_bytes)} free"
-        busy = free_bytes < 0.9 * total_bytes
+        busy = free_bytes < 0.9 * total_bytes  # asking takes memory too, but far less than a tenth
         yield Check("warning", f"{text}: something else uses it; see nvidia-smi") if busy else Check("ok", text)
 
 
@@ -225,7 +225,7 @@ def listens_on_all_interfaces(port: int) -> bool:
         for line in table.read_text().splitlines()[1:] if table.is_file() else ():
             _, local, _, state, *_ = line.split()
             address, _, hex_port = local.partition(":")
-            if state == "0A" and int(hex_port, 16) == port and int(address, 16) == 0:
+            if state == "0A" and int(hex_port, 16) == port and int(address, 16) == 0:  # 0A: it listens
                 return True
     return False
 

@@ -18,6 +18,7 @@ from raysearch.config import Metric, higher_is_better
 from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import losses, summarise
+from raysearch.evaluation.tasks import check_limit
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -62,8 +63,7 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1 or more shots than the
     task has examples.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 item; got {limit}")
+    check_limit(limit)
     prepared = [_requests(task, limit, num_fewshot) for task in tasks]
     answered: list[Instance] = []
     if race is not None:

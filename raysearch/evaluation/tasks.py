@@ -33,6 +33,8 @@ _PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_b
 _EXACT_MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
                 "ignore_punctuation": True}
 _NO_ARTICLES = {"regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"]}
+_CHOICE = {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "label"}
+_LAST_WORD = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
 _TRIM = [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
 
 
@@ -90,8 +92,7 @@ FILE_TASKS: dict[str, FileTask] = {
         ("lambada/test.jsonl",), "lambada_openai",
         {"text": lambda value: _is_text(value) and bool(value.rpartition(" ")[0].strip())},
         lambda row: {"context": row["text"].rpartition(" ")[0], "target": " " + row["text"].rpartition(" ")[2]},
-        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
-         "metric_list": [_PERPLEXITY, _ACC]},
+        {**_LAST_WORD, "metric_list": [_PERPLEXITY, _ACC]},
         "OpenAI's passages, as they are; target = the text after the last space, right when every token is the argmax",
     ),
     "storycloze": FileTask(
@@ -101,8 +102,7 @@ FILE_TASKS: dict[str, FileTask] = {
         lambda row: {"context": " ".join(row[column] for column in STORY_COLUMNS[:4]),
                      "choices": [row[column] for column in STORY_COLUMNS[4:6]],
                      "label": int(row["AnswerRightEnding"]) - 1},
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC]},
+        {**_CHOICE, "metric_list": [_ACC]},
         "Story Cloze Test, the authors' CSV; four sentences, two endings",
     ),
     "hellaswag": FileTask(
@@ -110,8 +110,7 @@ FILE_TASKS: dict[str, FileTask] = {
         {"ctx": _is_text, "endings": lambda value: _is_answers(value) and len(value) > 1,
          "label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0},
         lambda row: {"context": row["ctx"], "choices": row["endings"], "label": row["label"]},
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        {**_CHOICE, "metric_list": [_ACC, _ACC_NORM]},
         "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
     ),
     "nq_open": FileTask(
@@ -145,14 +144,12 @@ HELDOUT_CONFIGS: dict[str, tuple[Callable[..., Sequence[Item]], Mapping[str, Any
     ),
     "last_word": (
         last_word_items,
-        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
-         "metric_list": [_ACC, _PERPLEXITY]},
+        {**_LAST_WORD, "metric_list": [_ACC, _PERPLEXITY]},
         "LAMBADA-style: passages of 150 to 500 characters, last word of 3 letters or more that occurs before",
     ),
     "choice": (
         choice_items,
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        {**_CHOICE, "metric_list": [_ACC, _ACC_NORM]},
         "HellaSwag-style: true continuation among four; three from elsewhere in the documents, of similar length",
     ),
 }
@@ -165,7 +162,7 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
     tasks: names among "text", "last_word", "choice"; limit: at most this many items of each, sampled with `seed`.
     ValueError for an unknown name, a limit below 1, or documents that give no item.
     """
-    _check_limit(limit)
+    check_limit(limit)
     item_tasks = []
     for name in tasks:
         if name not in HELDOUT_CONFIGS:
@@ -187,7 +184,7 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
     items only; lines after the last one needed are not read. ValueError for an unknown name (with the nearest ones), a
     missing file, a malformed line (file, line and field), a data set that is not on this machine when offline.
     """
-    _check_limit(limit)
+    check_limit(limit)
     tasks: list[Task] = []
     for name in names:
         if name in FILE_TASKS and (data_dir is not None):
@@ -363,6 +360,6 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     return f"task {name!r} is not known; the nearest names are {', '.join(near)}"
 
 
-def _check_limit(limit: int | None) -> None:
+def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 item; got {limit}")

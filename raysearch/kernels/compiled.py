@@ -29,7 +29,7 @@ def build(source: Path, command: Sequence[str]) -> ctypes.CDLL:
     folder = default_cache_dir() / "kernels"
     library = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is run as code
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{library.stem}-") as aside:
             unfinished = Path(aside, library.name)
             # the source goes first: some linkers drop libraries that are named before it

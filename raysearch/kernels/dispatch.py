@@ -170,7 +170,7 @@ def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num
     if device.type == "cuda":
         runs = [_graph(run) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
-    for index in range(num_rounds + 1):
+    for index in range(num_rounds + 1):  # in turn, so that a slow moment of the machine meets all
         for column, run in zip(times, runs):
             if device.type == "cuda":
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from raysearch.kernels.backends import BACKENDS
 from raysearch.kernels.dispatch import NUM_PAIRS, Choice, best_backend, time_in_turn, token_bucket
 from raysearch.kernels.linear import linear
 from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
+from raysearch.models.architectures import PLAIN, dense_weight
 from raysearch.models.compact import Compaction, compact
 
 MIN_SPARSITY = 0.3
@@ -120,7 +120,7 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
     """
     started = time.perf_counter()
     counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-    compaction = compact(model)
+    compaction = compact(model)  # first: it gains anywhere, and sparse layers then have to beat the smaller dense ones
     layers: list[Layer] = []
     swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]] = []
     for name, parent, attribute, module in linear_layers(model):
@@ -148,7 +148,7 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = dict(model.named_modules())
     return [(name, names[name.rpartition(".")[0]], name.rpartition(".")[2], module) for name, module in names.items()
-            if isinstance(module, nn.Linear | Conv1D | SparseLinear) and module is not head and name]
+            if isinstance(module, (*PLAIN, SparseLinear)) and module is not head and name]
 
 
 def is_sparse(layer: Any) -> bool:
@@ -157,9 +157,8 @@ def is_sparse(layer: Any) -> bool:
 
 
 def _compressed(module: Any) -> SparseWeight:
-    weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
-    mask = weight != 0
-    return compress(weight, mask, *detect_pattern(mask))
+    mask = dense_weight(module) != 0
+    return compress(dense_weight(module), mask, *detect_pattern(mask))
 
 
 def _dense(layer: SparseLinear) -> nn.Linear:

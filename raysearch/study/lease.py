@@ -20,7 +20,7 @@ from pathlib import Path
 from raysearch.study.storage import StorePath
 
 RENEW_S = 20.0
-STALE_S = 90.0
+STALE_S = 90.0  # four renewals may fail
 SETTLE_S = 1.0
 
 

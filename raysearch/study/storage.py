@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 SECRET_NAMES = re.compile("secret|token|password|signature|sas|access_key|account_key", re.IGNORECASE)
+"""In a URI's query: parameters that hold a credential."""
 WITH_USERS = ("abfs", "abfss", "hdfs", "viewfs")
 """Schemes whose URIs name a container or an account before the @."""
 CHUNK_BYTES = 16 * 2**20
