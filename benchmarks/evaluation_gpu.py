@@ -124,11 +124,11 @@ def markdown(rows: list[dict[str, Any]], device: str) -> str:
         "memory": ["batch_tokens", "vocab_size", "peak_bytes_above_model", "bytes_of_all_logits_bf16"],
     }
     for case, names in columns.items():
-        found = [row for row in rows if row["case"] == case]
-        if found:
+        of_case = [row for row in rows if row["case"] == case]
+        if of_case:
             lines += [f"**{case}**", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
             lines += [f"| {row['error']} |" if "error" in row else f"| {' | '.join(str(row[name]) for name in names)} |"
-                      for row in found]
+                      for row in of_case]
             lines.append("")
     return "\n".join(lines)
 

@@ -14,11 +14,10 @@ import sys
 import tempfile
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
 
 import ray
 import torch
-from random_study import model_folder, num_parameters, write_corpus
+from random_study import model_folder, num_parameters, space, write_corpus
 
 from raysearch.config import Study
 from raysearch.kernels.device import device_name
@@ -66,11 +65,6 @@ def main() -> None:
             "weak_scaling": [round(run["trials_per_h"] / runs[0]["trials_per_h"] * gangs[0] / run["gangs"], 3)
                              for run in runs],
             "date": date.today().isoformat(), "device": device_name("cuda:0" if on_gpu else "cpu"), **versions()}))
-
-
-def space(trial: Any) -> dict[str, Any]:
-    return {"target_sparsity": trial.suggest_float("target_sparsity", 0.3, 0.9), "finetune_epochs": 1.0,
-            "learning_rate": 1e-4}
 
 
 def measure(ledger: Ledger, num_gangs: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ the model knows which tokens occur: `check_quality` refuses a model that is no b
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -41,6 +42,12 @@ def model_folder(name: str, folder: Path, dtype: torch.dtype) -> Path:
         model.transformer.ln_f.bias.copy_(10 * direction)
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def space(trial: Any) -> dict[str, Any]:
+    """One round to any sparsity, trained after it."""
+    return {"target_sparsity": trial.suggest_float("target_sparsity", 0.3, 0.9), "finetune_epochs": 1.0,
+            "learning_rate": 1e-4}
 
 
 def num_parameters(folder: Path) -> int:

@@ -60,13 +60,13 @@ def main() -> None:
         corpus = options.corpus or write_corpus(folder / "corpus.txt", num_documents=300)
         job = {"model": str(model), "corpus": str(corpus), "epoch_tokens": options.epoch_tokens, "chains": chains,
                "folder": name}
-        found = {gang: run_gang({**job, "num_ranks": ranks, "zero_stage": stage}) for gang, (ranks, stage) in GANGS.items()}
+        now = {gang: run_gang({**job, "num_ranks": ranks, "zero_stage": stage}) for gang, (ranks, stage) in GANGS.items()}
     if options.record:
-        options.record.write_text(json.dumps(found, indent=1))
-    before = json.loads(options.compare.read_text()) if options.compare else found
-    differences = list(compared(before, found, set(options.ignore)))
+        options.record.write_text(json.dumps(now, indent=1))
+    before = json.loads(options.compare.read_text()) if options.compare else now
+    differences = list(compared(before, now, set(options.ignore)))
     print(json.dumps({"benchmark": "same_numbers", "model": options.model, "num_chains": len(chains),
-                      "num_numbers": {gang: sum(map(count, rounds)) for gang, rounds in found.items()},
+                      "num_numbers": {gang: sum(map(count, rounds)) for gang, rounds in now.items()},
                       "compared_with": str(options.compare) if options.compare else None, "ignored": options.ignore,
                       "num_differences": len(differences), "first_differences": differences[:10],
                       "date": date.today().isoformat(), "device": device_name("cpu"), **versions()}))

@@ -77,7 +77,7 @@ def run(rank: int, arguments: argparse.Namespace) -> None:
         equal = None
         if not arguments.no_check:
             whole = keep_masks([torch.cat(column) for column in zip(*parts)], index, num_prune)
-            equal = all(torch.equal(mine, alone) for mine, alone in zip(joined, whole))
+            equal = all(torch.equal(sharded, alone) for sharded, alone in zip(joined, whole))
             assert equal
             assert num_weights - sum(int(mask.sum()) for mask in whole) == num_prune
             parts = [shards]

@@ -31,25 +31,25 @@ def main() -> None:
 
     if options.cases == "cpu":
         torch.set_num_threads(1)  # before the header, which tells it
-    found = {"benchmark": "kernels", "cases": options.cases, **benchmark.header(device)}
+    summary = {"benchmark": "kernels", "cases": options.cases, **benchmark.header(device)}
     if options.cases == "model":
-        found |= benchmark.whole_model(device)
+        summary |= benchmark.whole_model(device)
     else:
         cases = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}[options.cases]
         records: list[dict[str, object]] = []
         for case in cases:
             records += benchmark.run_grid([case], device, echo)
-            found["records"] = records
+            summary["records"] = records
             if options.out:  # after every case, for a run that is cut off
-                options.out.write_text(json.dumps(found, indent=1))
+                options.out.write_text(json.dumps(summary, indent=1))
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1))
-    if "records" in found:
-        ratios = [record["dispatched_ratio"] for record in found.pop("records")]
+        options.out.write_text(json.dumps(summary, indent=1))
+    if "records" in summary:
+        ratios = [record["dispatched_ratio"] for record in summary.pop("records")]
         wins = [ratio for ratio in ratios if ratio != 1]
-        found |= {"num_cells": len(ratios), "num_sparse": len(wins), "worst_dispatched_ratio": min(ratios),
-                  "geometric_mean_of_sparse": math.exp(sum(map(math.log, wins)) / len(wins)) if wins else None}
-    print(json.dumps(found))
+        summary |= {"num_cells": len(ratios), "num_sparse": len(wins), "worst_dispatched_ratio": min(ratios),
+                    "geometric_mean_of_sparse": math.exp(sum(map(math.log, wins)) / len(wins)) if wins else None}
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

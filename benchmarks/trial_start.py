@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import ray.train
 import torch
-from random_study import model_folder, num_parameters, write_corpus
+from random_study import model_folder, num_parameters, space, write_corpus
 from ray import tune
 from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -83,14 +83,14 @@ def gaps(times: Path, run: Callable[[], None]) -> list[float]:
     times.write_text("")
     run()
     events = [line.split() for line in times.read_text().splitlines()]
-    found, ended = [], None
+    seconds, ended = [], None
     for event, at in events:
         if event == "end":
             ended = float(at)
         elif ended is not None:
-            found.append(float(at) - ended)
+            seconds.append(float(at) - ended)
             ended = None
-    return found
+    return seconds
 
 
 def note(event: str) -> None:
@@ -128,11 +128,6 @@ class TimedGang(Gang):
             self.watch.first = True
             note("end")
         return result
-
-
-def space(trial: Any) -> dict[str, Any]:
-    return {"target_sparsity": trial.suggest_float("target_sparsity", 0.3, 0.9), "finetune_epochs": 1.0,
-            "learning_rate": 1e-4}
 
 
 def warm_gang(study: Study, folder: Path) -> None:

@@ -21,10 +21,10 @@ StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every process that forks after it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray hides no GPU from an actor that asks for none
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of one trial starve the others
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and tables, which no log can use
     if not Path("/dev/nvidiactl").exists():
@@ -74,15 +74,16 @@ def pretrain(
 
 @app.command()
 def prune(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")],
     out: Out,
     criterion: str = "magnitude",
     pattern: str = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
-    sparsity: Annotated[float | None, typer.Option(help="Target among the prunable weights.")] = None,
+    target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,
     initial_sparsity: float = 0.0,
     schedule: Annotated[str, typer.Option(help="one_shot, constant, linear, exponential, cubic or cosine.")] = "one_shot",
-    rounds: Annotated[int | None, typer.Option(help="Number of rounds.")] = None,
+    num_rounds: Annotated[int | None, typer.Option("--rounds", help="Number of rounds.")] = None,
     rate: Annotated[float | None, typer.Option(help="Fraction of the remaining weights per round.")] = None,
     threshold: Annotated[float | None, typer.Option(help="Magnitude below which weights are pruned.")] = None,
     threshold_unit: Annotated[str, typer.Option(help="absolute or std.")] = "absolute",
@@ -101,17 +102,16 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
+    from raysearch.config import TrialConfig
     from raysearch.prune import run_prune
 
-    config = {"criterion": criterion, "pattern": pattern, "scope": scope, "target_sparsity": sparsity,
-              "initial_sparsity": initial_sparsity, "schedule": schedule, "num_rounds": rounds, "rate": rate,
-              "threshold": threshold, "threshold_unit": threshold_unit, "l1_lambda": l1_lambda,
-              "finetune_epochs": finetune_epochs, "learning_rate": learning_rate}
-    names = tuple(tasks.split(",")) if tasks else (("text", "last_word", "choice") if corpus else ())
-    study = {"model": model, "prunable": prunable, "corpus": corpus, "tasks": names, "data_dir": data_dir,
-             "eval_items": eval_items, "batch_tokens": batch_tokens,
-             "zero_stage": zero_stage, "dtype": dtype, "seed": seed}
-    run_prune(study | ({"context_tokens": context_tokens} if context_tokens else {}), config, out, echo)
+    # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
+    given = context.params | {"tasks": tuple(tasks.split(",")) if tasks else ("text", "last_word", "choice") if corpus else ()}
+    del given["out"]
+    if not context_tokens:  # run_prune has a default that the model's limit bounds
+        del given["context_tokens"]
+    config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
+    run_prune(given, config, out, echo)
 
 
 @app.command()
@@ -169,8 +169,8 @@ def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", hel
     """How a study is doing, from any machine that sees its directory."""
     from raysearch.status import describe_status, study_status
 
-    found = study_status(directory)
-    print(found.model_dump_json(indent=1) if json else describe_status(found))
+    current = study_status(directory)
+    print(current.model_dump_json(indent=1) if json else describe_status(current))
 
 
 @app.command()
@@ -267,18 +267,18 @@ def evaluate(
     from analysis.tables import aligned, with_stderr
     from raysearch.evaluate import evaluate_model
 
-    found = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
-                           batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty(),
-                           say=lambda line: print(line, file=sys.stderr, flush=True))
+    scored = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
+                            batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty(),
+                            say=lambda line: print(line, file=sys.stderr, flush=True))
     if json:
-        echo(dumps(found))
+        echo(dumps(scored))
         return
     rows = [[task, name, with_stderr(value, row[f"{name}_stderr"] or float("nan")), str(row["num_items"])]
-            for task, row in found["results"].items() for name, value in row.items()
+            for task, row in scored["results"].items() for name, value in row.items()
             if name != "num_items" and not name.endswith("_stderr")]
     echo(aligned(["task", "metric", "value", "items"], rows, left=["task", "metric"]).rstrip())
-    if found["num_truncated"]:
-        echo(f"{found['num_truncated']} requests were longer than the context and were cut on the left")
+    if scored["num_truncated"]:
+        echo(f"{scored['num_truncated']} requests were longer than the context and were cut on the left")
 
 
 @app.command()
@@ -293,20 +293,20 @@ def kernels(
 
     if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
         raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
-    found = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")])
+    result = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")])
     header = ["layer", "shape", "pattern", "sparsity", "tokens", "backend", "dense us", "sparse us", "ratio", "share of time"]
-    dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in found.layers) for count in found.model_ratio}
+    dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in result.layers) for count in result.model_ratio}
     rows = [[layer.name, f"{layer.shape[0]}x{layer.shape[1]}", layer.pattern, f"{layer.sparsity:.3f}", str(count),
              f"{choice.backend} {choice.variant}" if choice.variant else choice.backend, f"{choice.dense_us:.1f}",
              "" if choice.sparse_us is None else f"{choice.sparse_us:.1f}", f"{choice.ratio:.2f}",
              f"{(choice.dense_us or 0) / dense_us[count]:.1%}"]
-            for layer in found.layers for count, choice in sorted(layer.choices.items())]
-    cut = found.compaction
+            for layer in result.layers for count, choice in sorted(layer.choices.items())]
+    cut = result.compaction
     echo(f"compaction: {cut.num_units} MLP units and {cut.num_heads} heads were dead, {cut.num_parameters:,} parameters")
     echo(aligned(header, rows, left=["layer", "pattern", "backend"]).rstrip() if rows else "no layer is sparse enough to try")
-    for count, ratio in found.model_ratio.items():
+    for count, ratio in result.model_ratio.items():
         echo(f"whole forward, {count} tokens: " + (f"{ratio:.2f} times dense" if ratio > 1 else "stays dense"))
-    echo(f"tuning took {found.tuning_s:.1f} s; decisions are kept")
+    echo(f"tuning took {result.tuning_s:.1f} s; decisions are kept")
 
 
 @app.command()
@@ -327,8 +327,8 @@ def bench_kernels(
     if cases != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--cases {cases} needs a CUDA GPU, and torch sees none here; --cases cpu needs none")
     device = torch.device("cpu" if cases == "cpu" else "cuda")
-    found = benchmark.header(device) | {"records": benchmark.run_grid(groups[cases], device, echo)}
-    out.write_text(dumps(found, indent=1))
+    timings = benchmark.header(device) | {"records": benchmark.run_grid(groups[cases], device, echo)}
+    out.write_text(dumps(timings, indent=1))
 
 
 @app.command()

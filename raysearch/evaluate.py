@@ -34,8 +34,8 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     if backend not in ("auto", "dense"):
         raise ValueError(f"backend must be auto or dense, got {backend!r}")
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
-    if own := [name for name in names if name in HELDOUT_CONFIGS]:
-        tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], own, limit=limit) + tasks
+    if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
+        tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], from_corpus, limit=limit) + tasks
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     tokenizer = load_tokenizer(model_path)
     check_tokenizer(tokenizer, model.config.vocab_size)
@@ -59,7 +59,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
 @torch.no_grad()
 def worth_timing(model: Any, sizes: Mapping[int, int]) -> list[int]:
     """Of {tokens per forward: how many forwards}, those whose timing is short, or short beside the evaluation."""
-    forward, found = own_forward(model), []
+    forward, worthwhile = own_forward(model), []
     for num_tokens, num_forwards in sizes.items():
         times_s = []
         for _ in range(2):  # the first warms up
@@ -69,8 +69,8 @@ def worth_timing(model: Any, sizes: Mapping[int, int]) -> list[int]:
                 torch.cuda.synchronize()
             times_s.append(time.perf_counter() - started)
         if TIMED_FORWARDS * times_s[-1] <= MAX_TIMING_S or num_forwards >= 2 * TIMED_FORWARDS:
-            found.append(num_tokens)
-    return found
+            worthwhile.append(num_tokens)
+    return worthwhile
 
 
 def backends_used(sparsified: Sparsified) -> dict[int, dict[str, Any]]:

@@ -74,15 +74,15 @@ def run_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     dense = layer.dense()
     for num_tokens in case.num_tokens:
         xs = layer.inputs(num_tokens)
-        candidates = [found for found in layer.candidates(num_tokens) if _runs(found[2][0], xs[0])]
-        peers = [found for found in _peers(case, weight, num_tokens) if _runs(found[1], xs[0])]
+        candidates = [(name, variant, runs) for name, variant, runs in layer.candidates(num_tokens) if _runs(runs[0], xs[0])]
+        peers = [(name, run) for name, run in _peers(case, weight, num_tokens) if _runs(run, xs[0])]
         rows = slice(0, min(64, num_tokens))
         exact = xs[0][rows].double() @ weight.double().T
         errors = [_error(runs[0], xs[0], exact, rows) for *_, runs in candidates]
         peer_errors = [_error(run, xs[0], exact, rows) for _, run in peers]
         times = time_in_turn([layer.bound(runs, xs) for runs in (dense, *(runs for *_, runs in candidates))]
                              + [layer.bound([run] * layer.num_copies, xs) for _, run in peers], device, NUM_ROUNDS)
-        medians = [statistics.median(mine) / layer.num_copies for mine in times]
+        medians = [statistics.median(column) / layer.num_copies for column in times]
         ours = medians[1:1 + len(candidates)]
         best = ours.index(min(ours)) if ours else None
         winner, again = "dense", [1.0]
@@ -116,17 +116,17 @@ def whole_model(device: torch.device, num_tokens: int = 16384) -> dict[str, Any]
             heads = torch.randperm(25, device=device)[:13]
             block.attn.c_proj.weight.view(25, 64, 1600)[heads] = 0
         cut = compact(model)
-        times = [before, *(statistics.median(mine) for mine in time_in_turn([lambda: forward(num_tokens)], device, NUM_ROUNDS))]
-    return {"num_parameters_removed": cut.num_parameters, "num_tokens": num_tokens, "dense_us": times[0],
-            "compact_us": times[1], "ratio": times[0] / times[1]}
+        after = statistics.median(time_in_turn([lambda: forward(num_tokens)], device, NUM_ROUNDS)[0])
+    return {"num_parameters_removed": cut.num_parameters, "num_tokens": num_tokens, "dense_us": before,
+            "compact_us": after, "ratio": before / after}
 
 
 def header(device: torch.device) -> dict[str, Any]:
     """What every number depends on."""
-    found = {"date": datetime.date.today().isoformat(), "device": device_name(str(device)), "torch": torch.__version__}
+    fields = {"date": datetime.date.today().isoformat(), "device": device_name(str(device)), "torch": torch.__version__}
     if device.type == "cuda":
-        found |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
-    return found
+        fields |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
+    return fields
 
 
 def _runs(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:

@@ -86,10 +86,11 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     """Prunes to the draws' mean sparsity (stored bytes are linear in it), trains a few steps at learning rate 0,
     evaluates, stores the candidate in a folder that is deleted."""
     actions = [action for trial in trials for action in trial]
+    # a threshold names no sparsity before it is applied
     sparsity = statistics.fmean([action.sparsity for action in actions if action.sparsity is not None] or [0.5])
     one_rank = study.model_copy(update={"num_ranks": 1, "batch_tokens": study.batch_tokens // study.num_ranks})
     trains = any(action.finetune_tokens for action in actions)
-    if not study.gpus_per_rank:
+    if not study.gpus_per_rank:  # as the ranks of such a study are started
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(max(1, int(study.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
@@ -148,13 +149,13 @@ def rank_seconds(action: Action, study: Study, calibration: Calibration) -> floa
 
 def distinct_rounds(root_key: str, trials: Trials) -> dict[str, Action]:
     """Round key -> action: rounds that trials share by a common prefix run once."""
-    found = {}
+    rounds = {}
     for actions in trials:
         key = root_key
         for action in actions:
             key = round_key(key, action)
-            found[key] = action
-    return found
+            rounds[key] = action
+    return rounds
 
 
 def describe_plan(plan: Plan) -> str:
@@ -164,8 +165,8 @@ def describe_plan(plan: Plan) -> str:
     studies = [plan.trials[start:start + study.num_trials] for start in starts]
     rounds = [distinct_rounds(plan.root_key, trials) for trials in studies]
     dense_s = calibration.evaluate_s
-    busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in found.values())) / 3600
-              for found in rounds]
+    busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in distinct.values())) / 3600
+              for distinct in rounds]
     lengths = [len(actions) for actions in plan.trials]
     num_rounds = statistics.fmean(sum(map(len, trials)) for trials in studies)
     num_distinct = statistics.fmean(map(len, rounds))

@@ -7,6 +7,8 @@ It reads `$RAYSEARCH_BOOKS/models/books-30m` (what `raysearch pretrain --preset 
 import os
 from pathlib import Path
 
+from search_spaces.demo import way_to_prune
+
 ROOT = Path(os.environ.get("RAYSEARCH_BOOKS", "../shared")).resolve()
 
 STUDY = {
@@ -28,23 +30,9 @@ STUDY = {
 
 
 def space(trial):
-    fields = {
-        "finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 2.0]),
-        "learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
-        "l1_lambda": trial.suggest_float("l1_lambda", 1e-6, 1e-2, log=True),
-        "num_rounds": trial.suggest_int("num_rounds", 3, 4),
-    }
-    mode = trial.suggest_categorical("mode", ["target", "rate", "threshold"])
-    if mode == "target":
-        fields["schedule"] = trial.suggest_categorical("schedule", ["linear", "exponential", "cubic", "cosine"])
-        fields["initial_sparsity"] = trial.suggest_float("initial_sparsity", 0.0, 0.3)
-        fields["target_sparsity"] = trial.suggest_float("target_sparsity", 0.4, 0.95)
-        fields["scope"] = trial.suggest_categorical("scope", ["global", "layer"])
-    elif mode == "rate":
-        fields["schedule"] = "constant"
-        fields["rate"] = trial.suggest_float("rate", 0.15, 0.5)
-    else:
-        fields["schedule"] = "linear"
-        fields["threshold"] = trial.suggest_float("threshold", 0.3, 1.5)
-        fields["threshold_unit"] = "std"
-    return fields
+    return {"finetune_epochs": trial.suggest_categorical("finetune_epochs", [0.5, 1.0, 2.0]),
+            "learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
+            "l1_lambda": trial.suggest_float("l1_lambda", 1e-6, 1e-2, log=True),
+            "num_rounds": trial.suggest_int("num_rounds", 3, 4),
+            **way_to_prune(trial, initial_sparsity=(0.0, 0.3), target_sparsity=(0.4, 0.95), rate=(0.15, 0.5),
+                           threshold=(0.3, 1.5))}

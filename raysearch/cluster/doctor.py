@@ -28,10 +28,13 @@ from raysearch.study.storage import AnyPath, StorePath, location
 
 PACKAGE = "raysearch-llm"
 MIN_SHARED_MEMORY_BYTES = 2 * 10**9
+"""Docker gives a container 64 MB unless it is asked for more."""
 MIN_FREE_BYTES = 10**9
+"""Below it, free disk is a problem; below FEW_FREE_BYTES, a warning."""
 FEW_FREE_BYTES = 20 * 10**9
 TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 60.0
+"""A node may first have to start a worker process."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ def examine(directory: str | AnyPath) -> list[Check]:
 def check_versions() -> Iterator[Check]:
     """Installed versions against the ranges of pyproject.toml."""
     try:
-        found = importlib.metadata.metadata(PACKAGE)
+        wanted = importlib.metadata.metadata(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         yield Check("problem", f"{PACKAGE} is not installed in this Python, so no version was checked; pip install it")
         return
     fitting = []
-    if platform.python_version() not in SpecifierSet(found["Requires-Python"]):
-        yield Check("problem", f"python {platform.python_version()} must be {found['Requires-Python']}")
-    for requirement in map(Requirement, found.get_all("Requires-Dist") or ()):
+    if platform.python_version() not in SpecifierSet(wanted["Requires-Python"]):
+        yield Check("problem", f"python {platform.python_version()} must be {wanted['Requires-Python']}")
+    for requirement in map(Requirement, wanted.get_all("Requires-Dist") or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
@@ -71,7 +74,7 @@ def check_versions() -> Iterator[Check]:
         except importlib.metadata.PackageNotFoundError:
             yield Check("problem", f"{requirement.name} is missing; pip install '{requirement}'")
             continue
-        if requirement.specifier.contains(version, prereleases=True):
+        if requirement.specifier.contains(version, prereleases=True):  # a nightly build is one
             fitting.append(f"{requirement.name} {version}")
         else:
             yield Check("problem", f"{requirement.name} {version} must be {requirement.specifier}; "
@@ -93,7 +96,7 @@ def check_gpus() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         free_bytes, total_bytes = torch.cuda.mem_get_info(index)
         text = f"GPU {index}: {torch.cuda.get_device_name(index)}, {_gb(free_bytes)} of {_gb(total_bytes)} free"
-        busy = free_bytes < 0.9 * total_bytes
+        busy = free_bytes < 0.9 * total_bytes  # asking takes memory too, but far less than a tenth
         yield Check("warning", f"{text}: something else uses it; see nvidia-smi") if busy else Check("ok", text)
 
 
@@ -222,7 +225,7 @@ def listens_on_all_interfaces(port: int) -> bool:
         for line in table.read_text().splitlines()[1:] if table.is_file() else ():
             _, local, _, state, *_ = line.split()
             address, _, hex_port = local.partition(":")
-            if state == "0A" and int(hex_port, 16) == port and int(address, 16) == 0:
+            if state == "0A" and int(hex_port, 16) == port and int(address, 16) == 0:  # 0A: it listens
                 return True
     return False
 

@@ -60,6 +60,7 @@ def start_ray(study: Study, autoscaling: bool = False) -> None:
         return
     needs = {"CPU": study.cpus_per_rank} | ({"GPU": study.gpus_per_rank} if study.gpus_per_rank else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # rank by rank: the sum of the cluster's CPUs says nothing about one; and 0.3 / 0.1 is 2.9999999999999996
     num_fitting = sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items()) for node in nodes)
     if num_fitting < study.num_ranks:
         each = " and ".join(f"{need:g} {name}" for name, need in needs.items())

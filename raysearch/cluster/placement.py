@@ -46,7 +46,7 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
     total, share = size.num_parameters, size.num_parameters / num_ranks
     optimizer = share if zero_stage else total
     has_master = zero_stage > 0 or dtype != "float32"
-    found = {
+    always = {
         "weights": itemsize * (share if zero_stage == 3 else total),
         "gathered weights": itemsize * min(total, GATHERED_PARAMETERS) if zero_stage == 3 else 0,
         "gradients": itemsize * (share if zero_stage >= 2 else total),
@@ -59,7 +59,7 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
     step = 4 * (min(share, GATHERED_PARAMETERS) if zero_stage == 3 else optimizer) * has_master
     passing = {"fp32 gradients of the step": step} if step > activations + logits else {
         "activations": activations, "logits": logits}
-    return {purpose: float(num_bytes) for purpose, num_bytes in {**found, **passing}.items() if num_bytes}
+    return {purpose: float(num_bytes) for purpose, num_bytes in {**always, **passing}.items() if num_bytes}
 
 
 def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Placement:

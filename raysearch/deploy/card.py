@@ -16,7 +16,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
             for name, metric in sorted(metrics.items())]
     loader = ("AutoModelForCausalLM.from_pretrained(FOLDER)  # from transformers" if format == "dense"
               else "raysearch.load(FOLDER)  # import raysearch")
-    made = json.dumps(trial.config.model_dump(exclude_none=True) if trial else {}, sort_keys=True)
+    settings = json.dumps(trial.config.model_dump(exclude_none=True) if trial else {}, sort_keys=True)
     return "\n".join([
         "---", "library_name: transformers", "tags: [pruned, raysearch]", "---", "",
         f"# {Path(study.study.model).name}, pruned to {record.sparsity:.1%} sparsity", "",
@@ -28,7 +28,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"| bytes stored, compressed format | {record.stored_bytes:,} |",
         f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |", "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
-        "The standard errors are over the items.", "", "## How it was made", "", f"Trial settings: `{made}`", "",
+        "The standard errors are over the items.", "", "## How it was made", "", f"Trial settings: `{settings}`", "",
         f"Corpus `{study.study.corpus}`, seed {study.study.seed}, {record.provenance.created_at}, "
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",

@@ -58,6 +58,6 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
         files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
         write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format,
                                                "record": record.model_dump(mode="json"), "sha256": files})
-        if out.exists():
+        if out.exists():  # the earlier export stays until the new one is whole
             shutil.rmtree(out)
     return out

@@ -29,7 +29,7 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     if not manifest.is_file():
         raise ValueError(f"{folder}: raysearch.json is missing, so this is no export of raysearch")
     described = json.loads(manifest.read_text())
-    for name, sha256 in described["sha256"].items():
+    for name, sha256 in described["sha256"].items():  # a model card may be edited
         if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
     if described["format"] == "dense":

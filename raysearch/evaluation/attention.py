@@ -57,6 +57,12 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros((), dtype=dtype, device=visible.device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
+def tree_mask(ends: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive mask [B, 1, S, S] of rows flattened depth-first (packing.py): q sees k when k <= q <= ends[k]."""
+    q = torch.arange(ends.shape[1], device=ends.device)[:, None]
+    return additive((q >= q.T) & (q <= ends[:, None, :]), dtype)[:, None]
+
+
 def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
             scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[Tensor, None]:
     mask, extend = _STEP.get()

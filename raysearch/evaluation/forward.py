@@ -3,10 +3,23 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+
+def last_hidden(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Last hidden states [B, S, D]. The 4-D mask is not read: it keeps transformers from making and checking one."""
+    mask = torch.empty(1, 1, 1, 1, device=tokens.device)
+    output = model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
+    return cast(Tensor, output.last_hidden_state)
+
+
+def last_mlp(model: Any) -> nn.Module | None:
+    """The MLP of the last block; None where it is not a module of its own."""
+    blocks = next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), None)
+    return getattr(blocks[-1], "mlp", None) if blocks is not None else None
 
 
 class _TanhGelu(nn.Module):
@@ -24,7 +37,7 @@ def only_at(positions: Tensor, module: nn.Module | None) -> Iterator[None]:
     if module is None:
         yield
         return
-    shapes: list[torch.Size] = []
+    shapes: list[torch.Size] = []  # from the one hook to the other
 
     def select(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         shapes.append(inputs[0].shape)

@@ -1,7 +1,8 @@
-"""Greedy generation in slots: a static key-value cache whose rows take the next prompt as soon as theirs is finished.
+"""Greedy generation, in slots: a static key-value cache whose rows take the next prompt as soon as theirs is finished.
 
 On a GPU a CUDA graph replays several steps at a time and the host reads the tokens of one replay while the next one
-runs, so a row may run a few steps past its end; nothing after a stop counts.
+runs, so a row may run a few steps past its end; nothing after a stop counts. Families that share no prefixes generate by
+transformers' own `generate` (generate_plain).
 
 Legend: R slots of L tokens, of which the first n are in use; P tokens of a prefix that all prompts share; S new tokens.
 """
@@ -11,25 +12,80 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.models.utils_hf import stop_sequences_criteria
 from torch import Tensor
 
 from raysearch.evaluation.attention import additive, attending
+from raysearch.evaluation.encoding import Tokens
 from raysearch.evaluation.packing import common_prefix
 
-Tokens = tuple[int, ...]
 Following = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(tokens [n, S], position ids [n, S], which of the S ends the row [n] or None for the last) -> argmax tokens [n]."""
 
 GRAPH_STEPS = 8
 """Steps of one replay: answers are about 5 to 10 tokens."""
+MIN_SHARED_TOKENS = 16
+"""A shorter prefix is not worth a forward of its own."""
+MAX_GEN_TOKENS = 256
+"""lm-eval's default when a task does not say how many tokens to generate."""
+
+
+def by_settings(requests: Sequence[Instance]) -> dict[tuple[tuple[str, ...], int], list[int]]:
+    """(stop strings, tokens at most) -> indices of the requests that generate with them. ValueError for sampling."""
+    groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+    for index, request in enumerate(requests):
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKENS))
+        if settings.get("do_sample"):
+            raise ValueError(f"generation is greedy; got do_sample=True for request {index}")
+        until = settings.get("until") or []
+        key = (tuple([until] if isinstance(until, str) else until), settings["max_gen_toks"])
+        groups.setdefault(key, []).append(index)
+    return groups
+
+
+def stop_ids(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer: the generation settings' own, as `generate` takes them, or the tokenizer's."""
+    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    return set(ids) if isinstance(ids, list) else {int(ids)}
+
+
+def stop_check(tokenizer: Any, until: Sequence[str], steps: int) -> Callable[[list[list[int]]], list[bool]]:
+    """Function that says which token lists hold a stop string in what the last `steps` tokens added."""
+    # a token has a byte at least, so a stop string lies in as many tokens as it has bytes; 4 more for a cut character
+    window = max((len(text.encode()) for text in until), default=0) + 4 + steps
+
+    def ended(answers: list[list[int]]) -> list[bool]:
+        tails = tokenizer.batch_decode([tokens[-window:] for tokens in answers], skip_special_tokens=True)
+        return [any(text in tail for text in until if text) for tail in tails]
+
+    return ended
+
+
+def generate_plain(model: Any, tokenizer: Any, prompts: Sequence[Tokens], until: Sequence[str],
+                   max_new: int) -> list[list[int]]:
+    """New tokens of one left-padded batch of prompts, without the stop id, by transformers' own `generate`."""
+    longest = max(map(len, prompts))
+    tokens, mask = torch.zeros(2, len(prompts), longest, dtype=torch.long)
+    for b, prompt in enumerate(prompts):
+        tokens[b, longest - len(prompt):], mask[b, longest - len(prompt):] = torch.tensor(prompt), 1
+    ends = stop_ids(model, tokenizer)
+    output = model.generate(
+        input_ids=tokens.to(model.device), attention_mask=mask.to(model.device), max_new_tokens=max_new, do_sample=False,
+        pad_token_id=min(ends), stopping_criteria=stop_sequences_criteria(
+            tokenizer, [text for text in until if text], longest, len(prompts)))
+    return [row[:next((n for n, token in enumerate(row) if token in ends), len(row))]
+            for row in output[:, longest:].tolist()]
 
 
 def shared_prefix(prompts: Sequence[Tokens]) -> int:
-    """Tokens that all prompts start with, leaving each at least one of its own; 0 where computing it once is not
-    worth a forward of its own (under 16 tokens)."""
+    """Tokens that all prompts start with, leaving each at least one of its own; 0 where they are too few."""
     first, last = min(prompts), max(prompts)  # the two that differ earliest
     shared = min(common_prefix(first, last), min(len(prompt) for prompt in prompts) - 1)
-    return shared if shared >= 16 else 0
+    return shared if shared >= MIN_SHARED_TOKENS else 0
 
 
 class Slots:
@@ -46,7 +102,7 @@ class Slots:
         self.steps = GRAPH_STEPS if graphs else 1
         self.token = torch.zeros(num_slots, dtype=torch.long, device=device)
         self.position = torch.zeros_like(self.token)  # where the token goes
-        self.made = torch.zeros(num_slots, self.steps, dtype=torch.long, device=device)
+        self.new_tokens = torch.zeros(num_slots, self.steps, dtype=torch.long, device=device)
         self.owner = [-1] * num_slots  # the prompt in each slot
         self.filled = [0] * num_slots  # bound of `position`, on the host
         self.planned = [0] * num_slots  # new tokens asked for so far
@@ -60,19 +116,20 @@ class Slots:
         """New tokens of each prompt, without the stop id. `ended` says which of these token lists hold a stop string.
         In lockstep every rank runs the same forwards, and `agree` gathers what each wants next."""
         queue = deque(range(len(prompts)))
-        made: list[list[int]] = [[] for _ in prompts]
+        answers: list[list[int]] = [[] for _ in prompts]
         done: set[int] = set()
         unread: deque[tuple[list[int], Tensor, Any]] = deque()
         while len(done) < len(prompts) or lockstep:
             active = sum(owner >= 0 for owner in self.owner)
             unfinished = False
+            # a fill is a forward of its own, so it waits until an eighth of the slots is free
             refill = bool(queue) and (not active or self.num_slots - active >= max(1, self.num_slots // 8))
             if lockstep:
                 wishes = agree((refill, active > 0))
                 anyone_refills, anyone_steps = (any(column) for column in zip(*wishes))
                 if not anyone_refills and not anyone_steps:
                     break
-                if anyone_refills != refill or (not anyone_refills and not active):
+                if anyone_refills != refill or (not anyone_refills and not active):  # another rank's turn: a dummy forward
                     self._following(torch.zeros(1, 1, dtype=torch.long, device=self.device),
                                     torch.zeros(1, 1, dtype=torch.long, device=self.device), None, None, None)
                     continue
@@ -84,21 +141,21 @@ class Slots:
                     self._compact(active)
                 used = self._used()
                 unread.append(self._read(self.owner[:used], self._advance(used)))
-            while len(unread) > (1 if self.graphs and (refill or unfinished) else 0):
+            while len(unread) > (1 if self.graphs and (refill or unfinished) else 0):  # one is read while the next runs
                 owners, tokens, event = unread.popleft()
                 if event is not None:
                     event.synchronize()
-                touched = self._absorb(owners, tokens.tolist(), made, done, stop_ids)
-                for index, end in zip(touched, ended([made[index] for index in touched])):
+                touched = self._absorb(owners, tokens.tolist(), answers, done, stop_ids)
+                for index, end in zip(touched, ended([answers[index] for index in touched])):
                     if end:
                         done.add(index)
                 for slot, owner in enumerate(self.owner):
                     if owner in done:
                         self.owner[slot] = -1
                         on_done(owner)
-        return made
+        return answers
 
-    def _absorb(self, owners: list[int], tokens: list[list[int]], made: list[list[int]], done: set[int],
+    def _absorb(self, owners: list[int], tokens: list[list[int]], answers: list[list[int]], done: set[int],
                 stop_ids: set[int]) -> list[int]:
         """Appends the tokens of rows that still count; the prompts among them that no stop id or length has ended."""
         touched = []
@@ -109,8 +166,8 @@ class Slots:
                 if token in stop_ids:
                     done.add(owner)
                     break
-                made[owner].append(token)
-                if len(made[owner]) == self.max_new:
+                answers[owner].append(token)
+                if len(answers[owner]) == self.max_new:
                     done.add(owner)
                     break
             if owner not in done:
@@ -157,7 +214,7 @@ class Slots:
                 with torch.cuda.graph(graph):
                     self._steps(used, longest)
             graph.replay()
-        return self.made[:used]
+        return self.new_tokens[:used]
 
     def _steps(self, used: int, longest: int) -> None:
         rows, columns = torch.arange(used, device=self.device), torch.arange(longest, device=self.device)
@@ -171,7 +228,7 @@ class Slots:
 
             following = self._following(self.token[:used, None], position[:, None], None, mask, extend)
             self.token[:used] = following
-            self.made[:used, step] = following
+            self.new_tokens[:used, step] = following
             self.position[:used] = (position + 1).clamp(max=self.limit - 1)
 
     def _compact(self, active: int) -> None:

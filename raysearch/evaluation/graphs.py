@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 MAX_GRAPHS = 64
-"""They share one pool of intermediate memory; each keeps its inputs and its output."""
+"""They share one pool of intermediate memory; each keeps its inputs and its output, which is why there is a limit."""
 HOST_BOUND = 0.8
 """Host seconds over GPU seconds of an eager forward above which it is captured; a host-bound one is near 1, because the
 GPU's time then holds its waits."""

@@ -36,7 +36,7 @@ def text_items(documents: Sequence[str], *, limit: int | None, seed: int) -> lis
 def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -> list[dict[str, str]]:
     """Passages of two or more sentences whose last word, of at least three letters, stands in the text before it too
     (as for most of LAMBADA, Paperno et al. 2016; differs in that no people filtered them): {"context", "target"}."""
-    found = []
+    items = []
     for document in documents:
         sentences = _sentences(document)
         start = 0
@@ -48,10 +48,10 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
                 passage, used = f"{passage} {sentence}".strip(), used + 1
                 match = _LAST_WORD.match(passage)
                 if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and _occurs(match[2], match[1]):
-                    found.append({"item_id": item_id(passage), "context": match[1].rstrip(), "target": " " + match[2]})
+                    items.append({"item_id": item_id(passage), "context": match[1].rstrip(), "target": " " + match[2]})
                     break
             start += max(1, used)
-    return _sample(found, limit, seed)
+    return _sample(items, limit, seed)
 
 
 def choice_items(documents: Sequence[str], *, limit: int | None, seed: int) -> list[dict[str, object]]:

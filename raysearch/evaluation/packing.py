@@ -117,6 +117,7 @@ def split_batches(rows: Sequence[Row], batch_tokens: int, multiple: int = 1) -> 
     Longest first, so that memory peaks at the start and a time estimate errs on the safe side.
     """
     batches: list[list[Row]] = []
+    # chains apart, because they need no mask, and attention without one is the faster kernel
     for row in sorted(rows, key=lambda row: (row.is_chain, -len(row.tokens))):
         if batches:
             first = batches[-1][0]
@@ -160,7 +161,7 @@ class _RowBuilder:
     def add(self, index: int, request: Request, shared: int) -> None:
         if shared < len(self.path):
             self.is_chain = False
-            for position in self.path[shared:]:
+            for position in self.path[shared:]:  # the walk leaves this branch, so its subtrees end here
                 self.ends[position] = len(self.tokens) - 1
         start = len(self.tokens)
         self.tokens.extend(request.tokens[shared:])

@@ -11,43 +11,35 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
-from lm_eval.models.utils_hf import stop_sequences_criteria
+from lm_eval.models.utils import postprocess_generated_text, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from raysearch.evaluation.attention import additive, attending, own_attention
-from raysearch.evaluation.forward import fused_gelu, only_at
-from raysearch.evaluation.generation import Slots, shared_prefix
+from raysearch.evaluation.attention import attending, own_attention, tree_mask
+from raysearch.evaluation.encoding import Tokens, encode, encode_pairs
+from raysearch.evaluation.forward import fused_gelu, last_hidden, last_mlp, only_at
+from raysearch.evaluation.generation import Slots, by_settings, generate_plain, shared_prefix, stop_check, stop_ids
 from raysearch.evaluation.graphs import Graphs, bucket
 from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
 from raysearch.models.architectures import architecture
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
-"""Padded tokens per forward."""
+"""Padded tokens per forward. On a CPU 512 took 20.7 instead of 22.2 CPU s on 16 items, part of it padding that more items
+do not have: 1,024 stays until it is measured on 500 (docs/log.md, 2026-11-25)."""
 
 LOGIT_SLICE = {"cpu": 2**20, "cuda": 2**27}
 """Logits held at once: what fits the cache of a core (4 MiB in fp32), and what keeps a GPU busy (256 MiB in bf16)."""
 
-MAX_GEN_TOKENS = 256
-"""lm-eval's default when a task does not say how many tokens to generate."""
-
 TYPICAL_ANSWER_TOKENS = 16
+"""What `forward_sizes` counts for an answer: its stop string ends it long before the task's limit."""
 
 Gather = Callable[[object], list[Any]]
-Tokens = tuple[int, ...]
 
 
 class Scorer(TemplateLM):  # type: ignore[misc]
@@ -56,7 +48,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     lm-eval sees one process; with world_size > 1 the batches are dealt out over the ranks and the results of all ranks
     come together through `gather` (like all_gather_object: one object in, the list over ranks out), so that every rank
     returns the full list. `lockstep` is for models whose forward is a collective (ZeRO-3): all ranks then run the same
-    number of forwards, on dummy batches where they have no own. An out-of-memory batch is halved, with one warning.
+    number of forwards, on dummy batches where they have none of their own. An out-of-memory batch is halved, with one warning.
     `graphs` allows CUDA graphs on a GPU (never in lockstep): scoring takes one where it pays (graphs.py).
     `num_truncated` counts the requests that were cut on the left to fit the context, as lm-eval cuts them.
     """
@@ -132,47 +124,10 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         return list(self.encode([string], add_special_tokens)[0])
 
     def encode(self, strings: Sequence[str], add_special_tokens: bool | None = None) -> list[Tokens]:
-        """Token ids of each string, by lm-eval's rule: no second BOS where the string starts with one. Cached for the
-        life of the tokenizer, because a sweep scores the same items after every round."""
-        cache = _ENCODED.setdefault(self.tokenizer, {})
-        if len(cache) > 500_000:
-            cache.clear()
-        missing = [text for text in dict.fromkeys(strings) if (text, add_special_tokens) not in cache]
-        prefix = self.tokenizer.decode(self.prefix_token_id)
-        starts_with_bos = [add_special_tokens is None and has_bos_prefix(text, prefix) for text in missing]
-        for flag, special in ((False, add_special_tokens), (True, False)):
-            group = [text for text, starts in zip(missing, starts_with_bos) if starts is flag]
-            if group:
-                cache.update({(text, add_special_tokens): ids for text, ids in zip(group, self._tokenize(group, special))})
-        return [cache[text, add_special_tokens] for text in strings]
-
-    def _tokenize(self, texts: list[str], special: bool | None) -> list[Tokens]:
-        """tokenizer(texts), by the shortest way through a fast tokenizer: on all cores, ids and nothing else."""
-        fast = getattr(self.tokenizer, "backend_tokenizer", None)
-        if fast is not None and fast.padding is None and fast.truncation is None:
-            return [tuple(encoding.ids) for encoding in fast.encode_batch_fast(texts, add_special_tokens=special is not False)]
-        options = {} if special is None else {"add_special_tokens": special}
-        return [tuple(ids) for ids in self.tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]]
+        return encode(self.tokenizer, self.prefix_token_id, strings, add_special_tokens)
 
     def encode_pairs(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[Tokens, Tokens]]:
-        """Token ids of (context, continuation) pairs: TemplateLM._encode_pair and its empty-context rule, batched."""
-        moved = []  # trailing spaces of the context belong to the continuation
-        for context, continuation in pairs:
-            stripped = context.rstrip()
-            moved.append((stripped, context[len(stripped):] + continuation) if context else ("", continuation))
-        wholes = self.encode([context + continuation for context, continuation in moved])
-        contexts = self.encode([context for context, _ in moved])
-        encoded = []
-        for (original, continuation), whole, head in zip(pairs, wholes, contexts):
-            if original:
-                encoded.append((head, whole[len(head):]))
-                continue
-            alone = self.encode([continuation], add_special_tokens=False)[0]
-            if alone and alone[0] == self.prefix_token_id:
-                encoded.append((alone[:1], alone[1:]))
-            else:
-                encoded.append(((self.prefix_token_id,), alone))
-        return encoded
+        return encode_pairs(self.tokenizer, self.prefix_token_id, pairs)
 
     # ---- log-likelihoods ---------------------------------------------------------------------------------------------
 
@@ -205,30 +160,19 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                           share=self.shares_prefixes)
         batches = split_batches(rows, self.batch_tokens, self._multiple)
         rank, world_size = self._deal
-        mine: list[tuple[list[Row], Layout, Tensor]] = []
+        scored: list[tuple[list[Row], Layout, Tensor]] = []
         with self._inference():
             for start in self._bar(range(0, len(batches), world_size), "Scoring"):
-                wave = batches[start:start + world_size]
+                wave = batches[start:start + world_size]  # one batch for each rank
                 slices = max(self._num_slices(batch) for batch in wave) if self._lockstep else 0
                 if rank < len(wave):
-                    mine.extend(self._score_or_halve(wave[rank], slices))
+                    scored.extend(self._score_or_halve(wave[rank], slices))
                 elif self._lockstep:
                     self._score_batch(lay_out(wave[0]), slices)
-        own: dict[int, tuple[float, bool]] = {}
-        if mine:
-            results = torch.cat([result for _, _, result in mine], dim=1).cpu().double().numpy()  # the one wait for the GPU
-            bounds = np.cumsum([0] + [len(layout.order) for _, layout, _ in mine])
-            for (batch, layout, _), first, last in zip(mine, bounds, bounds[1:]):
-                logprobs, greedy = np.empty((2, last - first))
-                logprobs[layout.order], greedy[layout.order] = results[:, first:last]
-                scored = [scored for row in batch for scored in row.scored]
-                starts = np.cumsum([0] + [len(part.targets) for part in scored[:-1]])
-                sums, all_greedy = np.add.reduceat(logprobs, starts), np.minimum.reduceat(greedy, starts) > 0
-                own.update(zip((part.request for part in scored), zip(sums.tolist(), all_greedy.tolist())))
-        everyone: dict[int, tuple[float, bool]] = {}
-        for part in self._gather(own):
-            everyone.update(part)
-        return [everyone[index] for index in range(len(pairs))]
+        by_request: dict[int, tuple[float, bool]] = {}
+        for part in self._gather(_summed(scored)):
+            by_request.update(part)
+        return [by_request[index] for index in range(len(pairs))]
 
     def _request(self, context: Tokens, continuation: Tokens) -> Request:
         if not context or not continuation:
@@ -296,36 +240,22 @@ class Scorer(TemplateLM):  # type: ignore[misc]
 
     def _hidden_at(self, is_chain: bool, tokens: Tensor, depths: Tensor, ends: Tensor, positions: Tensor) -> Tensor:
         """Last hidden states [N, D] at positions of the flattened [B * S]."""
-        with attending(None if is_chain else self._tree_mask(ends)), only_at(positions, self._last_mlp()):
-            return self._hidden(tokens, depths).flatten(0, 1)[positions]
-
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Last hidden states [B, S, D]. The 4-D mask is not read: it keeps transformers from making and checking one."""
-        mask = torch.empty(1, 1, 1, 1, device=tokens.device)
-        output = self.model.base_model(input_ids=tokens, position_ids=positions, attention_mask=mask, use_cache=False)
-        return cast(Tensor, output.last_hidden_state)
-
-    def _last_mlp(self) -> nn.Module | None:
-        """The MLP of the last block, whose other outputs nothing reads; None where it is not a module of its own."""
-        blocks = next((child for child in self.model.base_model.children() if isinstance(child, nn.ModuleList)), None)
-        return getattr(blocks[-1], "mlp", None) if blocks is not None and not self._lockstep else None
-
-    def _tree_mask(self, ends: Tensor) -> Tensor:
-        """Additive mask [B, 1, S, S] of rows flattened depth-first: q sees k when k <= q <= ends[k]."""
-        q = torch.arange(ends.shape[1], device=ends.device)[:, None]
-        return additive((q >= q.T) & (q <= ends[:, None, :]), self._dtype)[:, None]
+        # nothing reads the last MLP elsewhere; in lockstep DeepSpeed has hooks of its own on it
+        mlp = None if self._lockstep else last_mlp(self.model)
+        with attending(None if is_chain else tree_mask(ends, self._dtype)), only_at(positions, mlp):
+            return last_hidden(self.model, tokens, depths).flatten(0, 1)[positions]
 
     # ---- generation --------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuation of each context, cut before the first of its `until` strings."""
-        everyone: dict[int, str] = {}
+        texts: dict[int, str] = {}
         with self._inference():
-            for (until, max_gen_tokens), members in _by_settings(requests).items():
+            for (until, max_gen_tokens), members in by_settings(requests).items():
                 contexts = self.encode([requests[index].args[0] for index in members])
                 for part in self._gather(self._generate(contexts, until, max_gen_tokens)):
-                    everyone.update({members[index]: text for index, text in part.items()})
-        return [everyone[index] for index in range(len(requests))]
+                    texts.update({members[index]: text for index, text in part.items()})
+        return [texts[index] for index in range(len(requests))]
 
     def forward_sizes(self, requests: Sequence[Instance]) -> dict[int, int]:
         """Tokens per forward -> about how many such forwards these requests take: what sparse kernels are timed for.
@@ -338,7 +268,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         if scoring:
             num_tokens = sum(map(len, self.encode(["".join(request.args) for request in scoring])))
             sizes[max(1, min(self.batch_tokens, num_tokens))] = -(-num_tokens // self.batch_tokens)
-        for (_, max_gen_tokens), members in _by_settings(generating).items():
+        for (_, max_gen_tokens), members in by_settings(generating).items():
             contexts = self.encode([generating[index].args[0] for index in members])
             longest = min(max(map(len, contexts)), self.max_length)
             num_slots = max(1, min(self._num_rows(longest, max_gen_tokens), len(contexts)))
@@ -353,74 +283,57 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         return 4 * self.batch_tokens // (longest + max_gen_tokens)
 
     def _generate(self, contexts: Sequence[Tokens], until: tuple[str, ...], max_gen_tokens: int) -> dict[int, str]:
+        """Index -> text of this rank's share of the contexts, which are cut on the left to leave room for the answer."""
         room = self.max_length - max_gen_tokens
         if room <= 0:
             raise ValueError(f"max_gen_toks must be less than the context of {self.max_length} tokens; got "
                              f"{max_gen_tokens}")
         self.num_truncated += sum(len(context) > room for context in contexts)
-        cut = [context[-room:] or (self.prefix_token_id,) for context in contexts]
-        order = sorted(range(len(cut)), key=lambda index: (-len(cut[index]), cut[index]))
-        mine = order[self._deal[0]::self._deal[1]]
-        made: list[list[int]] | None = None
-        while made is None:
-            rows = self._num_rows(len(cut[order[0]]), max_gen_tokens)
+        prompts = [context[-room:] or (self.prefix_token_id,) for context in contexts]
+        # longest first, so that memory peaks at the start
+        order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), prompts[index]))
+        rank, world_size = self._deal
+        indices = order[rank::world_size]
+        generate = self._generate_in_slots if self.shares_prefixes else self._generate_plain
+        answers: list[list[int]] | None = None
+        while answers is None:
+            num_rows = self._num_rows(len(prompts[order[0]]), max_gen_tokens)
             try:
-                made = (self._fill_slots if self.shares_prefixes else self._generate_plain)(
-                    cut, mine, until, max_gen_tokens, max(1, min(rows, len(mine))))
+                answers = generate(prompts, indices, until, max_gen_tokens, max(1, min(num_rows, len(indices))))
             except torch.OutOfMemoryError:
-                if rows <= 1 or self._lockstep:
+                if num_rows <= 1 or self._lockstep:
                     raise
-            if made is None:
-                self._halve(f"{rows} rows of generation")
-        texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
-        return {index: postprocess_generated_text(text, list(until), None) for index, text in zip(mine, texts)}
+            if answers is None:  # outside of the handler, whose traceback holds the tensors that did not fit
+                self._halve(f"{num_rows} rows of generation")
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return {index: postprocess_generated_text(text, list(until), None) for index, text in zip(indices, texts)}
 
-    def _fill_slots(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
-                    num_slots: int) -> list[list[int]]:
-        """New tokens of the contexts `mine`, in slots (generation.py)."""
-        slots = Slots(self._following, num_slots=num_slots, prefix=cut[0][:shared_prefix(cut)],
-                      longest=max(map(len, cut)), max_new=max_new, device=self.device, dtype=self._dtype,
+    def _generate_in_slots(self, prompts: list[Tokens], indices: list[int], until: tuple[str, ...], max_new: int,
+                           num_slots: int) -> list[list[int]]:
+        """New tokens of the prompts at `indices`. The shared prefix is that of all prompts, because in lockstep every
+        rank must run its forward."""
+        slots = Slots(self._following, num_slots=num_slots, prefix=prompts[0][:shared_prefix(prompts)],
+                      longest=max(map(len, prompts)), max_new=max_new, device=self.device, dtype=self._dtype,
                       graphs=self._graphs is not None)
-        window = max((len(text.encode()) for text in until), default=0) + 4 + slots.steps
-
-        def ended(made: list[list[int]]) -> list[bool]:
-            tails = self.tokenizer.batch_decode([tokens[-window:] for tokens in made], skip_special_tokens=True)
-            return [any(text in tail for text in until if text) for tail in tails]
-
-        with self._progress(len(mine), "Generating") as bar:
-            return slots.run([cut[index] for index in mine], ended, self._stop_ids(), agree=self._gather,
-                             lockstep=self._lockstep, on_done=lambda _: bar.update())
+        with self._progress(len(indices), "Generating") as bar:
+            return slots.run([prompts[index] for index in indices], stop_check(self.tokenizer, until, slots.steps),
+                             stop_ids(self.model, self.tokenizer), agree=self._gather, lockstep=self._lockstep,
+                             on_done=lambda _: bar.update())
 
     def _following(self, tokens: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
-        hidden = self._hidden(tokens, positions)
-        chosen = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
-        return cast(Tensor, self.model.get_output_embeddings()(chosen).argmax(dim=-1))
+        """The argmax after each row, as generation.Following says."""
+        hidden = last_hidden(self.model, tokens, positions)
+        ends = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
+        return cast(Tensor, self.model.get_output_embeddings()(ends).argmax(dim=-1))
 
-    def _generate_plain(self, cut: list[Tokens], mine: list[int], until: tuple[str, ...], max_new: int,
+    def _generate_plain(self, prompts: list[Tokens], indices: list[int], until: tuple[str, ...], max_new: int,
                         num_rows: int) -> list[list[int]]:
-        """The same by transformers' own generate, in left-padded batches: for families that share no prefixes."""
-        made: list[list[int]] = []
-        stop_ids = self._stop_ids()
-        for start in self._bar(range(0, len(mine), num_rows), "Generating"):
-            contexts = [cut[index] for index in mine[start:start + num_rows]]
-            longest = max(map(len, contexts))
-            tokens, mask = np.zeros((2, len(contexts), longest), np.int64)
-            for b, context in enumerate(contexts):
-                tokens[b, longest - len(context):], mask[b, longest - len(context):] = context, 1
-            tokens, mask = self._to_device(tokens, mask)
-            output = self.model.generate(
-                input_ids=tokens, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
-                pad_token_id=min(stop_ids), stopping_criteria=stop_sequences_criteria(
-                    self.tokenizer, [text for text in until if text], longest, len(contexts)))
-            for row in output[:, longest:].tolist():
-                made.append(row[:next((n for n, token in enumerate(row) if token in stop_ids), len(row))])
-        return made
-
-    def _stop_ids(self) -> set[int]:
-        ids = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        if ids is None:
-            ids = self.tokenizer.eos_token_id
-        return set(ids) if isinstance(ids, list) else {int(ids)}
+        """The same for families that share no prefixes."""
+        answers: list[list[int]] = []
+        for start in self._bar(range(0, len(indices), num_rows), "Generating"):
+            batch = [prompts[index] for index in indices[start:start + num_rows]]
+            answers += generate_plain(self.model, self.tokenizer, batch, until, max_new)
+        return answers
 
     # ---- small things ------------------------------------------------------------------------------------------------
 
@@ -462,17 +375,21 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                 bar.update()
 
 
-def _by_settings(requests: Sequence[Instance]) -> dict[tuple[tuple[str, ...], int], list[int]]:
-    """(stop strings, tokens at most) -> indices of the requests that generate with them. ValueError for sampling."""
-    groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
-    for index, request in enumerate(requests):
-        settings: dict[str, Any] = dict(normalize_gen_kwargs(request.args[1], MAX_GEN_TOKENS))
-        if settings.get("do_sample"):
-            raise ValueError(f"generation is greedy; got do_sample=True for request {index}")
-        until = settings.get("until") or []
-        key = (tuple([until] if isinstance(until, str) else until), settings["max_gen_toks"])
-        groups.setdefault(key, []).append(index)
-    return groups
+def _summed(scored: Sequence[tuple[list[Row], Layout, Tensor]]) -> dict[int, tuple[float, bool]]:
+    """Request -> (log-probability in nats, is greedy), of batches with the results of `_score_batch`."""
+    if not scored:
+        return {}
+    results = torch.cat([result for *_, result in scored], dim=1).cpu().double().numpy()  # the one wait for the GPU
+    by_request: dict[int, tuple[float, bool]] = {}
+    bounds = np.cumsum([0] + [len(layout.order) for _, layout, _ in scored])
+    for (batch, layout, _), first, last in zip(scored, bounds, bounds[1:]):
+        logprobs, greedy = np.empty((2, last - first))
+        logprobs[layout.order], greedy[layout.order] = results[:, first:last]
+        parts = [part for row in batch for part in row.scored]
+        starts = np.cumsum([0] + [len(part.targets) for part in parts[:-1]])
+        sums, all_greedy = np.add.reduceat(logprobs, starts), np.minimum.reduceat(greedy, starts) > 0
+        by_request.update(zip((part.request for part in parts), zip(sums.tolist(), all_greedy.tolist())))
+    return by_request
 
 
 def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
@@ -480,6 +397,3 @@ def _target_logprobs(logits: Tensor, owner: Tensor, targets: Tensor) -> Tensor:
     best = logits.argmax(dim=-1)
     logprobs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)[owner, targets]
     return torch.stack([logprobs, (best[owner] == targets).float()])
-
-
-_ENCODED: "WeakKeyDictionary[Any, dict[tuple[str, bool | None], Tokens]]" = WeakKeyDictionary()

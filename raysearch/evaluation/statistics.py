@@ -11,6 +11,7 @@ import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 
 JACKKNIFE_GROUPS = 100
+"""Each is one more aggregation over nearly all items, so not one group per item."""
 
 
 def summarise(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tuple[float, float | None, list[float]]:

@@ -24,7 +24,8 @@ Split = Literal["selection", "report", "all"]
 Item = dict[str, Any]
 
 SHOT_POOL = 100
-"""Few-shot examples of a file task are drawn from this many items, whatever the split and the limit."""
+"""Few-shot examples of a file task are drawn from this many items, whatever the split and the limit, so that prompts do
+not change with them."""
 
 _ACC = {"metric": "acc", "aggregation": "mean", "higher_is_better": True}
 _ACC_NORM = {"metric": "acc_norm", "aggregation": "mean", "higher_is_better": True}
@@ -32,6 +33,8 @@ _PERPLEXITY = {"metric": "perplexity", "aggregation": "perplexity", "higher_is_b
 _EXACT_MATCH = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True, "ignore_case": True,
                 "ignore_punctuation": True}
 _NO_ARTICLES = {"regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"]}
+_CHOICE = {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "label"}
+_LAST_WORD = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
 _TRIM = [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
 
 
@@ -89,8 +92,7 @@ FILE_TASKS: dict[str, FileTask] = {
         ("lambada/test.jsonl",), "lambada_openai",
         {"text": lambda value: _is_text(value) and bool(value.rpartition(" ")[0].strip())},
         lambda row: {"context": row["text"].rpartition(" ")[0], "target": " " + row["text"].rpartition(" ")[2]},
-        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
-         "metric_list": [_PERPLEXITY, _ACC]},
+        {**_LAST_WORD, "metric_list": [_PERPLEXITY, _ACC]},
         "OpenAI's passages, as they are; target = the text after the last space, right when every token is the argmax",
     ),
     "storycloze": FileTask(
@@ -100,8 +102,7 @@ FILE_TASKS: dict[str, FileTask] = {
         lambda row: {"context": " ".join(row[column] for column in STORY_COLUMNS[:4]),
                      "choices": [row[column] for column in STORY_COLUMNS[4:6]],
                      "label": int(row["AnswerRightEnding"]) - 1},
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC]},
+        {**_CHOICE, "metric_list": [_ACC]},
         "Story Cloze Test, the authors' CSV; four sentences, two endings",
     ),
     "hellaswag": FileTask(
@@ -109,8 +110,7 @@ FILE_TASKS: dict[str, FileTask] = {
         {"ctx": _is_text, "endings": lambda value: _is_answers(value) and len(value) > 1,
          "label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0},
         lambda row: {"context": row["ctx"], "choices": row["endings"], "label": row["label"]},
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        {**_CHOICE, "metric_list": [_ACC, _ACC_NORM]},
         "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
     ),
     "nq_open": FileTask(
@@ -144,14 +144,12 @@ HELDOUT_CONFIGS: dict[str, tuple[Callable[..., Sequence[Item]], Mapping[str, Any
     ),
     "last_word": (
         last_word_items,
-        {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
-         "metric_list": [_ACC, _PERPLEXITY]},
+        {**_LAST_WORD, "metric_list": [_ACC, _PERPLEXITY]},
         "LAMBADA-style: passages of 150 to 500 characters, last word of 3 letters or more that occurs before",
     ),
     "choice": (
         choice_items,
-        {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices",
-         "doc_to_target": "label", "metric_list": [_ACC, _ACC_NORM]},
+        {**_CHOICE, "metric_list": [_ACC, _ACC_NORM]},
         "HellaSwag-style: true continuation among four; three from elsewhere in the documents, of similar length",
     ),
 }
@@ -164,8 +162,8 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
     tasks: names among "text", "last_word", "choice"; limit: at most this many items of each, sampled with `seed`.
     ValueError for an unknown name, a limit below 1, or documents that give no item.
     """
-    _check_limit(limit)
-    made = []
+    check_limit(limit)
+    item_tasks = []
     for name in tasks:
         if name not in HELDOUT_CONFIGS:
             raise ValueError(_unknown(name, HELDOUT_CONFIGS))
@@ -174,8 +172,8 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
         if not items:
             raise ValueError(f"task {name!r} finds no item in the held-out documents: they need more running text; "
                              f"got {len(documents)} documents of {sum(map(len, documents))} characters")
-        made.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
-    return made
+        item_tasks.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
+    return item_tasks
 
 
 def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Split = "all",
@@ -186,16 +184,16 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
     items only; lines after the last one needed are not read. ValueError for an unknown name (with the nearest ones), a
     missing file, a malformed line (file, line and field), a data set that is not on this machine when offline.
     """
-    _check_limit(limit)
-    made: list[Task] = []
+    check_limit(limit)
+    tasks: list[Task] = []
     for name in names:
         if name in FILE_TASKS and (data_dir is not None):
-            made.append(_file_task(name, data_dir, split, limit))
+            tasks.append(_file_task(name, data_dir, split, limit))
         elif name in HELDOUT_CONFIGS:
             raise ValueError(f"task {name!r} is made from held-out documents: it needs a corpus, not a data directory")
         else:
-            made.extend(_hub_tasks(name, split, limit))
-    return made
+            tasks.extend(_hub_tasks(name, split, limit))
+    return tasks
 
 
 def in_split(identity: str, split: Split) -> bool:
@@ -241,7 +239,7 @@ def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> It
         raise ValueError(f"task {name!r} needs the file {data_dir / task.files[0]}, which does not exist")
     train = path.with_name("train" + path.suffix)
     shots: list[Item] = list(islice(_items(train, task), SHOT_POOL)) if train.is_file() else []
-    shots_from_items = not shots
+    shots_from_items = not shots  # then of the selection split only: the report split is published
     items: list[Item] = []
     for item in _items(path, task):
         if (limit is None or len(items) < limit) and in_split(item["item_id"], split):
@@ -362,6 +360,6 @@ def _unknown(name: str, known: Iterable[str]) -> str:
     return f"task {name!r} is not known; the nearest names are {', '.join(near)}"
 
 
-def _check_limit(limit: int | None) -> None:
+def check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 item; got {limit}")

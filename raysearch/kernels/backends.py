@@ -19,6 +19,8 @@ from raysearch.kernels.weight import SparseWeight
 from raysearch.pruning.selection import MAGNITUDES, Passes
 
 MIN_SEMI24_TOKENS = 256
+"""Few tokens do not fill a GPU: 1,024 of 1600 x 6400 are 25 tiles of 128 x 128 for 132 multiprocessors, and 2:4 loses
+(0.75 x, docs/kernels.md)."""
 
 
 class Backend(NamedTuple):
@@ -92,6 +94,7 @@ def _amx_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device
     return [0] if fits and compiles("g++", cpu.library) and cpu.has_amx() else []
 
 
+# where nothing is timed, a weight gets the first of these that takes it (models/sparse.py)
 BACKENDS = {
     backend.name: backend for backend in (
         Backend("block", _block_variants, _pack_block, _run_block),

@@ -29,20 +29,20 @@ def build(source: Path, command: Sequence[str]) -> ctypes.CDLL:
     folder = default_cache_dir() / "kernels"
     library = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # what lies there is run as code
         with tempfile.TemporaryDirectory(dir=folder, prefix=f".{library.stem}-") as aside:
-            made = Path(aside, library.name)
+            unfinished = Path(aside, library.name)
             # the source goes first: some linkers drop libraries that are named before it
-            run = subprocess.run([command[0], str(source), *command[1:], "-o", str(made)], stdin=subprocess.DEVNULL,
+            run = subprocess.run([command[0], str(source), *command[1:], "-o", str(unfinished)], stdin=subprocess.DEVNULL,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-            if run.returncode != 0 or not made.exists():
-                log = made.with_suffix(".log")
+            if run.returncode != 0 or not unfinished.exists():
+                log = unfinished.with_suffix(".log")
                 log.write_text(run.stdout)
                 kept = log.replace(library.with_suffix(".log"))
                 lines = " / ".join(run.stdout.strip().splitlines()[:NUM_LOG_LINES])
                 raise OSError(f"{command[0]} could not compile {source.name} (exit code {run.returncode}): {lines}; "
                               f"its whole output is in {kept}")
-            made.replace(library)
+            unfinished.replace(library)
     return ctypes.CDLL(str(library))
 
 

@@ -19,6 +19,7 @@ from raysearch.kernels.weight import SparseWeight
 CHUNK = 128
 """Inputs whose 64 tokens take 32 KiB, a core's first cache level."""
 TILE = 32
+"""Side of the blocks that cpu.cpp multiplies; larger ones are cut into these."""
 COMPILER = ("g++", "-O3", "-march=native", "-std=c++17", "-ffp-contract=fast", "-shared", "-fPIC")
 
 
@@ -62,9 +63,7 @@ def has_amx() -> bool:
 
 def pack_csr(weight: SparseWeight) -> CsrPacked:
     """The weight for `csr_linear`; ValueError unless it is made of single fp32 weights."""
-    if weight.block != 1 or weight.values.dtype != torch.float32:
-        raise ValueError(f"the CSR kernel needs single weights in float32, got blocks of {weight.block} in "
-                         f"{weight.values.dtype}")
+    weight.check_single(torch.float32, "CSR")
     num_outputs, num_inputs = weight.shape
     num_chunks = -(-num_inputs // CHUNK)
     rows, columns = weight.kept(0, num_outputs).nonzero(as_tuple=True)

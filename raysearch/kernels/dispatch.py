@@ -26,6 +26,7 @@ from raysearch.kernels.weight import SparseWeight
 from raysearch.study.files import default_cache_dir, write_json
 
 WIN = 1.03
+"""Least median ratio to dense."""
 NUM_PAIRS = 15
 L2_BYTES = 120e6
 """Sparse weights that a timing walks through, two L2 caches of an H200; at most MAX_COPIES of them."""
@@ -111,8 +112,10 @@ def decide(weight: SparseWeight, num_tokens: int) -> Choice:
     times = time_in_turn([layer.bound(runs, x) for runs in every], layer.device, NUM_PAIRS)
     dense_us, sparse_us, winner = statistics.median(times[0]), None, ("dense", 0)
     if candidates:
-        sparse_us, best = min((statistics.median(mine), index) for index, mine in enumerate(times[1:]))
+        sparse_us, best = min((statistics.median(column), index) for index, column in enumerate(times[1:]))
         name, variant, runs = candidates[best]
+        # twice, the second time alone: without that the choice was slower than dense in 4 of 78 sparse cells, because several
+        # candidates share the packed weight and find it in L2 (docs/kernels.md)
         if wins(times[0], times[1 + best]):
             again = time_in_turn([layer.bound(dense, x), layer.bound(runs, x)], layer.device, NUM_PAIRS)
             dense_us, sparse_us = statistics.median(again[0]), statistics.median(again[1])
@@ -148,14 +151,14 @@ class Copies:
 
     def candidates(self, num_tokens: int) -> list[tuple[str, Any, list[Run]]]:
         """(backend, variant, one run per copy) of all that take the weight and so many tokens."""
-        found = []
+        runs = []
         for name, backend in BACKENDS.items():
             for variant in backend.variants(self.weight, self.dtype, self.device, num_tokens):
                 if name not in self._packed:
                     first = backend.pack(self.weight, self.device)
                     self._packed[name] = [first, *(_clone(first) for _ in range(self.num_copies - 1))]
-                found.append((name, variant, [_bind(backend, packed, variant) for packed in self._packed[name]]))
-        return found
+                runs.append((name, variant, [_bind(backend, packed, variant) for packed in self._packed[name]]))
+        return runs
 
     def bound(self, runs: Sequence[Run], xs: Sequence[Tensor]) -> Callable[[], object]:
         """All copies, one after the other."""
@@ -167,8 +170,8 @@ def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num
     if device.type == "cuda":
         runs = [_graph(run) for run in runs]
     times: list[list[float]] = [[] for _ in runs]
-    for index in range(num_rounds + 1):
-        for mine, run in zip(times, runs):
+    for index in range(num_rounds + 1):  # in turn, so that a slow moment of the machine meets all
+        for column, run in zip(times, runs):
             if device.type == "cuda":
                 start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
@@ -181,7 +184,7 @@ def time_in_turn(runs: Sequence[Callable[[], object]], device: torch.device, num
                 run()
                 elapsed_us = (time.perf_counter() - begin) * 1e6
             if index:  # the first round warms up
-                mine.append(elapsed_us)
+                column.append(elapsed_us)
     return times
 
 

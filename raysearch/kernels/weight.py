@@ -17,7 +17,7 @@ PATTERNS = ("unstructured", "2:4", "block")
 BLOCKS = (128, 64, 32, 16)
 """Block sides that the block kernels take, largest first."""
 SLAB_ROWS = 1024
-"""Outputs that are made dense at a time, where a weight has to be."""
+"""Outputs that are made dense at a time, where a weight has to be: the kept weights are served without the whole dense form."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +90,12 @@ class SparseWeight:
         dense.masked_scatter_(kept[:, :, None, None].expand_as(dense), self.values[value:])
         rows = min(self.shape[0], stop * b) - start * b
         return dense.transpose(1, 2).reshape(-1, kept.shape[1] * b)[:rows, :self.shape[1]].contiguous()
+
+    def check_single(self, dtype: torch.dtype, kernel: str) -> None:
+        """ValueError unless the weight is made of single values in `dtype`, as this kernel needs."""
+        if self.block != 1 or self.values.dtype != dtype:
+            raise ValueError(f"the {kernel} kernel needs single weights in {str(dtype).removeprefix('torch.')}, got blocks of "
+                             f"{self.block} in {self.values.dtype}")
 
     def to_dense(self) -> Tensor:
         """The weight [O, K], bit for bit what was compressed under its mask."""

@@ -165,5 +165,10 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
 
 def shape(linear: Any) -> tuple[int, int]:
     """(outputs, inputs) of an nn.Linear or of GPT-2's Conv1D, which keeps its weight the other way round."""
-    rows, columns = getattr(linear.weight, "ds_shape", linear.weight.shape)
+    rows, columns = getattr(linear.weight, "ds_shape", linear.weight.shape)  # ZeRO-3 leaves an empty tensor
     return (columns, rows) if isinstance(linear, Conv1D) else (rows, columns)
+
+
+def dense_weight(linear: Any) -> Tensor:
+    """[outputs, inputs] of an nn.Linear or Conv1D; it shares the layer's memory."""
+    return linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.architectures import PLAIN, Heads, architecture, attention_heads
+from raysearch.models.architectures import PLAIN, Heads, architecture, attention_heads, dense_weight
 
 MULTIPLE = 64
 """Widths stay multiples of this where they were: tensor cores are slow otherwise, so some dead units may stay."""
@@ -50,9 +50,9 @@ def compact(model: nn.Module) -> Compaction:
 
 
 def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int:
-    unread = (_weight(last) == 0).all(dim=0)  # [U]
-    rows_dead = [(_weight(first) == 0).all(dim=1) for first in firsts]
-    constants = torch.zeros_like(_weight(last)[0])
+    unread = (dense_weight(last) == 0).all(dim=0)  # [U]
+    rows_dead = [(dense_weight(first) == 0).all(dim=1) for first in firsts]
+    constants = torch.zeros_like(dense_weight(last)[0])
     if len(firsts) == 1:
         constant = rows_dead[0]
         bias = firsts[0].bias if firsts[0].bias is not None else constants
@@ -71,8 +71,8 @@ def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int
 
 def _compact_attention(module: Any, heads: Heads) -> int:
     last, values = getattr(module, heads.output), getattr(module, heads.values.path)
-    unread = (_weight(last) == 0).all(dim=0)[heads.read_by].all(dim=1)  # [H]
-    constant = (_weight(values) == 0).all(dim=1)[heads.values.of_head].all(dim=1)
+    unread = (dense_weight(last) == 0).all(dim=0)[heads.read_by].all(dim=1)  # [H]
+    constant = (dense_weight(values) == 0).all(dim=1)[heads.values.of_head].all(dim=1)
     keep = _kept(unread | constant, 1)
     constants = torch.zeros(heads.read_by.numel(), dtype=last.weight.dtype, device=last.weight.device)
     if values.bias is not None:  # constant values give the attention's output their bias, whatever it attends to
@@ -92,11 +92,6 @@ def _compact_attention(module: Any, heads: Heads) -> int:
     return heads.num_heads - kept
 
 
-def _weight(linear: Any) -> Tensor:
-    """[outputs, inputs]."""
-    return linear.weight.detach().T if isinstance(linear, Conv1D) else linear.weight.detach()
-
-
 def _kept(dead: Tensor, multiple: int) -> Tensor:
     """Which stay: all that live, and as many of the dead as fill up to a multiple, at least one in all."""
     num_kept = max(1, -(-int((~dead).sum()) // multiple)) * multiple
@@ -112,7 +107,7 @@ def _fold(last: Any, constants: Tensor) -> bool:
         return True
     if last.bias is None:
         return False
-    last.bias += (_weight(last).double() @ constants.double()).to(last.bias.dtype)
+    last.bias += (dense_weight(last).double() @ constants.double()).to(last.bias.dtype)
     return True
 
 

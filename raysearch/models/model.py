@@ -154,18 +154,18 @@ def prunable_parameters(model: PreTrainedModel, which: str) -> list[Prunable]:
     norms never are. Raises ValueError when the model has none.
     """
     head = model.get_output_embeddings()
-    found: dict[int, bool] = {}
+    transposed: dict[int, bool] = {}  # by identity of the parameter: a tied one is one
     for module in model.modules():
         linear = isinstance(module, nn.Linear | Conv1D) and module is not head
         if linear or (which == "all" and (isinstance(module, nn.Embedding) or module is head)):
-            found[id(module.weight)] = isinstance(module, Conv1D)
+            transposed[id(module.weight)] = isinstance(module, Conv1D)
     if which != "all" and head is not None:
-        found.pop(id(head.weight), None)
-    result = [Prunable(name, parameter_shape(parameter), found[id(parameter)])
-              for name, parameter in model.named_parameters() if id(parameter) in found]
-    if not result:
+        transposed.pop(id(head.weight), None)
+    prunables = [Prunable(name, parameter_shape(parameter), transposed[id(parameter)])
+                 for name, parameter in model.named_parameters() if id(parameter) in transposed]
+    if not prunables:
         raise ValueError(f"{type(model).__name__} has no nn.Linear or Conv1D weight to prune")
-    return result
+    return prunables
 
 
 def _first_line(error: Exception) -> str:

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from raysearch.kernels.backends import BACKENDS
 from raysearch.kernels.dispatch import NUM_PAIRS, Choice, best_backend, time_in_turn, token_bucket
 from raysearch.kernels.linear import linear
 from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
+from raysearch.models.architectures import PLAIN, dense_weight
 from raysearch.models.compact import Compaction, compact
 
 MIN_SPARSITY = 0.3
 """Below it no layout is smaller than the dense one, and nothing is timed."""
 FEW_TOKENS, MANY_TOKENS = 16, 4096
+"""A decoding step and a scoring batch: what an untimed layer chooses for."""
 
 
 class SparseLinear(nn.Module):
@@ -119,7 +120,7 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
     """
     started = time.perf_counter()
     counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-    compaction = compact(model)
+    compaction = compact(model)  # first: it gains anywhere, and sparse layers then have to beat the smaller dense ones
     layers: list[Layer] = []
     swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]] = []
     for name, parent, attribute, module in linear_layers(model):
@@ -147,7 +148,7 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = dict(model.named_modules())
     return [(name, names[name.rpartition(".")[0]], name.rpartition(".")[2], module) for name, module in names.items()
-            if isinstance(module, nn.Linear | Conv1D | SparseLinear) and module is not head and name]
+            if isinstance(module, (*PLAIN, SparseLinear)) and module is not head and name]
 
 
 def is_sparse(layer: Any) -> bool:
@@ -156,9 +157,8 @@ def is_sparse(layer: Any) -> bool:
 
 
 def _compressed(module: Any) -> SparseWeight:
-    weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
-    mask = weight != 0
-    return compress(weight, mask, *detect_pattern(mask))
+    mask = dense_weight(module) != 0
+    return compress(dense_weight(module), mask, *detect_pattern(mask))
 
 
 def _dense(layer: SparseLinear) -> nn.Linear:
@@ -185,7 +185,7 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
 
     times = time_in_turn([run(0), run(1)], device, NUM_PAIRS)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
-    run(0)()
+    run(0)()  # the dense layers again, until _install decides
     return max(1.0, ratio)
 
 
@@ -198,6 +198,7 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
                 layer.choices[tokens] = choice.model_copy(update={"backend": "dense", "variant": 0})
         used = {choice.backend for choice in layer.choices.values()}
         layer.packed = {name: packed for name, packed in layer.packed.items() if name in used}
+        # the dense weight goes only where the chosen backends take one token, few and many
         if "dense" not in used and all(takes(choice, layer.sparse, tokens) for choice in layer.choices.values()
                                        for tokens in (1, FEW_TOKENS, MANY_TOKENS)):
             layer.dense = None

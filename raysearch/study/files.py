@@ -47,7 +47,7 @@ def new_file(path: AnyPath) -> Iterator[Path]:
             path.upload(Path(folder) / path.name)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a move is whole within one file system only
     os.close(handle)
     aside = Path(name)
     try:
@@ -102,7 +102,7 @@ def new_directory(path: AnyPath) -> Iterator[Path]:
         for file in aside.rglob("*"):
             if file.is_file():
                 settle(file)
-        aside.chmod(0o755)
+        aside.chmod(0o755)  # a temporary folder begins as 0700
         with contextlib.suppress(FileExistsError):
             _move_directory(aside, path)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from raysearch.study.storage import StorePath
 
 RENEW_S = 20.0
-STALE_S = 90.0
+STALE_S = 90.0  # four renewals may fail
 SETTLE_S = 1.0
 
 
@@ -28,12 +28,12 @@ def holder(path: StorePath) -> tuple[bool, str, float]:
     """(whether a driver holds the lease now, its name, seconds since it was last seen); (False, "", 0.0) without one."""
     try:
         age_s = max(0.0, time.time() - path.stat().st_mtime)
-        told = json.loads(path.read_bytes())
+        driver = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):  # a copied directory brings the lock file of a local study
         return False, "", 0.0
     here = process_table()
-    dead = here is not None and here == told["process_table"] and not Path(f"/proc/{told['process']}").exists()
-    return age_s < STALE_S and not dead, f"process {told['process']} on {told['host']}", age_s
+    dead = here is not None and here == driver["process_table"] and not Path(f"/proc/{driver['process']}").exists()
+    return age_s < STALE_S and not dead, f"process {driver['process']} on {driver['host']}", age_s
 
 
 def process_table() -> str | None:
@@ -50,14 +50,14 @@ def lease(path: StorePath) -> Iterator[None]:
     it may after STALE_S without a renewal, this process gets SIGTERM."""
     if holder(path)[0]:
         raise refusal(path)
-    mine = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "process_table": process_table(),
-                       "began_at_s": time.time()}).encode()
-    path.write_bytes(mine)
+    content = json.dumps({"process": os.getpid(), "host": socket.gethostname(), "process_table": process_table(),
+                          "began_at_s": time.time()}).encode()
+    path.write_bytes(content)
     time.sleep(SETTLE_S)
-    if holds(path, mine) is not True:
+    if holds(path, content) is not True:
         raise refusal(path)
     ended = threading.Event()
-    renewal = threading.Thread(target=renew, args=(path, mine, ended), daemon=True)
+    renewal = threading.Thread(target=renew, args=(path, content, ended), daemon=True)
     renewal.start()
     try:
         yield
@@ -65,14 +65,14 @@ def lease(path: StorePath) -> Iterator[None]:
         ended.set()
         renewal.join()
         with contextlib.suppress(OSError):  # it is given up in time
-            if holds(path, mine):
+            if holds(path, content):
                 path.unlink()
 
 
-def holds(path: StorePath, mine: bytes) -> bool | None:
+def holds(path: StorePath, content: bytes) -> bool | None:
     """Whether the lease is this driver's; None where there is none."""
     try:
-        return path.read_bytes() == mine
+        return path.read_bytes() == content
     except FileNotFoundError:
         return None
 
@@ -83,12 +83,12 @@ def refusal(path: StorePath) -> ValueError:
                       f"stop it first: one that was killed is given up after {STALE_S:g} s")
 
 
-def renew(path: StorePath, mine: bytes, ended: threading.Event) -> None:
+def renew(path: StorePath, content: bytes, ended: threading.Event) -> None:
     while not ended.wait(RENEW_S):
         with contextlib.suppress(OSError):  # the next turn may be luckier
-            if holds(path, mine) is False:
+            if holds(path, content) is False:
                 print(f"raysearch: {path}: {holder(path)[1]} took this study over, because this driver was not seen for "
                       f"{STALE_S:g} s; this one ends", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            path.write_bytes(mine)
+            path.write_bytes(content)

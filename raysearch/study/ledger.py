@@ -68,7 +68,7 @@ class Ledger:
                 yield
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / "lock", "a+") as file:
+        with open(self.directory / "lock", "a+") as file:  # to open it with "w" would erase the name that a refusal tells
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -81,7 +81,7 @@ class Ledger:
             try:
                 yield
             finally:
-                file.truncate(0)
+                file.truncate(0)  # a name that stays is that of a killed driver
 
     def driver(self) -> tuple[bool, str]:
         """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""
@@ -157,9 +157,7 @@ class Ledger:
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
-        paths = self._found("rounds", "[!.]*/record.json")
-        records = self._each(lambda path: self._read(path, RoundRecord), paths)
-        return dict(zip((path.parent.name for path in paths), records))
+        return self._by_key("record.json", lambda path: self._read(path, RoundRecord))
 
     def losses(self, key: str) -> list[float]:
         """Of each selection item of the objective, in the order of the task; only in a study with racing."""
@@ -172,8 +170,7 @@ class Ledger:
 
     def reports(self) -> dict[str, dict[str, Metric]]:
         """Metrics on the report split by key, of the candidates that have them."""
-        paths = self._found("rounds", "[!.]*/report.json")
-        return dict(zip((path.parent.name for path in paths), self._each(self._metrics, paths)))
+        return self._by_key("report.json", self._metrics)
 
     @staticmethod
     def _metrics(path: AnyPath) -> dict[str, Metric]:
@@ -185,7 +182,7 @@ class Ledger:
         persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:
-        paths = self._found("trials", "[0-9]*.json")
+        paths = self._matching("trials", "[0-9]*.json")
         return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda trial: trial.number)
 
     def candidate(self, key: str) -> RoundRecord:
@@ -209,10 +206,14 @@ class Ledger:
 
     def stacks(self, number: int) -> dict[str, str]:
         """Stack of each rank that found its round of this trial too long, by "rank 0", ..."""
-        found = {path: path.read_text() for path in self._found("trials", f"{number:05d}.rank-*.stack")}
-        return {path.suffixes[0][1:].replace("-", " "): text for path, text in found.items() if text}
+        texts = {path: path.read_text() for path in self._matching("trials", f"{number:05d}.rank-*.stack")}
+        return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
-    def _found(self, folder: str, pattern: str) -> list[AnyPath]:
+    def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
+        paths = self._matching("rounds", f"[!.]*/{name}")  # a folder that begins with a dot is still being written
+        return dict(zip((path.parent.name for path in paths), self._each(read, paths)))
+
+    def _matching(self, folder: str, pattern: str) -> list[AnyPath]:
         return sorted((self.directory / folder).glob(pattern), key=str)
 
     def _each(self, read: Callable[[AnyPath], T], paths: Iterable[AnyPath]) -> list[T]:

@@ -37,6 +37,7 @@ def git_commit() -> str | None:
     git = shutil.which("git")
     if git is None:
         return None
+    # --exclude=* leaves tags out, so that --always gives the commit
     command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
 

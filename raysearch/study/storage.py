@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 SECRET_NAMES = re.compile("secret|token|password|signature|sas|access_key|account_key", re.IGNORECASE)
+"""In a URI's query: parameters that hold a credential."""
 WITH_USERS = ("abfs", "abfss", "hdfs", "viewfs")
 """Schemes whose URIs name a container or an account before the @."""
 CHUNK_BYTES = 16 * 2**20
@@ -169,9 +170,9 @@ class StorePath:
 
         selector = pyarrow.fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         with self._named():
-            found = self.filesystem.get_file_info(selector)
+            infos = self.filesystem.get_file_info(selector)
         above = PurePosixPath(_open(self.root)[1])
-        return [StorePath(self.root, str(PurePosixPath(info.path).relative_to(above)), info) for info in found]
+        return [StorePath(self.root, str(PurePosixPath(info.path).relative_to(above)), info) for info in infos]
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:

@@ -26,7 +26,7 @@ def test_kept_weights_are_those_of_adamw_and_pruned_ones_zero(mask_dtype: torch.
     ours, theirs = masters(), masters()
     keep = torch.arange(40) % 3 != 0
     optimizer = SparseAdamW([{"params": ours}], **options)
-    optimizer.keep[ours[0]] = keep.to(mask_dtype)
+    optimizer.masks[ours[0]] = keep.to(mask_dtype)
     with torch.no_grad():
         ours[0].mul_(keep)
         theirs[0].mul_(keep)
@@ -41,7 +41,7 @@ def test_kept_weights_are_those_of_adamw_and_pruned_ones_zero(mask_dtype: torch.
 def test_the_l1_step_by_hand() -> None:
     master = torch.tensor([0.5, -0.5, 0.05, -0.05, 0.3], requires_grad=True)
     optimizer = SparseAdamW([{"params": [master]}], lr=0.1, weight_decay=0.0)
-    optimizer.keep[master] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
+    optimizer.masks[master] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0])
     optimizer.l1_lambda = 2.0
     optimizer.keep_masks(0.1)  # |w| - 0.1 * 2
     assert torch.allclose(master, torch.tensor([0.3, -0.3, 0.0, 0.0, 0.0]))

@@ -1,0 +1,201 @@
+"""`evaluate`: tasks and metrics are lm-eval's, the answers a scorer's; with a race, it may stop at the first items."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import weighted_perplexity
+from lm_eval.api.model import LM
+from lm_eval.api.task import Task
+
+from raysearch.config import Metric, higher_is_better
+from raysearch.evaluation.racing import item_order, looks
+from raysearch.evaluation.scorer import Scorer
+from raysearch.evaluation.statistics import losses, summarise
+from raysearch.evaluation.tasks import check_limit
+
+FEWSHOT_SEED = 1234
+"""lm-eval's default."""
+TOKEN_PERPLEXITY = "token_perplexity"
+_PREPARED: "WeakKeyDictionary[Task, dict[tuple[int | None, int], list[Instance]]]" = WeakKeyDictionary()
+"""(limit, shots) -> requests of a task: a sweep scores the same items after every round."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of `evaluate`; the keys of the dictionaries are "task/metric"."""
+
+    metrics: dict[str, Metric]
+    items: dict[str, list[float]]
+    """Per item, in the order of the task: contributions whose mean is the metric (for perplexities, its logarithm), so
+    that the difference of two models on equal tasks can be tested item by item."""
+    losses: list[float]
+    """In a race: the objective's loss of each item, in the order of the task, or in `item_order` when it was stopped."""
+    was_stopped: bool
+    """The race was lost: only the objective's task was scored, and only its first items."""
+
+
+@dataclass(frozen=True)
+class Race:
+    """Scores the objective's task first, in growing parts of a random order, and stops when `is_lost` says so."""
+
+    objective: str
+    """As "task/metric"."""
+    seed: int
+    """Of the order (racing.item_order)."""
+    is_lost: Callable[[list[float]], bool]
+    """Given the losses of the items so far, in that order."""
+
+
+def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None,
+             samples_path: Path | None = None, race: Race | None = None) -> Evaluation:
+    """Scores every task. Metrics and their values are lm-eval's; each has a standard error over the items.
+
+    limit: the first items of each task only; num_fewshot: examples in the prompt (None: the task's own number);
+    samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text get
+    token_perplexity as well. Touches no global random state, and prepares the prompts of a task only once: keep the
+    task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1 or more shots than the
+    task has examples.
+    """
+    check_limit(limit)
+    prepared = [_requests(task, limit, num_fewshot) for task in tasks]
+    answered: list[Instance] = []
+    if race is not None:
+        stopped = _race(scorer, tasks, prepared, race, answered)
+        if stopped is not None:
+            return stopped
+    done = set(map(id, answered))  # by identity: an Instance has no hash
+    _respond(scorer, [request for requests in prepared for request in requests if id(request) not in done])
+    return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
+
+
+def tasks_fingerprint(tasks: Sequence[Task]) -> str:
+    """Hex; equal for equal names and items."""
+    digest = hashlib.sha256()
+    for task in tasks:
+        for row in [task.config.task, *task.eval_docs]:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def metric_names(tasks: Sequence[Task]) -> list[str]:
+    """The metrics, as "task/metric", that `evaluate` will give."""
+    names = []
+    for task in tasks:
+        # as `_process` names them: by the filter too where a task has several
+        suffixes = [f",{each.name}" for each in task._filters] if len(task._filters) > 1 else [""]
+        names += [f"{task.config.task}/{metric}{suffix}" for metric in task.aggregation() for suffix in suffixes]
+        names += [f"{task.config.task}/{TOKEN_PERPLEXITY}"] * (task.OUTPUT_TYPE == "loglikelihood_rolling")
+    return names
+
+
+def forward_sizes(scorer: Scorer, tasks: Sequence[Task], *, num_fewshot: int | None = None) -> dict[int, int]:
+    """Tokens per forward -> about how many such forwards `evaluate` will take."""
+    return scorer.forward_sizes([request for task in tasks for request in _requests(task, None, num_fewshot)])
+
+
+def _race(scorer: LM, tasks: Sequence[Task], prepared: list[list[Instance]], race: Race,
+          answered: list[Instance]) -> Evaluation | None:
+    """The evaluation of the items so far once the race is lost, else None; extends `answered`."""
+    name = race.objective.rpartition("/")[0]
+    task, requests = next((task, requests) for task, requests in zip(tasks, prepared) if task.config.task == name)
+    groups = list(_by_item(requests).values())
+    order, first = item_order(len(groups), race.seed), 0
+    for look in looks(len(groups)):
+        part = [request for item in order[first:look] for request in groups[item]]
+        _respond(scorer, part)
+        answered.extend(part)
+        first = look
+        evaluation = _summarised(scorer, [(task, list(answered))], None, race)
+        if race.is_lost(evaluation.losses):
+            return replace(evaluation, was_stopped=True)
+    return None
+
+
+def _by_item(requests: Sequence[Instance]) -> dict[Any, list[Instance]]:
+    """The requests of each item; a multiple choice has one for each answer."""
+    by_item: dict[Any, list[Instance]] = {}
+    for request in requests:
+        by_item.setdefault(request.doc_id, []).append(request)
+    return by_item
+
+
+def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samples_path: Path | None,
+                race: Race | None) -> Evaluation:
+    metrics: dict[str, Metric] = {}
+    items: dict[str, list[float]] = {}
+    samples: list[str] = []
+    objective_losses: list[float] = []
+    for task, requests in answered:
+        name = task.config.task
+        values, identities = _process(scorer, task, requests)
+        for metric, column in values.items():
+            aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)  # token_perplexity is ours
+            value, stderr, items[f"{name}/{metric}"] = summarise(column, aggregation)
+            if race is not None and race.objective == f"{name}/{metric}":
+                objective_losses = losses(column, aggregation, higher_is_better(race.objective))
+            metrics[f"{name}/{metric}"] = Metric(value=value, stderr=stderr, num_items=len(column))
+        for index, identity in enumerate(identities):
+            row = {"task": name, "item_id": identity, "metrics": {key: column[index] for key, column in values.items()}}
+            samples.append(json.dumps(row, default=float) + "\n")
+    if samples_path is not None:  # moved when it is whole, so that nobody reads half of it
+        aside = samples_path.with_name(samples_path.name + ".partial")
+        aside.write_text("".join(samples))
+        os.replace(aside, samples_path)
+    return Evaluation(metrics, items, objective_losses, False)
+
+
+def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:
+    """lm-eval's build_all_requests without its progress bar, kept for as long as the task lives."""
+    shots = task.config.num_fewshot or 0 if num_fewshot is None else num_fewshot
+    known = _PREPARED.setdefault(task, {})
+    if (limit, shots) not in known:
+        if shots:
+            examples = len(task.sampler.fewshot_docs())
+            if not 0 < shots < examples:  # lm-eval draws one more, to leave the item itself out
+                raise ValueError(f"num_fewshot must be below the {examples} examples of task {task.config.task!r}; got "
+                                 f"{shots}")
+            task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        requests: list[Instance] = []
+        for doc_id, doc in task.doc_iterator(limit=limit):
+            context = task.fewshot_context(doc, num_fewshot=shots, gen_prefix=task.doc_to_prefix(doc))
+            metadata = (task.config.task, doc_id, task.config.repeats)
+            request = task.construct_requests(doc=doc, ctx=context, metadata=metadata)
+            requests.extend(request if isinstance(request, list) else [request])
+        known[limit, shots] = requests
+    return known[limit, shots]
+
+
+def _respond(scorer: Any, requests: Sequence[Instance]) -> None:
+    by_type: dict[str, list[Instance]] = {}
+    for request in requests:
+        request.resps, request.filtered_resps = [], {}  # kept requests hold the last round's answers
+        by_type.setdefault(request.request_type, []).extend([request] * (request.repeats or 1))
+    for request_type, group in by_type.items():
+        for request, response in zip(group, getattr(scorer, request_type)(group), strict=True):
+            request.resps.append(response)
+
+
+def _process(scorer: Any, task: Any, requests: list[Instance]) -> tuple[dict[str, list[Any]], list[str]]:
+    """(values of each metric over the items, identities of the items), by the task's own rules."""
+    task._instances = requests  # what lm-eval's filters read
+    task.apply_filters()
+    by_item = _by_item(requests)
+    values: dict[str, list[Any]] = {}
+    filters = list(requests[0].filtered_resps)
+    for key in filters:
+        for group in by_item.values():
+            results = [request.filtered_resps[key] for request in sorted(group, key=lambda request: request.idx)]
+            for metric, value in task.process_results(group[0].doc, results).items():
+                values.setdefault(metric if len(filters) == 1 else f"{metric},{key}", []).append(value)
+            if group[0].request_type == "loglikelihood_rolling":
+                num_tokens = len(scorer.tok_encode(group[0].args[0]))
+                values.setdefault(TOKEN_PERPLEXITY, []).append((results[0], num_tokens))
+    identities = [str(group[0].doc.get("item_id", doc_id)) for doc_id, group in by_item.items()]
+    return values, identities
