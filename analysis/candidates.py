@@ -4,10 +4,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
-from raysearch.config import higher_is_better
-from raysearch.pruning.pareto import front_probability, hypervolume, pareto_front
+from raysearch import config
+from raysearch.config import higher_is_better, is_maximised
+from raysearch.pruning.pareto import Bools, front_probability, hypervolume, non_dominated
 
 SIZES = ("num_nonzero", "stored_bytes")
+"""That figures show."""
 
 
 def setting(frame: pd.DataFrame, name: str) -> str:
@@ -59,8 +61,18 @@ def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = N
     sizes = pool[size or setting(frame, "size")].to_numpy(dtype=float)
     qualities = quality(pool, split).to_numpy()
     probability = front_probability(sizes, qualities, quality_stderr(pool, split).to_numpy())
-    pool = pool.assign(front_probability=probability)[pareto_front(sizes, qualities)]
+    pool = pool.assign(front_probability=probability)[_on_front(frame, pool, split, size)]
     return pool.sort_values([size or setting(frame, "size"), "key"])
+
+
+def _on_front(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str | None) -> Bools:
+    """Among all of the study's objectives, `size` in the place of its first one where it is given."""
+    names = [size if size is not None and name == setting(frame, "size") else name
+             for name in frame.attrs["objectives"]]
+    whole = pool["dominated_by"].isna()
+    columns = [pool[name] if name in config.SIZES else pool[f"{split}/{name}"].where(whole) for name in names]
+    values = np.stack([column.to_numpy(dtype=float, na_value=np.nan) for column in columns], axis=1)
+    return non_dominated(values, [is_maximised(name) for name in names])
 
 
 def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float:

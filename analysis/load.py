@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from raysearch.config import Metric, TrialConfig
+from raysearch.config import SIZES, Metric, TrialConfig
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, TrialRecord
 from raysearch.study.storage import AnyPath
@@ -36,8 +36,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
-    * `attrs` holds "directory" (absolute), "model", "objective", "size" and "created_at" of the study, and "device": those
-      that its rounds ran on, the driver's before there is one.
+    * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
+      study, and "device": those that its rounds ran on, the driver's before there is one.
 
     ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
     ledger = Ledger.open(directory)
@@ -49,7 +49,9 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
         rows.append({"round": 0, "status": "dense", **_round_cells(rounds[record.root_key], reports)})
     for trial in trials:
         rows.extend(_trial_rows(ledger, trial, rounds, reports))
-    columns = {f"{split}/{record.study.objective}{end}" for split in SPLITS for end in ("", "_stderr")}
+    search = record.study.search
+    columns = {f"{split}/{name}{end}" for name in search.objectives if name not in SIZES for split in SPLITS
+               for end in ("", "_stderr")}
     columns |= {name for row in rows for name in row} - set(COLUMNS)
     metrics = sorted(columns, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
@@ -57,8 +59,9 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
     devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
-    frame.attrs.update(directory=str(ledger.directory), model=record.study.model, objective=record.study.objective,
-                       size=record.study.size, device=", ".join(devices), created_at=record.provenance.created_at)
+    frame.attrs.update(directory=str(ledger.directory), model=record.study.model.path, objective=search.objective,
+                       size=search.size, objectives=search.objectives, device=", ".join(devices),
+                       created_at=record.provenance.created_at)
     return frame
 
 

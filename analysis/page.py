@@ -109,7 +109,7 @@ def _smallest(frame: pd.DataFrame, good: pd.DataFrame, words: str, split: str) -
 
 def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
     """The whole page; every string that is not ours goes through html.escape."""
-    title = f"{PurePath(record.study.model).name}: {record.space}"
+    title = f"{PurePath(record.study.model.path).name}: {record.space}"
     points = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in headlines(frame))
     sections = [
         _section("Frontier", _plot(frontier_figure(frame), "frontier"), _frontier_caption(frame)),
@@ -178,7 +178,7 @@ def _meta(frame: pd.DataFrame, record: StudyRecord) -> str:
     trials = frame.dropna(subset=["trial"]).drop_duplicates("trial")["status"].value_counts()
     counts = ", ".join(f"{count} {status}" for status, count in trials.items())
     return " · ".join([record.provenance.created_at[:10], setting(frame, "device"),
-                       f"trials: {counts}" if len(trials) else "no trial yet", f"{record.study.model}"])
+                       f"trials: {counts}" if len(trials) else "no trial yet", f"{record.study.model.path}"])
 
 
 def _cards(frame: pd.DataFrame) -> str:
@@ -297,15 +297,15 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> str:
          "smaller, dense otherwise."),
         ("resident bytes", "tensor bytes of the dense export, which is what transformers keeps in memory when it "
          "serves the model: unstructured zeros do not lower it."),
-        ("selection split", f"what the search saw and optimised ({study.objective})."),
+        ("selection split", f"what the search saw and optimised ({study.search.objective})."),
         ("report split", "other documents, scored only for the candidates that the search chose, and for the dense "
          "baseline."),
         ("standard error", "over the items of a task, as lm-eval gives it; it does not cover the luck of the training "
          "seed."),
         ("not measured", "latency and throughput: fewer non-zero parameters do not by themselves make a model faster."),
-        ("model", study.model), ("corpus", study.corpus or "none"), ("tasks", ", ".join(study.tasks)),
-        ("prunable", study.prunable), ("precision, ranks", f"{study.dtype}, ZeRO {study.zero_stage}, {study.num_ranks} "
-                                       f"rank(s), seed {study.seed}"),
+        ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
+        ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "
+         f"{study.cluster.zero_stage}, {study.cluster.num_ranks} rank(s), seed {study.data.seed}"),
         ("hardware", setting(frame, "device")), ("host", record.provenance.hostname),
         ("made", record.provenance.created_at), ("git commit", record.provenance.git_commit or "not recorded"),
         ("versions", versions), ("study directory", setting(frame, "directory")),

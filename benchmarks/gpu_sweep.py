@@ -19,7 +19,7 @@ import ray
 import torch
 from random_study import model_folder, num_parameters, space, write_corpus
 
-from raysearch.config import Study
+from raysearch.config import study_of
 from raysearch.kernels.device import device_name
 from raysearch.search.sweep import sweep
 from raysearch.study.ledger import Ledger
@@ -44,9 +44,9 @@ def main() -> None:
         context_tokens = 128 if arguments.model == "tiny" else 1024
         batch_tokens = arguments.batch_tokens or 16 * context_tokens
         on_gpu = bool(arguments.gpus_per_rank)
-        study = resolve(Study(
-            model=str(model_folder(arguments.model, folder / "model", torch.bfloat16 if on_gpu else torch.float32)),
-            corpus=str(write_corpus(folder / "corpus.txt")), tasks=("text",), eval_items=arguments.eval_items,
+        study = resolve(study_of(
+            path=str(model_folder(arguments.model, folder / "model", torch.bfloat16 if on_gpu else torch.float32)),
+            corpus=str(write_corpus(folder / "corpus.txt")), tasks=("text",), num_items=arguments.eval_items,
             context_tokens=context_tokens, batch_tokens=batch_tokens, epoch_tokens=arguments.num_steps * batch_tokens,
             gpus_per_rank=arguments.gpus_per_rank, cpus_per_rank=1.0))
         num_gpus = {"num_gpus": max(gangs)} if on_gpu else {}
@@ -55,13 +55,13 @@ def main() -> None:
         for number in gangs:
             num_trials = arguments.trials_per_gang * number or 16
             sweep("gpu_sweep", folder / f"study-{number}",
-                  study.model_copy(update={"num_trials": num_trials, "max_concurrent": number}), space,
+                  study.replaced(**{"num_trials": num_trials, "max_concurrent": number}), space,
                   lambda line: print(line, file=sys.stderr))
             runs.append(measure(Ledger(folder / f"study-{number}"), number))
         ray.shutdown()
         print(json.dumps({
-            "benchmark": "gpu_sweep", "model": arguments.model, "num_parameters": num_parameters(Path(study.model)),
-            "dtype": study.dtype, "num_steps": arguments.num_steps, "batch_tokens": batch_tokens, "runs": runs,
+            "benchmark": "gpu_sweep", "model": arguments.model, "num_parameters": num_parameters(Path(study.model.path)),
+            "dtype": study.model.dtype, "num_steps": arguments.num_steps, "batch_tokens": batch_tokens, "runs": runs,
             "weak_scaling": [round(run["trials_per_h"] / runs[0]["trials_per_h"] * gangs[0] / run["gangs"], 3)
                              for run in runs],
             "date": date.today().isoformat(), "device": device_name("cuda:0" if on_gpu else "cpu"), **versions()}))

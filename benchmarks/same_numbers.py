@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from random_study import model_folder, write_corpus
 
-from raysearch.config import Study, TrialConfig
+from raysearch.config import TrialConfig, study_of
 from raysearch.kernels.device import device_name
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import versions
@@ -89,8 +89,8 @@ def run_gang(job: dict[str, Any]) -> list[dict[str, Any]]:
 def run_rank(job: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     context_tokens = 128
-    study = resolve(Study(model=job["model"], corpus=job["corpus"], context_tokens=context_tokens, dtype="float32",
-                          batch_tokens=8 * context_tokens, epoch_tokens=job["epoch_tokens"], eval_items=12,
+    study = resolve(study_of(path=job["model"], corpus=job["corpus"], context_tokens=context_tokens, dtype="float32",
+                          batch_tokens=8 * context_tokens, epoch_tokens=job["epoch_tokens"], num_items=12,
                           tasks=("text", "choice"), weight_decay=0.01, num_ranks=job["num_ranks"],
                           zero_stage=job["zero_stage"]))
     inputs = read_inputs(study)

@@ -29,7 +29,7 @@ from ray.train.torch import TorchTrainer
 from ray.tune.integration.ray_train import TuneReportCallback
 
 import raysearch.search.sweep
-from raysearch.config import Study
+from raysearch.config import Study, study_of
 from raysearch.kernels.device import device_name
 from raysearch.study.provenance import versions
 from raysearch.training.engine import Engine
@@ -53,10 +53,10 @@ def main() -> None:
         os.environ["RAYSEARCH_CACHE"] = str(folder / "cache")
         os.environ["TIMES"] = str(folder / "times")
         context_tokens = 128 if arguments.model == "tiny" else 512
-        study = resolve(Study(
-            model=str(model_folder(arguments.model, folder / "model",
+        study = resolve(study_of(
+            path=str(model_folder(arguments.model, folder / "model",
                                    torch.bfloat16 if arguments.gpus_per_rank else torch.float32)),
-            corpus=str(write_corpus(folder / "corpus.txt")), tasks=("text",), eval_items=8,
+            corpus=str(write_corpus(folder / "corpus.txt")), tasks=("text",), num_items=8,
             context_tokens=context_tokens, batch_tokens=4 * context_tokens * arguments.num_ranks,
             epoch_tokens=NUM_STEPS * 4 * context_tokens * arguments.num_ranks, num_trials=arguments.num_trials,
             num_ranks=arguments.num_ranks, zero_stage=arguments.zero_stage, gpus_per_rank=arguments.gpus_per_rank,
@@ -68,13 +68,13 @@ def main() -> None:
         usual = gaps(folder / "times", lambda: fresh_trainers(study, arguments.num_usual_trials, folder))
         ray.shutdown()
         print(json.dumps({
-            "benchmark": "trial_start", "model": arguments.model, "num_parameters": num_parameters(Path(study.model)),
-            "num_ranks": study.num_ranks, "zero_stage": study.zero_stage, "dtype": study.dtype,
-            "gpus_per_rank": study.gpus_per_rank, "raysearch_median_s": middle(ours), "raysearch_worst_s": worst(ours),
+            "benchmark": "trial_start", "model": arguments.model, "num_parameters": num_parameters(Path(study.model.path)),
+            "num_ranks": study.cluster.num_ranks, "zero_stage": study.cluster.zero_stage, "dtype": study.model.dtype,
+            "gpus_per_rank": study.cluster.gpus_per_rank, "raysearch_median_s": middle(ours), "raysearch_worst_s": worst(ours),
             "raysearch_s": [round(gap, 3) for gap in ours], "torch_trainer_median_s": middle(usual),
             "torch_trainer_s": [round(gap, 3) for gap in usual],
             "times_faster": round(statistics.median(usual) / statistics.median(ours), 1) if usual else None,
-            "date": date.today().isoformat(), "device": device_name("cuda:0" if study.gpus_per_rank else "cpu"),
+            "date": date.today().isoformat(), "device": device_name("cuda:0" if study.cluster.gpus_per_rank else "cpu"),
             **versions()}))
 
 
@@ -140,10 +140,12 @@ def fresh_trainers(study: Study, num_trials: int, folder: Path) -> None:
 
     def train(config: dict[str, Any]) -> None:
         os.environ |= config["environment"]
-        engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
-                        batch_tokens=study.batch_tokens, context_tokens=study.context_tokens, weight_decay=0.0)
+        engine = Engine(study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage,
+                        dtype=study.model.dtype, batch_tokens=study.training.batch_tokens,
+                        context_tokens=study.data.context_tokens,
+                        weight_decay=0.0)
         watch = Stopwatch(engine)
-        tokens = torch.randint(200, (engine.sequences_per_rank, study.context_tokens))
+        tokens = torch.randint(200, (engine.sequences_per_rank, study.data.context_tokens))
         watch.first = engine.rank == 0
         for _ in range(NUM_STEPS):
             loss = watch(tokens, 1e-4)
@@ -152,12 +154,12 @@ def fresh_trainers(study: Study, num_trials: int, folder: Path) -> None:
             note("end")
 
     def trial(config: dict[str, Any]) -> None:
-        resources = {"CPU": 0.9} | ({"GPU": study.gpus_per_rank} if study.gpus_per_rank else {})
-        environment = {"TIMES": os.environ["TIMES"]} | ({} if study.gpus_per_rank else {"DS_ACCELERATOR": "cpu"})
+        resources = {"CPU": 0.9} | ({"GPU": study.cluster.gpus_per_rank} if study.cluster.gpus_per_rank else {})
+        environment = {"TIMES": os.environ["TIMES"]} | ({} if study.cluster.gpus_per_rank else {"DS_ACCELERATOR": "cpu"})
         TorchTrainer(
             train, train_loop_config={"environment": environment},
-            scaling_config=ray.train.ScalingConfig(num_workers=study.num_ranks, use_gpu=bool(study.gpus_per_rank),
-                                                   resources_per_worker=resources),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=study.cluster.num_ranks, use_gpu=bool(study.cluster.gpus_per_rank), resources_per_worker=resources),
             run_config=ray.train.RunConfig(name=f"train-{tune.get_context().get_trial_id()}",
                                            storage_path=str(folder / "usual"), callbacks=[TuneReportCallback()]),
         ).fit()

@@ -94,7 +94,7 @@ def prune(
     corpus: Annotated[str | None, typer.Option(help="Text to fine-tune and evaluate on.")] = None,
     tasks: Annotated[str, typer.Option(help="Comma-separated; from the corpus or --data-dir.")] = "",
     data_dir: str | None = None,
-    eval_items: int | None = None,
+    num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="128, or the model's own where that is less.")] = None,
     batch_tokens: int = 2048,
     zero_stage: int = 0,
@@ -141,7 +141,7 @@ def sweep(
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
-    study = study.model_copy(update={name: value for name, value in changes.items() if value is not None})
+    study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
     result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
                  autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "

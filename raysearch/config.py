@@ -3,7 +3,8 @@
 `TrialConfig` is what varies between trials, `Study` is what is fixed for all of them, `Action` is one resolved round.
 """
 
-from typing import Any, Literal, Self, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -21,20 +22,40 @@ class Frozen(BaseModel):
 FrozenT = TypeVar("FrozenT", bound=Frozen)
 
 
+def _field(cls: type[Frozen], location: Sequence[object]) -> tuple[type[Frozen], list[str]]:
+    """(the class that the innermost field belongs to, the path of fields) of pydantic's location of an error, which goes on
+    inside the field: names of a union's alternatives, indices of a tuple."""
+    section, path = cls, []
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None:
+            break
+        path.append(str(part))
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Frozen)):
+            break
+        section = field.annotation
+    return section, path
+
+
 def parse(cls: type[FrozenT], data: dict[str, Any], where: str) -> FrozenT:
     """`cls(**data)`, or a ValueError of one sentence that names `where`, the field, the rule and the value."""
     try:
         return cls.model_validate(data)
     except ValidationError as error:
         first, *others = error.errors()
-        field = ".".join(str(part) for part in first["loc"])
+        section, path = _field(cls, first["loc"])
+        field = ".".join(path or map(str, first["loc"]))
         rule = first["msg"].removeprefix("Value error, ")
-        if alternatives := [other["msg"] for other in others if other["loc"][:1] == first["loc"][:1]]:  # of a union
-            field, rule = str(first["loc"][0]), " or ".join([rule, *alternatives])
+        alternatives = [other["msg"] for other in others if path and _field(cls, other["loc"])[1] == path]  # of a union
+        rule = " or ".join([rule, *alternatives])
         if first["type"] == "extra_forbidden":
-            rule = f"no such field; the fields are {', '.join(cls.model_fields)}"
+            field, rule = ".".join(map(str, first["loc"])), f"no such field; the fields are {', '.join(section.model_fields)}"
         given = f" (got {first['input']!r})" if field else ""
         raise ValueError(f"{where}: {f'{field}: ' if field else ''}{rule}{given}") from error
+
+
+SIZES = ("num_nonzero", "stored_bytes", "resident_bytes")
+"""Sizes of a candidate that a search may lower: fields of its record."""
 
 
 class Metric(Frozen):
@@ -55,6 +76,11 @@ def higher_is_better(metric: str) -> bool:
         return False
     raise ValueError(f"metric {metric!r}: its direction is not known; use one that starts with acc, exact_match or f1, "
                      "or ends with perplexity, bits_per_byte or loss")
+
+
+def is_maximised(objective: str) -> bool:
+    """Direction of an objective: sizes go down, metrics as `higher_is_better` says."""
+    return objective not in SIZES and higher_is_better(objective)
 
 
 class TrialConfig(Frozen):
@@ -129,44 +155,93 @@ class Action(Frozen):
     """Seed of the data order; 0 where nothing is fine-tuned."""
 
 
-class Study(Frozen):
-    """What is fixed for all trials of one study: `STUDY` in a search space module."""
+class Unhashed:
+    """Marks a setting that says where something lies: no key hashes it, for what lies there is hashed instead."""
 
-    model: str
+
+Place = Annotated[str, Unhashed()]
+
+
+class ModelSettings(Frozen):
+    path: Place
     """Folder of a Hugging Face causal language model, with its tokenizer."""
-    corpus: str | None = "builtin"
-    """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
-    dataset name; None where nothing is fine-tuned."""
-    tasks: tuple[str, ...] = ("text", "last_word", "choice")
-    """Evaluation tasks; text, last_word and choice are made from the corpus's held-out documents."""
-    data_dir: str | None = None
-    """Folder with local files of the named tasks (lambada/test.jsonl, ...); None takes them from the hub."""
-    objective: str = "text/bits_per_byte"
-    """The quality that the search improves, as task/metric on the selection split."""
-    size: Literal["num_nonzero", "stored_bytes"] = "num_nonzero"
-    """The size that the search lowers."""
-    num_trials: int = Field(16, ge=1)
-    max_concurrent: int = Field(1, ge=1)
-    """Trials at the same time."""
-    time_budget_s: float | None = Field(None, gt=0)
     prunable: Literal["matrices", "all"] = "matrices"
     """`matrices`: attention and MLP; `all` adds the embeddings (once, when tied)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
+
+
+class DataSettings(Frozen):
+    corpus: Place | None = "builtin"
+    """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
+    dataset name; None where nothing is fine-tuned."""
     context_tokens: int = Field(128, ge=2)
-    batch_tokens: int = Field(1024, ge=2)
-    """Tokens of one optimizer step, over all ranks."""
     epoch_tokens: int | None = Field(None, ge=1)
     """Tokens that count as one epoch; None is the whole train split."""
+    seed: int = 0
+    """Of the order of the text, and of the items that are drawn from it."""
+
+
+class TrainingSettings(Frozen):
+    batch_tokens: int = Field(1024, ge=2)
+    """Tokens of one optimizer step, over all ranks."""
     weight_decay: float = Field(0.0, ge=0)
     warmup_fraction: float = Field(0.1, ge=0, le=1)
     """Share of each round's steps in which the learning rate rises; it falls to a tenth along a half cosine after."""
-    eval_items: int | None = Field(None, ge=1)
+
+
+class EvaluationSettings(Frozen):
+    tasks: tuple[str, ...] = ("text", "last_word", "choice")
+    """Evaluation tasks; text, last_word and choice are made from the corpus's held-out documents."""
+    data_dir: Place | None = None
+    """Folder with local files of the named tasks (lambada/test.jsonl, ...); None takes them from the hub."""
+    num_items: int | None = Field(None, ge=1)
     """Items of each task and split; None is all."""
     racing_level: float | None = Field(None, gt=0, lt=1)
     """Stop scoring a candidate on the selection split when a finished one that is no larger has the better objective;
     each such stop is wrong with at most this probability. None scores every candidate in full, and is the default:
     how many items a dominated candidate is scored on depends on what was finished before it."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
+
+
+class SearchSettings(Frozen):
+    """How a study is searched; no candidate's numbers depend on it."""
+
+    objectives: tuple[str, ...] = ("num_nonzero", "text/bits_per_byte")
+    """What the search improves: sizes, which go down, and qualities as task/metric on the selection split, each in its own
+    direction. At least one of each; the first ones are those of figures and tables."""
+    num_trials: int = Field(16, ge=1)
+    max_concurrent: int = Field(1, ge=1)
+    """Trials at the same time."""
+    time_budget_s: float | None = Field(None, gt=0)
+    sampler_seed: int = 0
+    dense_control: bool = True
+    """End with the longest trial's fine-tuning on the dense model: what pruned models gain from training alone."""
+
+    @model_validator(mode="after")
+    def _known_objectives(self) -> Self:
+        sizes = [name for name in self.objectives if name in SIZES]
+        for name in self.objectives:
+            if name not in SIZES:
+                higher_is_better(name)
+        if not sizes or len(sizes) == len(self.objectives) or len(set(self.objectives)) < len(self.objectives):
+            raise ValueError(f"objectives must be different names, at least one size ({', '.join(SIZES)}) and one quality "
+                             f"(task/metric), got {', '.join(self.objectives) or 'none'}")
+        return self
+
+    @property
+    def size(self) -> str:
+        """The first size."""
+        return next(name for name in self.objectives if name in SIZES)
+
+    @property
+    def objective(self) -> str:
+        """The first quality."""
+        return next(name for name in self.objectives if name not in SIZES)
+
+
+class ClusterSettings(Frozen):
+    """How fast and where; no key hashes it, and each round's provenance says it."""
+
     zero_stage: Literal[0, 1, 2, 3, "auto"] = 0
     num_ranks: int | Literal["auto"] = 1
     """Processes of one trial. `auto`, here and for zero_stage: the smallest that fit the GPUs' memory (placement.py);
@@ -176,19 +251,72 @@ class Study(Frozen):
     with the stack of every rank."""
     gpus_per_rank: float = Field(0.0, ge=0)
     cpus_per_rank: float = Field(1.0, gt=0)
-    seed: int = 0
+
+
+class Study(Frozen):
+    """What is fixed for all trials of one study: `STUDY` in a search space module."""
+
+    model: ModelSettings
+    data: DataSettings = DataSettings()
+    training: TrainingSettings = TrainingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    search: SearchSettings = SearchSettings()
+    cluster: ClusterSettings = ClusterSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        higher_is_better(self.objective)
-        num_ranks = 1 if self.num_ranks == "auto" else self.num_ranks
+        num_ranks = 1 if self.cluster.num_ranks == "auto" else self.cluster.num_ranks
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be at least 1, or auto, got {num_ranks}")
-        per_step = self.context_tokens * num_ranks
-        if self.batch_tokens % per_step:
+        per_step = self.data.context_tokens * num_ranks
+        if self.training.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "
-                             f"got {self.batch_tokens}")
-        if num_ranks > 1 and 0 < self.gpus_per_rank < 1:
+                             f"got {self.training.batch_tokens}")
+        if num_ranks > 1 and 0 < self.cluster.gpus_per_rank < 1:
             raise ValueError("gpus_per_rank below 1 needs num_ranks 1 (NCCL refuses two ranks on one GPU), "
-                             f"got {self.gpus_per_rank} and {self.num_ranks}")
+                             f"got {self.cluster.gpus_per_rank} and {self.cluster.num_ranks}")
         return self
+
+    def replaced(self, **settings: Any) -> "Study":
+        """A copy with these settings, named as they are in their sections: replaced(num_ranks=2). Checked anew."""
+        changed = self.model_dump()
+        for name, value in settings.items():
+            changed[SECTION_OF[name]][name] = value
+        return parse(Study, changed, "study")
+
+
+NUMBERS = ("model", "data", "training", "evaluation")
+"""Sections that decide what a candidate's numbers are."""
+SECTION_OF = {name: section for section, field in Study.model_fields.items()
+              for name in cast(type[Frozen], field.annotation).model_fields}
+"""Section of each setting; their names are different."""
+_RENAMED = {"model": "path", "eval_items": "num_items"}
+"""Settings of format 1 that have another name now."""
+
+
+def nested(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings by their own names, or those of format 1, in their sections; ValueError for a name that is none."""
+    sections: dict[str, Any] = {}
+    objectives = [settings[name] for name in ("size", "objective") if name in settings]
+    if objectives:
+        defaults = {"size": "num_nonzero", "objective": "text/bits_per_byte"} | settings
+        sections["search"] = {"objectives": (defaults["size"], defaults["objective"])}
+    for name, value in settings.items():
+        renamed = _RENAMED.get(name, name)
+        if name in ("size", "objective"):
+            continue
+        if renamed not in SECTION_OF:
+            raise ValueError(f"{name}: no such setting; the settings are {', '.join(SECTION_OF)}")
+        sections.setdefault(SECTION_OF[renamed], {})[renamed] = value
+    return {section: sections[section] for section in Study.model_fields if section in sections}
+
+
+def study_of(**settings: Any) -> Study:
+    """A study of settings by their own names: study_of(path="models/mine", num_trials=4)."""
+    return parse(Study, nested(settings), "study")
+
+
+def is_flat(settings: dict[str, Any]) -> bool:
+    """Whether these are the settings of format 1, which had no sections."""
+    return isinstance(settings.get("model"), str) or bool(set(settings) & ({*SECTION_OF, "eval_items", "objective", "size"}
+                                                                           - set(Study.model_fields)))

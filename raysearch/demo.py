@@ -23,11 +23,11 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     """Writes model/, study/, pick.json and deploy/ into `out`; a second run resumes and finds everything done."""
     started = time.monotonic()
     study, space = load_space(SPACE)
-    study = study.model_copy(update={"model": str(out / "model")})
+    study = study.replaced(path=str(out / "model"))
     start_ray(study)
-    echo(f"1/4 pretrain a tiny GPT on the documentation of Python: {study.model}")
+    echo(f"1/4 pretrain a tiny GPT on the documentation of Python: {study.model.path}")
     pretrain("tiny", "builtin", out / "model")
-    echo(f"2/4 sweep: {study.num_trials} trials, {study.max_concurrent} at a time")
+    echo(f"2/4 sweep: {study.search.num_trials} trials, {study.search.max_concurrent} at a time")
     result = sweep(SPACE, out / "study", study, space, echo)
     if result.interrupted:
         raise KeyboardInterrupt
@@ -46,5 +46,5 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
          f"deployment folder  {deployed}\n\n"
          f"next: open the report, then\n"
          f"  raysearch results {out / 'study'} --format csv\n"
-         f"  raysearch sweep {SPACE} --out {out / 'study'} --trials {2 * study.num_trials}\n"
+         f"  raysearch sweep {SPACE} --out {out / 'study'} --trials {2 * study.search.num_trials}\n"
          "  and write a search space for your own model: search_spaces/demo.py is 40 lines")

@@ -23,7 +23,7 @@ from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
 from raysearch.study.storage import AnyPath, location
 from raysearch.training.finetune import Diverged
-from raysearch.trial.inputs import Inputs, check_objective, read_inputs, resolve
+from raysearch.trial.inputs import Inputs, check_objectives, read_inputs, resolve
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
 from raysearch.units import human_bytes
@@ -76,9 +76,9 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
     inputs = read_inputs(study)
-    check_objective(study, inputs)
-    num_studies = max(1, NUM_DRAWS // study.num_trials)
-    trials = sample_trials(study, space, inputs, num_studies * study.num_trials)
+    check_objectives(study, inputs)
+    num_studies = max(1, NUM_DRAWS // study.search.num_trials)
+    trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
     return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials))
 
 
@@ -88,11 +88,11 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     actions = [action for trial in trials for action in trial]
     # a threshold names no sparsity before it is applied
     sparsity = statistics.fmean([action.sparsity for action in actions if action.sparsity is not None] or [0.5])
-    one_rank = study.model_copy(update={"num_ranks": 1, "batch_tokens": study.batch_tokens // study.num_ranks})
+    one_rank = study.replaced(num_ranks=1, batch_tokens=study.training.batch_tokens // study.cluster.num_ranks)
     trains = any(action.finetune_tokens for action in actions)
-    if not study.gpus_per_rank:  # as the ranks of such a study are started
+    if not study.cluster.gpus_per_rank:  # as the ranks of such a study are started
         os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(max(1, int(study.cpus_per_rank)))
+    torch.set_num_threads(max(1, int(study.cluster.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
         started = time.perf_counter()
         worker = Worker(one_rank, Ledger(folder), replace(inputs, tasks={"selection": (), "report": ()}))
@@ -110,11 +110,11 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
 
 def timed_round(worker: Worker, parent: RoundRecord, sparsity: float, num_steps: int) -> RoundRecord:
     """A round of `num_steps` optimizer steps at learning rate 0; the times are in its record."""
-    tokens = num_steps * worker.study.batch_tokens
+    tokens = num_steps * worker.study.training.batch_tokens
     try:
         return run_round(worker, parent, Action(sparsity=sparsity, finetune_tokens=tokens))
     except Diverged as error:
-        raise ValueError(f"model {worker.study.model}: {error}, so it is broken; give a model that works") from error
+        raise ValueError(f"model {worker.study.model.path}: {error}, so it is broken; give a model that works") from error
 
 
 def time_evaluation(worker: Worker, inputs: Inputs) -> tuple[float, int]:
@@ -142,9 +142,9 @@ def _now(worker: Worker) -> float:
 
 def rank_seconds(action: Action, study: Study, calibration: Calibration) -> float:
     """Busy time of one round, summed over its ranks; the evaluation's items are shared out among them."""
-    steps = action.finetune_tokens / study.batch_tokens
+    steps = action.finetune_tokens / study.training.batch_tokens
     per_rank = calibration.prune_s + steps * calibration.step_s
-    return per_rank * study.num_ranks + calibration.evaluate_s
+    return per_rank * study.cluster.num_ranks + calibration.evaluate_s
 
 
 def distinct_rounds(root_key: str, trials: Trials) -> dict[str, Action]:
@@ -160,9 +160,9 @@ def distinct_rounds(root_key: str, trials: Trials) -> dict[str, Action]:
 
 def describe_plan(plan: Plan) -> str:
     """Plain lines, without a final newline."""
-    study, calibration = plan.study, plan.calibration
-    starts = range(0, len(plan.trials), study.num_trials)
-    studies = [plan.trials[start:start + study.num_trials] for start in starts]
+    study, cluster, calibration = plan.study, plan.study.cluster, plan.calibration
+    starts = range(0, len(plan.trials), study.search.num_trials)
+    studies = [plan.trials[start:start + study.search.num_trials] for start in starts]
     rounds = [distinct_rounds(plan.root_key, trials) for trials in studies]
     dense_s = calibration.evaluate_s
     busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in distinct.values())) / 3600
@@ -170,33 +170,33 @@ def describe_plan(plan: Plan) -> str:
     lengths = [len(actions) for actions in plan.trials]
     num_rounds = statistics.fmean(sum(map(len, trials)) for trials in studies)
     num_distinct = statistics.fmean(map(len, rounds))
-    at_once = min(study.max_concurrent, study.num_trials)
-    unit, per_rank = ("GPU", study.gpus_per_rank) if study.gpus_per_rank else ("CPU", study.cpus_per_rank)
+    at_once = min(study.search.max_concurrent, study.search.num_trials)
+    unit, per_rank = ("GPU", cluster.gpus_per_rank) if cluster.gpus_per_rank else ("CPU", cluster.cpus_per_rank)
     disk_bytes = num_distinct * calibration.candidate_bytes
     free = (f"of disk, {human_bytes(shutil.disk_usage(_existing(plan.directory)).free)} are free"
             if isinstance(plan.directory, Path) else "of objects")
     measured = f"measured on one rank here: {calibration.device}"
-    if study.gpus_per_rank and not calibration.on_gpu:
+    if cluster.gpus_per_rank and not calibration.on_gpu:
         measured += ", NOT on a GPU as the study asks: the hours below are for this processor"
     thresholds = any(action.threshold is not None for actions in plan.trials for action in actions)
     return "\n".join([
-        f"study       {plan.space}: {study.num_trials} trials of {study.model}",
-        f"gang        {study.num_ranks} rank{'s' * (study.num_ranks > 1)} of {study.gpus_per_rank:g} GPU and "
-        f"{study.cpus_per_rank:g} CPU, ZeRO-{study.zero_stage}, {study.dtype}",
-        f"at once     at most {at_once} trials: {at_once * study.num_ranks * study.gpus_per_rank:g} GPU and "
-        f"{at_once * study.num_ranks * study.cpus_per_rank:g} CPU; fewer where the cluster has fewer",
+        f"study       {plan.space}: {study.search.num_trials} trials of {study.model.path}",
+        f"gang        {cluster.num_ranks} rank{'s' * (cluster.num_ranks > 1)} of {cluster.gpus_per_rank:g} GPU and "
+        f"{cluster.cpus_per_rank:g} CPU, ZeRO-{cluster.zero_stage}, {study.model.dtype}",
+        f"at once     at most {at_once} trials: {at_once * cluster.num_ranks * cluster.gpus_per_rank:g} GPU and "
+        f"{at_once * cluster.num_ranks * cluster.cpus_per_rank:g} CPU; fewer where the cluster has fewer",
         f"rounds      {statistics.fmean(lengths):.1f} per trial ({min(lengths)} to {max(lengths)}, {len(lengths)} "
         "random draws)",
         f"            {num_rounds:.0f} in all, of which {num_rounds - num_distinct:.1f} are shared prefixes, run once",
         measured,
-        f"            step of {study.batch_tokens // study.num_ranks} tokens {calibration.step_s:.3f} s, prune "
+        f"            step of {study.training.batch_tokens // cluster.num_ranks} tokens {calibration.step_s:.3f} s, prune "
         f"{calibration.prune_s:.3f} s, evaluation {calibration.evaluate_s:.2f} s "
         f"(from {calibration.num_steps} steps and {calibration.num_items} items)",
         f"            start of a gang {calibration.start_s:.0f} s, candidate of sparsity {calibration.sparsity:.2f} "
         f"{human_bytes(calibration.candidate_bytes)}",
         "extrapolated from it to random draws of this space:",
         f"            {_hours(statistics.fmean(busy_h) * per_rank)} {unit}-hours ({_hours(min(busy_h) * per_rank)} to "
-        f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * study.num_ranks))} hours "
+        f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * cluster.num_ranks))} hours "
         f"with {at_once} trials at once",
         f"            {human_bytes(disk_bytes)} {free}"
         + (" (threshold rounds counted at the mean sparsity of the others)" if thresholds else ""),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysearch.config import Study, TrialConfig, parse
+from raysearch.config import TrialConfig, parse, study_of
 from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
 from raysearch.kernels.device import device_name
@@ -28,13 +28,13 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     Returns the exported folder, `out`/model. The same call again finds its rounds in the store.
     """
     limit = context_limit(load_config(str(study_fields["model"])))
-    study = resolve(parse(Study, {"context_tokens": int(min(limit, DEFAULT_CONTEXT_TOKENS)), **study_fields}, "prune"))
+    study = resolve(study_of(**{"context_tokens": int(min(limit, DEFAULT_CONTEXT_TOKENS)), **study_fields}))
     config = parse(TrialConfig, config_fields, "prune")
-    if config.finetune_epochs and study.corpus is None:
+    if config.finetune_epochs and study.data.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
     inputs = read_inputs(study)
-    if study.tasks:  # nothing is searched, but results and report have to show something
-        study = study.model_copy(update={"objective": metric_names(inputs.tasks["selection"])[0]})
+    if study.evaluation.tasks:  # nothing is searched, but results and report have to show something
+        study = study.replaced(objectives=("num_nonzero", metric_names(inputs.tasks["selection"])[0]))
     actions = resolve_actions(config, study, inputs.num_train_tokens)
     ledger = Ledger(out)
     record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key,
@@ -55,7 +55,7 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         if trial.status == "failed":
             raise ValueError(f"the trial failed in {trial.reason}")
         last = ledger.candidate(trial.keys[-1])
-        if study.tasks:
+        if study.evaluation.tasks:
             report_round(worker, ledger.candidate(inputs.root_key))
             report_round(worker, last)
         folder = export(ledger, last.key, ledger.directory / "model")

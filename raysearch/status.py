@@ -85,8 +85,9 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     others = [*ledger.directory.glob("study.json"), *ledger.directory.glob("journal.log"),
               *(ledger.directory / "rounds").glob("[!.]*/*.json")]
     return StudyStatus(
-        directory=str(ledger.directory), space=record.space, model=record.study.model, objective=record.study.objective,
-        driver_running=running_now, driver=driver, num_trials=record.study.num_trials,
+        directory=str(ledger.directory), space=record.space, model=record.study.model.path,
+        objective=record.study.search.objective,
+        driver_running=running_now, driver=driver, num_trials=record.study.search.num_trials,
         trials={status: sum(trial.status == status for trial in trials)
                 for status in ("running", "done", "stopped", "failed")},
         running=tuple(
@@ -98,8 +99,8 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
         num_candidates=int(frame["key"].nunique()) - (baseline is not None),
-        dense_value=None if baseline is None else float(baseline[f"selection/{record.study.objective}"]),
-        frontier=tuple(_candidate(row, record.study.objective) for row in plain),
+        dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
+        frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
         silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)])))
 
 

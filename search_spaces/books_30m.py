@@ -12,20 +12,12 @@ from search_spaces.demo import way_to_prune
 ROOT = Path(os.environ.get("RAYSEARCH_BOOKS", "../shared")).resolve()
 
 STUDY = {
-    "model": str(ROOT / "models" / "books-30m"),
-    "corpus": str(ROOT / "data" / "books" / "train.txt"),
-    "tasks": ("text", "last_word", "choice", "lambada"),
-    "data_dir": str(ROOT / "data"),
-    "objective": "text/bits_per_byte",
-    "num_trials": 24,
-    "max_concurrent": 4,
-    "gpus_per_rank": 0.5,
-    "cpus_per_rank": 2.0,
-    "dtype": "bfloat16",
-    "context_tokens": 512,
-    "batch_tokens": 65_536,
-    "epoch_tokens": 1_966_080,
-    "eval_items": 300,
+    "model": {"path": str(ROOT / "models" / "books-30m"), "dtype": "bfloat16"},
+    "data": {"corpus": str(ROOT / "data" / "books" / "train.txt"), "context_tokens": 512, "epoch_tokens": 1_966_080},
+    "training": {"batch_tokens": 65_536},
+    "evaluation": {"tasks": ("text", "last_word", "choice", "lambada"), "data_dir": str(ROOT / "data"), "num_items": 300},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 24, "max_concurrent": 4},
+    "cluster": {"gpus_per_rank": 0.5, "cpus_per_rank": 2.0},
 }
 
 

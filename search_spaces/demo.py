@@ -5,15 +5,11 @@ conditional: a trial prunes towards a target along a schedule, by a rate per rou
 """
 
 STUDY = {
-    "model": "demo/model",
-    "corpus": "builtin",
-    "objective": "text/bits_per_byte",
-    "num_trials": 12,
-    "max_concurrent": 2,
-    "context_tokens": 128,
-    "batch_tokens": 1024,
-    "epoch_tokens": 16_384,
-    "eval_items": 60,
+    "model": {"path": "demo/model"},
+    "data": {"corpus": "builtin", "context_tokens": 128, "epoch_tokens": 16_384},
+    "training": {"batch_tokens": 1024},
+    "evaluation": {"num_items": 60},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 12, "max_concurrent": 2},
 }
 
 

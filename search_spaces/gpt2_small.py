@@ -12,21 +12,12 @@ set both num_ranks and zero_stage to "auto".
 """
 
 STUDY = {
-    "model": "/shared/models/gpt2-small",
-    "corpus": "/shared/data/finetune",
-    "tasks": ("text", "last_word", "lambada"),
-    "objective": "text/bits_per_byte",
-    "num_trials": 48,
-    "max_concurrent": 8,
-    "num_ranks": 2,
-    "zero_stage": 1,
-    "gpus_per_rank": 1.0,
-    "cpus_per_rank": 4.0,
-    "dtype": "bfloat16",
-    "context_tokens": 1024,
-    "batch_tokens": 65_536,
-    "epoch_tokens": 10_485_760,
-    "eval_items": 1000,
+    "model": {"path": "/shared/models/gpt2-small", "dtype": "bfloat16"},
+    "data": {"corpus": "/shared/data/finetune", "context_tokens": 1024, "epoch_tokens": 10_485_760},
+    "training": {"batch_tokens": 65_536},
+    "evaluation": {"tasks": ("text", "last_word", "lambada"), "num_items": 1000},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 48, "max_concurrent": 8},
+    "cluster": {"num_ranks": 2, "zero_stage": 1, "gpus_per_rank": 1.0, "cpus_per_rank": 4.0},
 }
 
 

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import raysearch.study.files
 from raysearch import cli
-from raysearch.config import Study
+from raysearch.config import Study, study_of
 from raysearch.study.ledger import Ledger
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.worker import Worker
@@ -91,8 +91,8 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory, stories: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def study(tiny_model: Path, stories: Path) -> Study:
-    return resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, epoch_tokens=64 * 16,
-                 eval_items=6, tasks=("text", "last_word")))
+    return resolve(study_of(path=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256,
+                            epoch_tokens=64 * 16, num_items=6, tasks=("text", "last_word")))
 
 
 @pytest.fixture(scope="session")

@@ -14,10 +14,11 @@ from raysearch.study.ledger import Ledger
 
 ROOT = Path(__file__).parent.parent
 SPACE = '''
-STUDY = {{"model": {model!r}, "corpus": {corpus!r}, "num_trials": {num_trials}, "max_concurrent": {max_concurrent},
-         "num_ranks": {num_ranks}, "zero_stage": {zero_stage}, "cpus_per_rank": {cpus_per_rank}, "context_tokens": 64,
-         "round_limit_s": {round_limit_s},
-         "batch_tokens": 256, "epoch_tokens": 1024, "eval_items": 6, "tasks": ("text", "last_word")}}
+STUDY = {{"model": {{"path": {model!r}}}, "data": {{"corpus": {corpus!r}, "context_tokens": 64, "epoch_tokens": 1024}},
+         "training": {{"batch_tokens": 256}}, "evaluation": {{"num_items": 6, "tasks": ("text", "last_word")}},
+         "search": {{"num_trials": {num_trials}, "max_concurrent": {max_concurrent}}},
+         "cluster": {{"num_ranks": {num_ranks}, "zero_stage": {zero_stage}, "cpus_per_rank": {cpus_per_rank},
+                     "round_limit_s": {round_limit_s}}}}}
 
 
 def space(trial):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from raysearch.config import Action, Metric, Study, TrialConfig
+from raysearch.config import Action, Metric, TrialConfig, study_of
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Provenance, RoundRecord, StudyRecord, TrialRecord, hash_json, round_key
 
@@ -32,7 +32,7 @@ class SyntheticStudy:
     def __init__(self, directory: Path, **settings: Any) -> None:
         self.ledger = Ledger(directory)
         self.ledger.write_study(StudyRecord(
-            study=Study(model="/models/tiny-gpt", **{"tasks": ("text", "last_word"), **settings}), space="spaces.demo",
+            study=study_of(path="/models/tiny-gpt", **{"tasks": ("text", "last_word"), **settings}), space="spaces.demo",
             space_hash="abc", root_key=ROOT, provenance=PROVENANCE))
 
     def dense(self, report: bool = True) -> None:

@@ -55,8 +55,8 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("content", "sentence"), [
     ("", "must define STUDY (a dict of settings) and space(trial)"),
-    ("STUDY = {'model': 'm', 'epochs': 3}\ndef space(trial): return {}", ".STUDY: epochs: no such field"),
-    ("STUDY = {'model': 'nowhere'}\ndef space(trial): return {}", "model nowhere: no such folder"),
+    ("STUDY = {'model': {'path': 'm'}, 'epochs': 3}\ndef space(trial): return {}", ".STUDY: epochs: no such field"),
+    ("STUDY = {'model': {'path': 'nowhere'}}\ndef space(trial): return {}", "model nowhere: no such folder"),
     ("import nothing_of_that_name", "cannot be imported"),
 ])
 def test_bad_spaces_are_refused(run: Run, tmp_path: Path, content: str, sentence: str) -> None:

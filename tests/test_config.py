@@ -1,7 +1,6 @@
-
 import pytest
 
-from raysearch.config import Study, TrialConfig, higher_is_better, parse
+from raysearch.config import Study, TrialConfig, higher_is_better, is_flat, nested, parse, study_of
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
@@ -23,9 +22,15 @@ def test_bad_settings_are_one_sentence(fields: dict, sentence: str) -> None:
 
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({}, r"model: Field required"),
-    ({"model": "m", "objective": "text/loudness"}, r"metric 'text/loudness': its direction is not known"),
-    ({"model": "m", "batch_tokens": 1000}, r"batch_tokens must be a multiple of .* = 128, got 1000"),
-    ({"model": "m", "num_ranks": 2, "gpus_per_rank": 0.5}, r"gpus_per_rank below 1 needs num_ranks 1 .* got 0.5 and 2"),
+    ({"model": {"path": "m"}, "search": {"objectives": ("num_nonzero", "text/loudness")}},
+     r"search: metric 'text/loudness': its direction is not known"),
+    ({"model": {"path": "m"}, "search": {"objectives": ("num_nonzero",)}}, r"one size .* and one quality .*, got num_non"),
+    ({"model": {"path": "m"}, "search": {"objectives": ("text/bits_per_byte",) * 2}}, r"objectives must be different names"),
+    ({"model": {"path": "m"}, "training": {"batch_tokens": 1000}}, r"batch_tokens must be a multiple of .* = 128, got 1000"),
+    ({"model": {"path": "m"}, "cluster": {"num_ranks": 2, "gpus_per_rank": 0.5}},
+     r"gpus_per_rank below 1 needs num_ranks 1 .* got 0.5 and 2"),
+    ({"model": {"path": "m"}, "data": {"context": 3}}, r"data.context: no such field; the fields are corpus"),
+    ({"model": {"path": 3}}, r"STUDY: model.path: Input should be a valid string \(got 3\)"),
 ])
 def test_bad_studies_are_one_sentence(fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -40,6 +45,27 @@ def test_direction_of_metrics() -> None:
 
 def test_a_wrong_word_names_both_rules() -> None:
     with pytest.raises(ValueError, match=r"num_ranks: Input should be a valid integer or Input should be 'auto' \(got 'all'\)"):
-        parse(Study, {"model": "m", "num_ranks": "all"}, "x")
+        study_of(path="m", num_ranks="all")
     with pytest.raises(ValueError, match="num_ranks must be at least 1, or auto, got 0"):
-        parse(Study, {"model": "m", "num_ranks": 0}, "x")
+        study_of(path="m", num_ranks=0)
+
+
+def test_settings_of_format_1_are_told_apart_and_nested() -> None:
+    old = {"model": "m", "corpus": None, "objective": "lambada/acc", "size": "stored_bytes", "eval_items": 5, "num_ranks": 2,
+           "num_trials": 3}
+    assert is_flat(old)
+    assert nested(old) == {"model": {"path": "m"}, "data": {"corpus": None}, "evaluation": {"num_items": 5},
+                           "search": {"objectives": ("stored_bytes", "lambada/acc"), "num_trials": 3},
+                           "cluster": {"num_ranks": 2}}
+    assert not is_flat(nested(old))
+    assert not is_flat({"model": {"path": "m"}})
+    with pytest.raises(ValueError, match="epochs: no such setting; the settings are path, prunable"):
+        nested({"model": "m", "epochs": 3})
+
+
+def test_settings_are_replaced_by_their_own_names_and_checked() -> None:
+    study = study_of(path="m", num_trials=3)
+    assert study.replaced(num_ranks=2, zero_stage=1).cluster.zero_stage == 1
+    assert study.replaced(num_ranks=2).search.num_trials == 3
+    with pytest.raises(ValueError, match="batch_tokens must be a multiple of"):
+        study.replaced(batch_tokens=1000)

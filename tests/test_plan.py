@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from raysearch.config import Action, Study
+from raysearch.config import Action, study_of
 from raysearch.plan import Calibration, Plan, describe_plan, distinct_rounds, rank_seconds
 
 CALIBRATION = Calibration(device="a processor", on_gpu=False, start_s=3.0, step_s=0.5, prune_s=0.25, evaluate_s=2.0,
@@ -21,7 +21,7 @@ def trial(*sparsities: float) -> tuple[Action, ...]:
 
 
 def plan(directory: Path, trials: list[tuple[Action, ...]], **settings: object) -> Plan:
-    return Plan(Study(**{**SETTINGS, **settings}), "space", directory, trials, "root", CALIBRATION)
+    return Plan(study_of(**{**SETTINGS, **settings}), "space", directory, trials, "root", CALIBRATION)
 
 
 def test_shared_prefixes_are_counted_once() -> None:
@@ -29,7 +29,7 @@ def test_shared_prefixes_are_counted_once() -> None:
 
 
 def test_a_rounds_price_is_its_ranks_busy_time() -> None:
-    study = Study(**SETTINGS)
+    study = study_of(**SETTINGS)
     (action,) = trial(0.5)
     assert rank_seconds(action, study, CALIBRATION) == pytest.approx(2 * (0.25 + 10 * 0.5) + 2.0)
 
@@ -55,9 +55,10 @@ def test_a_study_for_gpus_that_was_measured_on_a_processor_says_so(tmp_path: Pat
 
 def test_the_command_measures_and_writes_nothing(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
     (tmp_path / "space.py").write_text(
-        f"STUDY = {{'model': {str(tiny_model)!r}, 'corpus': {str(stories)!r}, 'context_tokens': 64, 'num_trials': 4,\n"
-        "         'batch_tokens': 256, 'epoch_tokens': 1024, 'tasks': ('text', 'last_word'),\n"
-        "         'num_ranks': 'auto', 'zero_stage': 'auto'}\n\n\n"
+        f"STUDY = {{'model': {{'path': {str(tiny_model)!r}}},\n"
+        f"         'data': {{'corpus': {str(stories)!r}, 'context_tokens': 64, 'epoch_tokens': 1024}},\n"
+        "         'training': {'batch_tokens': 256}, 'evaluation': {'tasks': ('text', 'last_word')},\n"
+        "         'search': {'num_trials': 4}, 'cluster': {'num_ranks': 'auto', 'zero_stage': 'auto'}}\n\n\n"
         "def space(trial):\n"
         "    return {'schedule': 'linear', 'num_rounds': trial.suggest_int('num_rounds', 1, 3),\n"
         "            'finetune_epochs': 1.0, 'target_sparsity': 0.5}\n")
@@ -74,7 +75,8 @@ def test_the_command_measures_and_writes_nothing(tmp_path: Path, tiny_model: Pat
 
 def test_a_space_that_contradicts_itself_is_one_sentence(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
     (tmp_path / "space.py").write_text(
-        f"STUDY = {{'model': {str(tiny_model)!r}, 'corpus': {str(stories)!r}, 'context_tokens': 64}}\n\n\n"
+        f"STUDY = {{'model': {{'path': {str(tiny_model)!r}}},\n"
+        f"         'data': {{'corpus': {str(stories)!r}, 'context_tokens': 64}}}}\n\n\n"
         "def space(trial):\n    return {'threshold': 0.1, 'target_sparsity': 0.5}\n")
     environment = {**os.environ, "RAYSEARCH_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-m", "raysearch", "plan", "space"], cwd=tmp_path, env=environment,

@@ -13,19 +13,19 @@ from raysearch.models.model import model_size
 
 def placed(study: Study, recorded: Study | None, echo: Callable[[str], None]) -> Study:
     """The study with `auto` ranks and stage decided: as in its record, where it has one, else by what fits the GPUs."""
-    auto = [name for name in ("num_ranks", "zero_stage") if getattr(study, name) == "auto"]
+    auto = [name for name in ("num_ranks", "zero_stage") if getattr(study.cluster, name) == "auto"]
     if not auto:
         return study
     if recorded is not None:
-        chosen = {name: getattr(recorded, name) for name in auto}
-    elif not study.gpus_per_rank:
+        chosen = {name: getattr(recorded.cluster, name) for name in auto}
+    elif not study.cluster.gpus_per_rank:
         chosen = {name: {"num_ranks": 1, "zero_stage": 0}[name] for name in auto}
         echo("placement   on processors auto is one rank at ZeRO-0")
     else:
-        placement = place(study, model_size(study.model), *gpu_memory())
+        placement = place(study, model_size(study.model.path), *gpu_memory())
         chosen = {name: getattr(placement, name) for name in auto}
         echo("placement   " + placement.arithmetic.replace("\n", "\n          "))
-    return study.model_copy(update=chosen)
+    return study.replaced(**chosen)
 
 
 def gpu_memory() -> tuple[int, int]:
@@ -58,13 +58,13 @@ def start_ray(study: Study, autoscaling: bool = False) -> None:
     connect_ray()
     if autoscaling:
         return
-    needs = {"CPU": study.cpus_per_rank} | ({"GPU": study.gpus_per_rank} if study.gpus_per_rank else {})
+    needs = {"CPU": study.cluster.cpus_per_rank} | ({"GPU": study.cluster.gpus_per_rank} if study.cluster.gpus_per_rank else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # rank by rank: the sum of the cluster's CPUs says nothing about one; and 0.3 / 0.1 is 2.9999999999999996
     num_fitting = sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items()) for node in nodes)
-    if num_fitting < study.num_ranks:
+    if num_fitting < study.cluster.num_ranks:
         each = " and ".join(f"{need:g} {name}" for name, need in needs.items())
         have = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in needs)
-        raise ValueError(f"one trial needs {study.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
+        raise ValueError(f"one trial needs {study.cluster.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
                          f"{len(nodes)} nodes ({have} in all) have room for {num_fitting}; lower num_ranks, add nodes, or "
                          "give --autoscaling where the cluster adds them when they are needed")

@@ -65,36 +65,36 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
 def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Placement:
     """The first of 1, 2, 4, 8, ... ranks that divide the batch, each with its lowest stage, that fits `num_gpus` GPUs of
     `gpu_bytes`; where `study` fixes one of the two it is kept. ValueError of one sentence when none fits."""
-    budget = USABLE * gpu_bytes * min(1.0, study.gpus_per_rank)
+    budget = USABLE * gpu_bytes * min(1.0, study.cluster.gpus_per_rank)
     refused: list[str] = []
     for num_ranks, stage in _choices(study, num_gpus):
-        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.dtype,
-                          rank_tokens=study.batch_tokens // num_ranks)
+        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.model.dtype,
+                          rank_tokens=study.training.batch_tokens // num_ranks)
         what = f"{num_ranks} rank{'s' * (num_ranks > 1)} at ZeRO-{stage}"
         if sum(need.values()) <= budget:
             terms = " + ".join(f"{purpose} {_gb(num_bytes)}" for purpose, num_bytes in need.items())
             lines = [f"{what}: {_gb(sum(need.values()))} of the {_gb(budget)} GB that each may use "
-                     f"({USABLE:.0%} of {study.gpus_per_rank:g} GPU of {_gb(gpu_bytes)} GB)", f"  = {terms}",
-                     f"  for {size.num_parameters / 1e6:,.1f} M parameters in {study.dtype} and "
-                     f"{study.batch_tokens // num_ranks} tokens per rank; estimated, evaluation not counted"]
+                     f"({USABLE:.0%} of {study.cluster.gpus_per_rank:g} GPU of {_gb(gpu_bytes)} GB)", f"  = {terms}",
+                     f"  for {size.num_parameters / 1e6:,.1f} M parameters in {study.model.dtype} and "
+                     f"{study.training.batch_tokens // num_ranks} tokens per rank; estimated, evaluation not counted"]
             lines += [f"  too large: {', '.join(refused)}"] if refused else []
             return Placement(num_ranks, stage, "\n".join(lines))
         refused.append(f"{what} {_gb(sum(need.values()))} GB")
     most = f"; {refused[-1]} of {_gb(budget)} GB usable" if refused else ""
     raise ValueError(f"num_ranks and zero_stage: nothing fits {num_gpus} GPUs of {_gb(gpu_bytes)} GB for "
-                     f"{size.num_parameters / 1e6:,.0f} M parameters in {study.dtype}{most}; lower batch_tokens "
-                     f"({study.batch_tokens}), or use more or larger GPUs")
+                     f"{size.num_parameters / 1e6:,.0f} M parameters in {study.model.dtype}{most}; lower batch_tokens "
+                     f"({study.training.batch_tokens}), or use more or larger GPUs")
 
 
 def _choices(study: Study, num_gpus: int) -> Iterator[tuple[int, Literal[0, 1, 2, 3]]]:
     """(ranks, stage), cheapest first: sharding one rank saves nothing, and a whole copy per rank nothing either."""
-    sizes = [2**k for k in range(num_gpus.bit_length())] if study.num_ranks == "auto" else [study.num_ranks]
+    sizes = [2**k for k in range(num_gpus.bit_length())] if study.cluster.num_ranks == "auto" else [study.cluster.num_ranks]
     for num_ranks in sizes:
-        too_many = num_ranks * study.gpus_per_rank > num_gpus or (num_ranks > 1 and study.gpus_per_rank < 1)
-        if too_many or study.batch_tokens % (study.context_tokens * num_ranks):
+        too_many = num_ranks * study.cluster.gpus_per_rank > num_gpus or (num_ranks > 1 and study.cluster.gpus_per_rank < 1)
+        if too_many or study.training.batch_tokens % (study.data.context_tokens * num_ranks):
             continue
-        if study.zero_stage != "auto":
-            yield num_ranks, study.zero_stage
+        if study.cluster.zero_stage != "auto":
+            yield num_ranks, study.cluster.zero_stage
         elif num_ranks == 1:
             yield 1, 0
         else:

@@ -19,9 +19,9 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
     settings = json.dumps(trial.config.model_dump(exclude_none=True) if trial else {}, sort_keys=True)
     return "\n".join([
         "---", "library_name: transformers", "tags: [pruned, raysearch]", "---", "",
-        f"# {Path(study.study.model).name}, pruned to {record.sparsity:.1%} sparsity", "",
+        f"# {Path(study.study.model.path).name}, pruned to {record.sparsity:.1%} sparsity", "",
         f"Candidate `{record.key}`, round {record.depth} of trial {trial.number if trial else '-'}, of a raysearch study "
-        f"of `{study.study.model}` (space `{study.space}`).", "", "## Size", "",
+        f"of `{study.study.model.path}` (space `{study.space}`).", "", "## Size", "",
         "| number | value |", "|---|---|",
         f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
         f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
@@ -29,7 +29,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |", "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
         "The standard errors are over the items.", "", "## How it was made", "", f"Trial settings: `{settings}`", "",
-        f"Corpus `{study.study.corpus}`, seed {study.study.seed}, {record.provenance.created_at}, "
+        f"Corpus `{study.study.data.corpus}`, seed {study.study.data.seed}, {record.provenance.created_at}, "
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
         "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if

@@ -32,8 +32,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     if out.exists() and not (out / "raysearch.json").is_file():
         raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
     record, study = ledger.candidate(key), ledger.study()
-    model = load_model(study.study.model, getattr(torch, study.study.dtype))
-    prunable = {p.name for p in prunable_parameters(model, study.study.prunable)}
+    model = load_model(study.study.model.path, getattr(torch, study.study.model.dtype))
+    prunable = {p.name for p in prunable_parameters(model, study.study.model.prunable)}
     if record.action is not None:
         with as_file(ledger.weights_path(key)) as file:
             weights = read_weights(file, record.weights_sha256)
@@ -42,10 +42,10 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
                 parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
     num_nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
     if num_nonzero != record.num_nonzero:
-        raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.dtype} but {record.num_nonzero} "
-                         "in its record; its weights do not survive the rounding, so it is not exported")
+        raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.model.dtype} but "
+                         f"{record.num_nonzero} in its record; its weights do not survive the rounding, so it is not exported")
     with new_directory(out) as folder:
-        load_tokenizer(study.study.model).save_pretrained(folder)
+        load_tokenizer(study.study.model.path).save_pretrained(folder)
         if format == "dense":
             model.save_pretrained(folder)
         else:

@@ -13,7 +13,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from raysearch.config import Study, higher_is_better
+from raysearch.config import Study, is_maximised
 from raysearch.study.files import persist
 from raysearch.study.ledger import Ledger
 from raysearch.study.storage import StorePath, pull, push
@@ -73,7 +73,7 @@ class UploadedJournal(JournalFileBackend):
 
 
 def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> optuna.Study:
-    """The study's Optuna journal: two objectives, size down and quality in its own direction."""
+    """The study's Optuna journal: each objective in its own direction."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names, grouped TPE
     path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
@@ -82,10 +82,10 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None]) -> o
     if isinstance(path, Path) and (backup := repair_journal(path)) is not None:
         echo(f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}")
     backend = JournalFileBackend(str(path)) if isinstance(path, Path) else UploadedJournal(path)
-    direction = "maximize" if higher_is_better(study.objective) else "minimize"
-    opened = optuna.create_study(storage=JournalStorage(backend), study_name="raysearch", directions=["minimize", direction],
-                                 load_if_exists=True)
-    opened.set_metric_names([study.size, study.objective])
+    objectives = study.search.objectives
+    opened = optuna.create_study(storage=JournalStorage(backend), study_name="raysearch", load_if_exists=True,
+                                 directions=["maximize" if is_maximised(name) else "minimize" for name in objectives])
+    opened.set_metric_names(list(objectives))
     opened.sampler = optuna.samplers.TPESampler(
-        seed=study.seed + len(opened.get_trials(deepcopy=False)), multivariate=True, group=True)
+        seed=study.search.sampler_seed + len(opened.get_trials(deepcopy=False)), multivariate=True, group=True)
     return opened

@@ -54,19 +54,19 @@ class Progress:
 
     def _line(self, what: str, key: str, metrics: Mapping[str, Metric]) -> None:
         candidate = self.ledger.candidate(key)
-        metric = metrics.get(self.study.objective)
-        quality = f"{self.study.objective} {metric.value:.4f}" if metric else ""
+        metric = metrics.get(self.study.search.objective)
+        quality = f"{self.study.search.objective} {metric.value:.4f}" if metric else ""
         ended = self.count["done"] + self.count["stopped"] + self.count["failed"]
         elapsed = time.monotonic() - self.began
         left = ""
         if self._gangs_ready_s is None:
             self._gangs_ready_s = elapsed
         elif ended > self._before:
-            to_do = max(0, self.study.num_trials - ended - self.count["running"] / 2)  # what runs is half done
+            to_do = max(0, self.study.search.num_trials - ended - self.count["running"] / 2)  # what runs is half done
             left = f", about {(elapsed - self._gangs_ready_s) / (ended - self._before) * to_do:.0f} s left"
         counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
         self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "
-                  f"{self.study.num_trials}{left}")
+                  f"{self.study.search.num_trials}{left}")
 
 
 def last_line(log: AnyPath) -> str:

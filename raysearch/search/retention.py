@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Literal
 
-from raysearch.config import Study, higher_is_better
-from raysearch.pruning.pareto import pareto_front
+from raysearch.config import Study, is_maximised
+from raysearch.pruning.pareto import non_dominated
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import TrialRecord, round_key
+from raysearch.study.records import TrialRecord, objective_values, round_key
 from raysearch.units import human_bytes
 
 Keep = Literal["frontier", "all", "none"]
@@ -14,13 +14,14 @@ Keep = Literal["frontier", "all", "none"]
 
 
 def frontier_keys(ledger: Ledger, study: Study) -> list[str]:
-    """Keys of the candidates that no other one beats in both size and objective on the selection split; never one that
+    """Keys of the candidates that no other one beats in every objective on the selection split; never one that
     a race stopped, whose metrics (which the sampler does learn from) are of some items only."""
-    rounds = [r for r in ledger.rounds().values() if study.objective in r.metrics and r.dominated_by is None]
-    sign = 1 if higher_is_better(study.objective) else -1
-    on_front = pareto_front([getattr(r, study.size) for r in rounds],
-                            [sign * r.metrics[study.objective].value for r in rounds])
-    return [r.key for r, front in zip(rounds, on_front) if front]
+    objectives = study.search.objectives
+    values = {record.key: objective_values(record, objectives) for record in ledger.rounds().values()
+              if record.dominated_by is None}
+    scored = {key: value for key, value in values.items() if value is not None}
+    on_front = non_dominated(list(scored.values()), [is_maximised(name) for name in objectives])
+    return [key for key, front in zip(scored, on_front) if front]
 
 
 def delete_unneeded(ledger: Ledger, study: Study, keep: Keep, echo: Callable[[str], None]) -> None:

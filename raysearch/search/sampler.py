@@ -11,7 +11,7 @@ from optuna.trial import TrialState
 
 from raysearch.config import Study, TrialConfig
 from raysearch.search.space import Space, draw
-from raysearch.study.records import RoundRecord, TrialRecord
+from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 
 
 class Sampler:
@@ -52,4 +52,4 @@ class Sampler:
         last = self._last.get(trial.number, self._last.get(None))
         assert last is not None, "the dense baseline is observed before any trial ends"
         handle.set_constraint("diverged", 1.0 if trial.status == "failed" else -1.0)
-        self.optuna_study.tell(trial.number, [getattr(last, self.study.size), last.metrics[self.study.objective].value])
+        self.optuna_study.tell(trial.number, objective_values(last, self.study.search.objectives))

@@ -36,7 +36,7 @@ class StudySearcher(Searcher):
         self.finished = False
         self.dense_failed = False
         """Twice, and left no record: then no trial can run."""
-        self._deadline = time.monotonic() + study.time_budget_s if study.time_budget_s else None
+        self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
         self._running: dict[str, Job] = {}
         self._reported: set[str] = set()
         journal = open_journal(ledger, study, echo)
@@ -56,7 +56,7 @@ class StudySearcher(Searcher):
 
     def has_work(self) -> bool:
         """False when the study is finished and nothing needs to run."""
-        return (bool(self._interrupted) or self.sampler.num_asked < self.study.num_trials
+        return (bool(self._interrupted) or self.sampler.num_asked < self.study.search.num_trials
                 or any(self.ledger.report_metrics(key) is None for key in self._to_report()))
 
     def _to_report(self) -> list[str]:
@@ -82,7 +82,7 @@ class StudySearcher(Searcher):
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
-        if self.sampler.num_asked < self.study.num_trials and not out_of_time:
+        if self.sampler.num_asked < self.study.search.num_trials and not out_of_time:
             return self._ask()
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
@@ -127,7 +127,7 @@ class StudySearcher(Searcher):
         if trial.status == "running" and not error:
             return  # Tune was interrupted; the next sweep goes on
         if stacks:
-            trial = self._failed(trial, stuck(trial, self.study.round_limit_s, stacks),
+            trial = self._failed(trial, stuck(trial, self.study.cluster.round_limit_s, stacks),
                                  "\n".join(f"{rank}: {stack}" for rank, stack in stacks.items()))
         elif trial.status == "running":
             trial = self._failed(trial, "its process died twice, killed or out of memory; the log is in log_path", None)

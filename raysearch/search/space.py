@@ -13,8 +13,8 @@ from typing import Any
 
 import optuna
 
-from raysearch.config import Action, Study, TrialConfig, parse
-from raysearch.study.records import TrialRecord, hash_json
+from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
+from raysearch.study.records import FORMAT, TrialRecord, hash_json
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import Inputs
 
@@ -35,6 +35,9 @@ def load_space(name: str) -> tuple[Study, Space]:
     if not isinstance(study, dict) or not callable(space):
         raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
                          f"{type(study).__name__} and {type(space).__name__}")
+    if is_flat(study):
+        raise ValueError(f"search space {name}: its STUDY has no sections, as before format {FORMAT}; give "
+                         f"STUDY = {nested(study)}")
     return parse(Study, study, f"{name}.STUDY"), space
 
 
@@ -73,7 +76,10 @@ def read_trials(file: Path) -> list[TrialConfig]:
 
 
 def check_given(given: Sequence[TrialConfig], trials: Sequence[TrialRecord]) -> None:
-    """ValueError unless the study's trials are the first of the given ones."""
+    """ValueError unless the study's trials are the first of the given ones, and none is missing."""
+    if len(trials) > len(given):
+        raise ValueError(f"the study has {len(trials)} trials, more than the {len(given)} that are given; give the same list, "
+                         "longer or not, or a new directory with --out")
     for position, (config, trial) in enumerate(zip(given, trials), start=1):
         if config != trial.config:
             raise ValueError(f"trial {trial.number} of the study is not number {position} of the given trials; give the same "

@@ -28,7 +28,7 @@ from raysearch.study.storage import AnyPath, StorePath
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
-from raysearch.trial.inputs import check_objective, read_inputs, resolve
+from raysearch.trial.inputs import check_objectives, read_inputs, resolve
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     """
     ledger = Ledger(directory)
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
-    study = resolve(study if given is None else study.model_copy(update={"num_trials": len(given)}))
+    study = resolve(study if given is None else study.replaced(num_trials=len(given)))
     inputs = read_inputs(study)
-    check_objective(study, inputs)
+    check_objectives(study, inputs)
     if given is None:
         sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     else:
@@ -64,10 +64,11 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
     study = placed(study, recorded, echo)
     with ledger.lock():
+        if given is not None:
+            check_given(given, ledger.trials())
         attached = ledger.attach(StudyRecord(study=study, space=space_name,
                                              space_hash=GIVEN if given is not None else space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
-        check_given(given or (), ledger.trials())
         if attached:
             ledger.delete_leftovers()
             echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
@@ -103,7 +104,7 @@ def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: l
                                 else (None, str(tune_folder)))
     tuner = tune.Tuner(
         trainable,
-        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.max_concurrent,
+        tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.search.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=storage_path, storage_filesystem=filesystem,
                                   name=time.strftime("%Y%m%d-%H%M%S"), verbose=0, callbacks=loggers,

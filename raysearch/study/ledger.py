@@ -31,13 +31,11 @@ from pydantic import ValidationError
 from raysearch.config import FrozenT, Metric
 from raysearch.study.files import T, persist, write_json
 from raysearch.study.lease import holder, lease
-from raysearch.study.records import RoundRecord, StudyRecord, TrialRecord
+from raysearch.study.records import FORMAT, RoundRecord, StudyRecord, TrialRecord, settings_that_decide_numbers
 from raysearch.study.storage import AnyPath, StorePath, location
 
 NUM_READERS = 16
 """Threads that read a store's records, each of which is a request."""
-EXTENDABLE = {"num_trials", "max_concurrent", "time_budget_s", "round_limit_s", "gpus_per_rank", "cpus_per_rank"}
-"""Settings of a study that may differ when it is resumed: they change no candidate."""
 
 
 class Ledger:
@@ -110,13 +108,15 @@ class Ledger:
             self.write_study(record)
             return False
         old = self.study()
-        before, now = old.study.model_dump(), record.study.model_dump()
-        changed = [f"{name} ({before[name]!r}, now {now[name]!r})" for name in now
-                   if name not in EXTENDABLE and before[name] != now[name]]
+        changed = []
+        if old.root_key != record.root_key:  # how fast and where may change; what the key hashes may not
+            before, now = settings_that_decide_numbers(old.study), settings_that_decide_numbers(record.study)
+            changed = [f"{name} ({before[section].get(name, 'its default')!r}, now {now[section].get(name, 'its default')!r})"
+                       for section in now for name in sorted({*before[section], *now[section]})
+                       if before[section].get(name) != now[section].get(name)]
+            changed = changed or ["the files of the model, the corpus or the tasks"]
         if old.space_hash != record.space_hash:
             changed.append("the code of space()")
-        if not changed and old.root_key != record.root_key:
-            changed.append("the files of the model, the corpus or the tasks")
         if changed:
             raise ValueError(f"{self.directory}: holds another study, which differs in {'; '.join(changed)}; undo the "
                              "change, or give a new directory with --out")
@@ -124,7 +124,18 @@ class Ledger:
         return True
 
     def study(self) -> StudyRecord:
-        return self._read(self.directory / "study.json", StudyRecord)
+        """ValueError of one sentence for one of another format, too: its keys would mean something else."""
+        path = self.directory / "study.json"
+        try:
+            raw = json.loads(path.read_bytes())
+            written, maker = raw.get("format", 1), raw["provenance"]["versions"].get("raysearch-llm", "of then")
+        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+            return self._read(path, StudyRecord)  # which says what is wrong with such a file
+        if written != FORMAT:
+            raise ValueError(f"{self.directory}: its records are of format {written}, and this raysearch reads and writes "
+                             f"format {FORMAT} only; open it with the raysearch-llm that made it ({maker}), or start anew "
+                             "with another --out")
+        return self._read(path, StudyRecord)
 
     def write_study(self, record: StudyRecord) -> None:
         write_json(self.directory / "study.json", record.model_dump(mode="json"))

@@ -18,10 +18,10 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def provenance(device: str) -> Provenance:
+def provenance(device: str, **gang: int) -> Provenance:
     """`device`: the name of what computed, as people know it (kernels.device_name), since this module knows no torch."""
     return Provenance(created_at=utc_now(), git_commit=git_commit(), versions=versions(), device=device,
-                      hostname=platform.node())
+                      hostname=platform.node(), **gang)
 
 
 @functools.cache

@@ -6,9 +6,14 @@ A round is named by its key, a hash of everything that determines it, so two tri
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from raysearch.config import Action, Frozen, Metric, Study, TrialConfig
+from pydantic.fields import FieldInfo
+
+from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, Study, TrialConfig, Unhashed
+
+FORMAT = 2
+"""Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
 
 
 class Provenance(Frozen):
@@ -20,9 +25,15 @@ class Provenance(Frozen):
     versions: dict[str, str]
     device: str
     hostname: str
+    num_ranks: int | None = None
+    zero_stage: int | None = None
+    num_threads: int | None = None
+    """Of each rank. Equal bits are promised on the same device with the same gang and threads; None of a driver."""
 
 
 class StudyRecord(Frozen):
+    format: int = FORMAT
+    """Of all records and keys of the study."""
     study: Study
     space: str
     """Import name of the search space module; "prune" for a single trial without search."""
@@ -92,17 +103,56 @@ class TrialRecord(Frozen):
     seconds: float = 0.0
 
 
+def objective_values(record: RoundRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:
+    """What the search optimises of a candidate, each in its own unit and direction (config.is_maximised): its sizes, and its
+    qualities on the selection split. None for one that lacks a metric, such as one whose scoring a race stopped."""
+    if any(name not in SIZES and name not in record.metrics for name in objectives):
+        return None
+    return tuple(float(getattr(record, name)) if name in SIZES else record.metrics[name].value for name in objectives)
+
+
 def hash_json(value: object) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON of `value`."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def canonical(settings: Frozen) -> dict[str, Any]:
+    """What a key hashes of settings: the fields that differ from their defaults and do not only say where something lies.
+
+    So a new field changes no key while it has its default. Defaults are frozen for that: another default, or another
+    meaning of a setting, needs another FORMAT.
+    """
+    fields: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        if any(isinstance(mark, Unhashed) for mark in _marks(field)) or value == field.default:
+            continue
+        fields[name] = list(value) if isinstance(value, tuple) else value
+    return fields
+
+
+def _marks(field: FieldInfo) -> list[Any]:
+    """Annotations of a field, those inside `X | None` too."""
+    inner = [mark for part in get_args(field.annotation) for mark in get_args(part)[1:]]
+    return [*field.metadata, *inner]
+
+
+def settings_that_decide_numbers(study: Study) -> dict[str, dict[str, Any]]:
+    return {section: canonical(getattr(study, section)) for section in NUMBERS}
+
+
+def root_key(study: Study, contents: Sequence[str | None]) -> str:
+    """Key of the dense baseline: the format, the settings that can change a number, and hashes of the contents of the model,
+    the text and the items, wherever they lie."""
+    return hash_json([FORMAT, settings_that_decide_numbers(study), list(contents)])
+
+
 def round_key(parent_key: str, action: Action) -> str:
-    """key(round) = hash(key(parent), canonical action); the root's key already covers model, data and settings."""
-    return hash_json([parent_key, action.model_dump()])
+    """key(round) = hash(format, key(parent), canonical action); the root's key already covers model, data and settings."""
+    return hash_json([FORMAT, parent_key, canonical(action)])
 
 
 def config_hash(study: Study, actions: Sequence[Action]) -> str:
     """Of all that a trial will do: the driver's must be every rank's."""
-    return hash_json([study.model_dump(mode="json"), [action.model_dump() for action in actions]])
+    return hash_json([FORMAT, study.model_dump(mode="json"), [canonical(action) for action in actions]])

@@ -181,6 +181,8 @@ class StorePath:
         except FileNotFoundError:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from None
         except OSError as error:
+            if "NO_SUCH_KEY" in str(error):  # a move, which pyarrow makes of a copy, says it so
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from None
             raise OSError(errno.EIO, _reason(error), str(self)) from error
 
 

@@ -15,10 +15,10 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         if (name := getattr(config, field)) not in table:
             raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
     learns = CRITERIA[config.criterion].gather is not None
-    epoch_tokens = min(study.epoch_tokens or num_train_tokens, num_train_tokens)
-    num_steps = round(config.finetune_epochs * epoch_tokens / study.batch_tokens)
+    epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
+    num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)
     if config.finetune_epochs and not num_steps:
-        raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.batch_tokens} tokens, got "
+        raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
     if config.l1_lambda and not num_steps:
         raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
@@ -46,7 +46,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if learns:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if num_steps:
-        fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.seed}
-    tokens = num_steps * study.batch_tokens
+        fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}
+    tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))

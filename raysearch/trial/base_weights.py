@@ -15,10 +15,10 @@ from raysearch.models.model import load_model
 def put_base(study: Study) -> ray.ObjectRef:
     """The dense model's tensors in the object store, which keeps one copy per node for as long as the caller holds this:
     arrays by parameter name in the study's dtype, bfloat16 by its bits as int16, since numpy has no such number."""
-    dtype = getattr(torch, study.dtype)
+    dtype = getattr(torch, study.model.dtype)
     bits = torch.int16 if dtype == torch.bfloat16 else dtype
     return ray.put({name: parameter.detach().view(bits).numpy()
-                    for name, parameter in load_model(study.model, dtype).named_parameters()})
+                    for name, parameter in load_model(study.model.path, dtype).named_parameters()})
 
 
 def map_base(arrays: Mapping[str, np.ndarray], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raysearch.config import Action
@@ -76,7 +77,7 @@ class Weighed:
 
 
 def weigh(worker: Worker) -> Weighed:
-    engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.dtype]
+    engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.model.dtype]
     nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     return Weighed(nonzero, sum(nonzero.values()), sum(stored_bytes(total[name], kept[name], itemsize) for name in total))
@@ -131,12 +132,14 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
                 model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
-                stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[worker.study.dtype],
+                stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[worker.study.model.dtype],
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
-                weights_sha256=sha256, provenance=provenance(device_name(str(engine.device))))
+                weights_sha256=sha256, provenance=provenance(
+                    device_name(str(engine.device)), num_ranks=engine.world_size, zero_stage=engine.zero_stage,
+                    num_threads=torch.get_num_threads()))
             if evaluation and evaluation.losses and dominated_by is None:
-                write_json(folder / "losses.json", {"objective": worker.study.objective, "losses": evaluation.losses})
+                write_json(folder / "losses.json", {"objective": worker.study.search.objective, "losses": evaluation.losses})
             write_json(folder / "record.json", record.model_dump(mode="json"))
         return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
 

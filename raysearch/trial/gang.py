@@ -41,11 +41,12 @@ class Gang(tune.Trainable):
         group = ray.util.get_current_placement_group()
         self._nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
         shared = {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port()),
-                  "WORLD_SIZE": str(study.num_ranks), "LOCAL_RANK": "0"}
-        peer = ray.remote(num_cpus=study.cpus_per_rank, num_gpus=study.gpus_per_rank)(Rank)
+                  "WORLD_SIZE": str(study.cluster.num_ranks), "LOCAL_RANK": "0"}
+        peer = ray.remote(num_cpus=study.cluster.cpus_per_rank, num_gpus=study.cluster.gpus_per_rank)(Rank)
         self.peers = [
             peer.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank))
-            .remote(study, directory, root_key, base, {**shared, "RANK": str(rank)}) for rank in range(1, study.num_ranks)
+            .remote(study, directory, root_key, base, {**shared, "RANK": str(rank)})
+            for rank in range(1, study.cluster.num_ranks)
         ]
         self.rank_0 = Rank(study, directory, root_key, base, {**shared, "RANK": "0"})
         self._begin(config)
@@ -90,5 +91,6 @@ def disagreement(job: Job, hashes: Sequence[str | None]) -> str:
 
 def gang_resources(study: Study) -> tune.PlacementGroupFactory:
     """One bundle per rank; the first is the trainable's own actor."""
-    bundle = {"CPU": study.cpus_per_rank, "GPU": study.gpus_per_rank} if study.gpus_per_rank else {"CPU": study.cpus_per_rank}
-    return tune.PlacementGroupFactory([bundle] * study.num_ranks, strategy="PACK")
+    gpus = {"GPU": study.cluster.gpus_per_rank} if study.cluster.gpus_per_rank else {}
+    bundle = {"CPU": study.cluster.cpus_per_rank, **gpus}
+    return tune.PlacementGroupFactory([bundle] * study.cluster.num_ranks, strategy="PACK")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from raysearch.config import Study
+from raysearch.config import SIZES, Study
 from raysearch.evaluation import (
     Task,
     heldout_tasks,
@@ -13,13 +13,10 @@ from raysearch.evaluation import (
     tasks_fingerprint,
 )
 from raysearch.models.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
-from raysearch.study.records import hash_json
+from raysearch.study.records import root_key
 from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
-# what changes no number of a candidate: where things lie, and how many run at once on what
-NOT_IN_KEY = {"model", "corpus", "data_dir", "objective", "size", "num_trials", "max_concurrent", "time_budget_s",
-              "round_limit_s", "zero_stage", "num_ranks", "gpus_per_rank", "cpus_per_rank"}
 
 
 @dataclass(frozen=True)
@@ -37,42 +34,43 @@ class Inputs:
 
 def resolve(study: Study) -> Study:
     """The study with its model as an absolute path and `auto` settings decided; ValueError for a model that is none."""
-    model = str(model_folder(study.model))
-    return study.model_copy(update={"model": model,
-                                    "dtype": stored_dtype(model) if study.dtype == "auto" else study.dtype})
+    model = str(model_folder(study.model.path))
+    return study.replaced(path=model, dtype=stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype)
 
 
 def read_inputs(study: Study) -> Inputs:
     """Reads and packs the corpus, makes the tasks and hashes what determines the results; ValueError of one sentence for
     bad input."""
-    model_hash = fingerprint(study.model)
-    tokenizer = load_tokenizer(study.model)
-    config = load_config(study.model)
+    model_hash = fingerprint(study.model.path)
+    tokenizer = load_tokenizer(study.model.path)
+    config = load_config(study.model.path)
     check_tokenizer(tokenizer, config.vocab_size)
     limit = context_limit(config)
-    if study.corpus is not None and study.context_tokens > limit:
-        raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.context_tokens}")
+    if study.data.corpus is not None and study.data.context_tokens > limit:
+        raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.data.context_tokens}")
     blocks, documents = None, {}
-    own = [task for task in study.tasks if task in HELDOUT_TASKS]
-    named = [task for task in study.tasks if task not in HELDOUT_TASKS]
-    if own and study.corpus is None:
-        raise ValueError(f"tasks {', '.join(own)} are made from the corpus's held-out documents, but corpus is None; "
+    evaluation = study.evaluation
+    heldout = [task for task in evaluation.tasks if task in HELDOUT_TASKS]
+    named = [task for task in evaluation.tasks if task not in HELDOUT_TASKS]
+    if heldout and study.data.corpus is None:
+        raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")
-    if study.corpus is not None:
-        documents = split_documents(load_documents(study.corpus))
-        blocks = pack(study.corpus, tokenizer, study.context_tokens, "train")
-    tasks = {split: heldout_tasks(documents.get(split, ()), own, limit=study.eval_items, seed=study.seed)
-             + load_tasks(named, data_dir=Path(study.data_dir) if study.data_dir else None, split=split, limit=study.eval_items)
+    if study.data.corpus is not None:
+        documents = split_documents(load_documents(study.data.corpus))
+        blocks = pack(study.data.corpus, tokenizer, study.data.context_tokens, "train")
+    folder = Path(evaluation.data_dir) if evaluation.data_dir else None
+    tasks = {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
+             + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)
              for split in ("selection", "report")}
-    unused = NOT_IN_KEY if study.racing_level else NOT_IN_KEY | {"racing_level"}
-    key = hash_json([study.model_dump(exclude=unused, mode="json"), model_hash, blocks.fingerprint if blocks else None,
-                     {split: tasks_fingerprint(each) for split, each in tasks.items()}])
-    return Inputs(key, blocks.num_tokens if blocks else 0, tasks, blocks)
+    contents = [model_hash, blocks.fingerprint if blocks else None, *(tasks_fingerprint(each) for each in tasks.values())]
+    return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks)
 
 
-def check_objective(study: Study, inputs: Inputs) -> None:
-    """ValueError of one sentence unless the objective is a metric of the study's tasks."""
+def check_objectives(study: Study, inputs: Inputs) -> None:
+    """ValueError of one sentence unless each objective is a size or a metric of the study's tasks."""
     names = metric_names(inputs.tasks["selection"])
-    if study.objective not in names:
-        raise ValueError(f"objective must be one of the metrics {', '.join(names) or '(there is no task)'}, got "
-                         f"{study.objective!r}; change it in STUDY, or add its task")
+    for objective in study.search.objectives:
+        if objective not in (*SIZES, *names):
+            raise ValueError(f"objectives must be sizes ({', '.join(SIZES)}) and metrics "
+                             f"({', '.join(names) or 'there is no task'}), got {objective!r}; change it in STUDY, or add "
+                             "its task")

@@ -33,14 +33,14 @@ class Rank:
     def __init__(self, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef],
                  environment: dict[str, str]) -> None:
         os.environ.update(environment)
-        if not study.gpus_per_rank:
+        if not study.cluster.gpus_per_rank:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        torch.set_num_threads(max(1, int(study.cpus_per_rank)))
+        torch.set_num_threads(max(1, int(study.cluster.cpus_per_rank)))
         inputs = read_inputs(study)
         if inputs.root_key != root_key:
             raise ValueError(f"rank {environment['RANK']} reads another model, corpus or task than the driver (root key "
-                             f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model}")
-        self.worker = Worker(study, Ledger(directory), inputs, map_base(ray.get(base[0]), getattr(torch, study.dtype)))
+                             f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model.path}")
+        self.worker = Worker(study, Ledger(directory), inputs, map_base(ray.get(base[0]), getattr(torch, study.model.dtype)))
         self._results: Iterator[dict[str, Any]] = iter(())
 
     def begin(self, job: Job) -> str | None:
@@ -59,7 +59,7 @@ class Rank:
 
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
-        path, limit_s = self._stack_path, self.worker.study.round_limit_s
+        path, limit_s = self._stack_path, self.worker.study.cluster.round_limit_s
         if self.worker.engine.rank == 0:
             limit_s += RANK_0_UPLOAD_EXTRA_S if isinstance(path, StorePath) else RANK_0_EXTRA_S
         try:

@@ -32,7 +32,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action) -> RoundRecor
     train_loss, times = train_candidate(worker, parent, action)
     weighed = weigh(worker)
     with written_meanwhile(worker, key) as weights:
-        race, rival = worker.race(getattr(weighed, worker.study.size))
+        race, rival = worker.race(getattr(weighed, worker.study.search.size))
         started = time.perf_counter()
         evaluation = worker.evaluate("selection", race)
         check_quality(evaluation.metrics, worker.vocab_size)
@@ -94,14 +94,14 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
     if record.action is None or intact(ledger, record):
         return
     described = ledger.study()
-    if not described.study.gpus_per_rank:
+    if not described.study.cluster.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
     inputs = read_inputs(described.study)
     if inputs.root_key != described.root_key:
         raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
                          "model, the corpus or the tasks are not the study's; put those back")
     echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
-    study = described.study.model_copy(update={"num_ranks": 1, "zero_stage": 0})
+    study = described.study.replaced(num_ranks=1, zero_stage=0)
     load_candidate(Worker(study, ledger, inputs), record)
 
 
@@ -110,14 +110,14 @@ def train_candidate(worker: Worker, parent: RoundRecord, action: Action) -> tupl
     load_candidate(worker, parent)
     worker.loaded_key = None
     engine, times = worker.engine, [time.perf_counter()]
-    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.batch_tokens)
+    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens)
     engine.restart(action.l1_lambda)
     pruner.begin()
     times.append(time.perf_counter())
     train_loss = None
     if action.finetune_tokens:
         assert worker.inputs.blocks is not None
-        train_loss = finetune(engine, worker.inputs.blocks, action, worker.study.warmup_fraction, pruner.after_step)
+        train_loss = finetune(engine, worker.inputs.blocks, action, worker.study.training.warmup_fraction, pruner.after_step)
         pruner.end()
     times.append(time.perf_counter())
     return train_loss, times

@@ -30,14 +30,14 @@ class Worker:
 
     def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
-        self.engine = Engine(study.model, prunable=study.prunable, zero_stage=study.zero_stage, dtype=study.dtype,
-                             batch_tokens=study.batch_tokens, context_tokens=study.context_tokens,
-                             weight_decay=study.weight_decay, timeout_s=max(study.round_limit_s, START_LIMIT_S),
-                             base=base)
-        tokenizer = load_tokenizer(study.model)
+        self.engine = Engine(
+            study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
+            batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
+            weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base)
+        tokenizer = load_tokenizer(study.model.path)
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
-                             gather=self.engine.gather_objects, lockstep=study.zero_stage == 3)
+                             gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
@@ -51,24 +51,24 @@ class Worker:
         racing (None, None). With no size or no rival the items still come in the same parts, which rounding depends on.
         """
         study = self.study
-        if study.racing_level is None or not self.inputs.tasks["selection"]:
+        if study.evaluation.racing_level is None or not self.inputs.tasks["selection"]:
             return None, None
-        level = study.racing_level
+        level = study.evaluation.racing_level
         key, losses = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, [])
-        rival = [losses[item] for item in item_order(len(losses), study.seed)]
+        rival = [losses[item] for item in item_order(len(losses), study.data.seed)]
 
         def is_lost(own: list[float]) -> bool:
             return key is not None and self.engine.from_rank_0(lambda: is_dominated(own, rival, level))
 
-        return Race(study.objective, study.seed, is_lost), key
+        return Race(study.search.objective, study.data.seed, is_lost), key
 
     def _rival(self, size: int) -> tuple[str | None, list[float]]:
-        sign = 1 if higher_is_better(self.study.objective) else -1
+        sign = 1 if higher_is_better(self.study.search.objective) else -1
 
         def quality(record: RoundRecord) -> float:
-            return sign * record.metrics[self.study.objective].value
+            return sign * record.metrics[self.study.search.objective].value
 
         finished = [record for record in self.ledger.rounds().values()
-                    if record.dominated_by is None and getattr(record, self.study.size) <= size]
+                    if record.dominated_by is None and getattr(record, self.study.search.size) <= size]
         best = max(finished, key=quality, default=None)
         return (best.key, self.ledger.losses(best.key)) if best else (None, [])

@@ -62,6 +62,7 @@ def test_threshold_mode_and_missing_report(frame: pd.DataFrame) -> None:
 def test_attrs_survive_selection(frame: pd.DataFrame, study_directory: Path) -> None:
     part = frame[frame["trial"] == 1].sort_values("round")
     assert part.attrs == {"directory": str(study_directory.resolve()), "model": "/models/tiny-gpt",
+                          "objectives": ("num_nonzero", "text/bits_per_byte"),
                           "objective": "text/bits_per_byte", "size": "num_nonzero", "device": "CPU, 2 cores",
                           "created_at": "2026-11-23T09:00:00+00:00"}
 

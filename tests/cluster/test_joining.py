@@ -3,21 +3,21 @@
 import pytest
 
 from raysearch.cluster.joining import gpu_memory, placed
-from raysearch.config import Study
+from raysearch.config import Study, study_of
 
 
 def auto(**settings: object) -> Study:
-    return Study(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
+    return study_of(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
                     "context_tokens": 1024, "batch_tokens": 16_384, **settings})
 
 
 def test_on_processors_auto_is_one_rank_and_a_record_is_adopted() -> None:
     said: list[str] = []
     study = placed(auto(gpus_per_rank=0.0), None, said.append)
-    assert (study.num_ranks, study.zero_stage, len(said)) == (1, 0, 1)
+    assert (study.cluster.num_ranks, study.cluster.zero_stage, len(said)) == (1, 0, 1)
     again = placed(auto(), auto(num_ranks=4, zero_stage=3), said.append)
-    assert (again.num_ranks, again.zero_stage, len(said)) == (4, 3, 1)
-    assert placed(auto(num_ranks=2, zero_stage=1), auto(num_ranks=4, zero_stage=3), said.append).num_ranks == 2
+    assert (again.cluster.num_ranks, again.cluster.zero_stage, len(said)) == (4, 3, 1)
+    assert placed(auto(num_ranks=2, zero_stage=1), auto(num_ranks=4, zero_stage=3), said.append).cluster.num_ranks == 2
 
 
 def test_this_machine_has_a_gpu_or_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@
 import pytest
 
 from raysearch.cluster.placement import place, rank_bytes
-from raysearch.config import Study
+from raysearch.config import Study, study_of
 from raysearch.models.model import ModelSize
 
 GPU_BYTES = 85_520_809_984  # an H100 of "80 GB"
@@ -14,7 +14,7 @@ LLAMA_70B = ModelSize(68_976_648_192, 8192, 80, 32_000)
 
 
 def auto(**settings: object) -> Study:
-    return Study(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
+    return study_of(**{"model": "m", "num_ranks": "auto", "zero_stage": "auto", "gpus_per_rank": 1.0, "dtype": "bfloat16",
                     "context_tokens": 1024, "batch_tokens": 16_384, **settings})
 
 

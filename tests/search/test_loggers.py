@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import raysearch.search.sweep
-from raysearch.config import Study
+from raysearch.config import study_of
 from raysearch.search.loggers import logger_callbacks
 
 
@@ -19,5 +19,5 @@ def test_missing_loggers_are_named() -> None:
 
 def test_a_missing_logger_stops_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--wandb needs"):
-        raysearch.search.sweep.sweep("s", tmp_path / "study", Study(model="m"), dict, print, wandb_project="project")
+        raysearch.search.sweep.sweep("s", tmp_path / "study", study_of(path="m"), dict, print, wandb_project="project")
     assert not list(tmp_path.iterdir())

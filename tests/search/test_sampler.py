@@ -7,11 +7,11 @@ import pytest
 from optuna.trial import TrialState
 from synthetic_study import PROVENANCE, ROOT, metrics
 
-from raysearch.config import Study, TrialConfig
+from raysearch.config import TrialConfig, study_of
 from raysearch.search.sampler import Sampler
 from raysearch.study.records import RoundRecord, TrialRecord
 
-STUDY = Study(model="m")
+STUDY = study_of(path="m")
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:

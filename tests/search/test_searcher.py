@@ -20,7 +20,7 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 
 
 def searcher(study: SyntheticStudy, num_trials: int, said: list[str], given: list[TrialConfig] | None = None) -> StudySearcher:
-    settings = study.ledger.study().study.model_copy(update={"num_trials": num_trials})
+    settings = study.ledger.study().study.replaced(**{"num_trials": num_trials})
     return StudySearcher(study.ledger, settings, space, INPUTS, said.append, given)
 
 
@@ -132,7 +132,7 @@ def test_given_trials_are_handed_out_in_their_order(tmp_path: Path) -> None:
 def test_no_trial_begins_after_the_time_budget(tmp_path: Path) -> None:
     study, said = SyntheticStudy(tmp_path / "study"), []
     study.dense()
-    settings = study.ledger.study().study.model_copy(update={"num_trials": 2, "time_budget_s": 1e-6})
+    settings = study.ledger.study().study.replaced(**{"num_trials": 2, "time_budget_s": 1e-6})
     made = StudySearcher(study.ledger, settings, space, INPUTS, said.append)
     assert made.suggest("0") == Searcher.FINISHED
     assert study.ledger.trials() == []

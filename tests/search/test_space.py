@@ -1,5 +1,6 @@
 """Search spaces, draws from them, and lists of given trials: each mistake is one sentence."""
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import optuna
 import pytest
 
-from raysearch.config import Study, TrialConfig
+from raysearch.config import Study, TrialConfig, parse, study_of
 from raysearch.search.space import check_given, draw, load_space, read_trials, sample_trials, space_hash
 from raysearch.study.records import TrialRecord
 from raysearch.trial.inputs import Inputs
 
-STUDY = Study(model="m", batch_tokens=256, context_tokens=64)
+STUDY = study_of(path="m", batch_tokens=256, context_tokens=64)
 INPUTS = Inputs("root", 10**6, {}, None)
 
 
@@ -32,9 +33,20 @@ def one_of_two_modes(trial: optuna.Trial) -> dict[str, Any]:
 
 def test_a_space_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_own_space.py").write_text("STUDY = {'model': 'm', 'num_trials': 3}\ndef space(trial):\n    return {}\n")
+    (tmp_path / "my_own_space.py").write_text("STUDY = {'model': {'path': 'm'}, 'search': {'num_trials': 3}}\n"
+                                              "def space(trial):\n    return {}\n")
     study, found = load_space("my_own_space")
-    assert (study, found(None)) == (Study(model="m", num_trials=3), {})
+    assert (study, found(None)) == (study_of(path="m", num_trials=3), {})
+
+
+def test_a_study_of_format_1_is_refused_with_the_nested_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flat_space.py").write_text("STUDY = {'model': 'm', 'eval_items': 3, 'num_ranks': 2}\n"
+                                            "def space(trial):\n    return {}")
+    with pytest.raises(ValueError, match="its STUDY has no sections, as before format 2; give STUDY = ") as caught:
+        load_space("flat_space")
+    pasted = str(caught.value).partition("give STUDY = ")[2]
+    assert parse(Study, ast.literal_eval(pasted), "x") == study_of(path="m", num_items=3, num_ranks=2)
 
 
 def test_the_hash_of_a_space_is_that_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,7 +56,7 @@ def test_the_hash_of_a_space_is_that_of_its_code(tmp_path: Path, monkeypatch: py
              "hashed_b": f"def space(trial):  # a comment\n\n    # and another\n    {body}\n",
              "hashed_c": "def space(trial):\n    " + body.replace("0.9", "0.8") + "\n"}
     for name, text in texts.items():
-        (tmp_path / f"{name}.py").write_text("STUDY = {'model': 'm'}\n" + text)
+        (tmp_path / f"{name}.py").write_text("STUDY = {'model': {'path': 'm'}}\n" + text)
     first, second, third = (space_hash(load_space(name)[1]) for name in texts)
     assert first == second != third
 

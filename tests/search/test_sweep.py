@@ -80,17 +80,18 @@ def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
-    ({"objective": "text/acc"}, r"objective must be one of the metrics text/bits_per_byte, .*text/token_perplexity, "
-                                r"last_word/acc, last_word/perplexity, got 'text/acc'; change it in STUDY"),
-    ({"objective": "lambada/acc"}, r"objective must be one of the metrics text/.*, got 'lambada/acc'"),
-    ({"tasks": ()}, r"objective must be one of the metrics \(there is no task\), got 'text/bits_per_byte'; .* add its task"),
+    ({"objectives": ("num_nonzero", "text/acc")},
+     r"objectives must be sizes \(num_nonzero, .* and metrics \(text/bits_per_byte, .*text/token_perplexity, last_word/acc, "
+     r"last_word/perplexity\), got 'text/acc'; change it in STUDY"),
+    ({"objectives": ("num_nonzero", "lambada/acc")}, r"and metrics \(text/.*\), got 'lambada/acc'"),
+    ({"tasks": ()}, r"and metrics \(there is no task\), got 'text/bits_per_byte'; .* add its task"),
     ({"tasks": ("text", "lambda_x")}, r"task 'lambda_x' is not known; the nearest names are .*lambada"),
     ({"tasks": ("text", "lambada"), "data_dir": "nowhere"}, r"task 'lambada' needs the file nowhere/lambada/test.jsonl"),
 ])
 def test_tasks_and_objective_are_checked_before_anything_is_written(tmp_path: Path, study: Study, settings: dict,
                                                                     sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        sweep_module.sweep("space", tmp_path / "study", study.model_copy(update=settings), dict, print)
+        sweep_module.sweep("space", tmp_path / "study", study.replaced(**settings), dict, print)
     assert not list(tmp_path.iterdir())
 
 

@@ -1,30 +1,49 @@
 import contextlib
+import json
 import multiprocessing
 from pathlib import Path
 
 import pytest
 
-from raysearch.config import Action, Metric, Study, TrialConfig
+from raysearch.config import Action, Metric, TrialConfig, study_of
 from raysearch.study.files import new_directory
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import Provenance, StudyRecord, TrialRecord
+from raysearch.study.records import Provenance, StudyRecord, TrialRecord, root_key
 
 PROVENANCE = Provenance(created_at="2026-11-23T00:00:00+00:00", git_commit=None, versions={}, device="CPU", hostname="h")
 
 
 def study_record(**changes: object) -> StudyRecord:
-    fields = {"model": "/m", "num_trials": 4, **changes}
-    return StudyRecord(study=Study(**fields), space="s", space_hash="0", root_key="r", provenance=PROVENANCE)
+    study = study_of(**{"path": "/m", "num_trials": 4, **changes})
+    return StudyRecord(study=study, space="s", space_hash="0", root_key=root_key(study, []), provenance=PROVENANCE)
 
 
 def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     assert not ledger.attach(study_record())
     assert ledger.attach(study_record(num_trials=9))
-    assert ledger.study().study.num_trials == 9
-    with pytest.raises(ValueError, match=r"holds another study, which differs in weight_decay \(0.0, now 0.1\)"):
+    assert ledger.study().study.search.num_trials == 9
+    with pytest.raises(ValueError, match=r"holds another study, which differs in weight_decay \('its default', now 0.1\)"):
         ledger.attach(study_record(weight_decay=0.1))
-    assert ledger.study().study.weight_decay == 0.0
+    assert ledger.study().study.training.weight_decay == 0.0
+    assert ledger.attach(study_record(num_trials=9, num_ranks=4, zero_stage=2))  # how fast and where may change
+    assert ledger.study().study.cluster.num_ranks == 4
+    with pytest.raises(ValueError, match="differs in the files of the model, the corpus or the tasks"):
+        ledger.attach(study_record().model_copy(update={"root_key": "another"}))
+
+
+def test_a_study_of_format_1_is_refused_with_the_way_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.attach(study_record())
+    told = json.loads((tmp_path / "study.json").read_text())
+    del told["format"]
+    told["provenance"]["versions"] = {"raysearch-llm": "0.1.0"}
+    (tmp_path / "study.json").write_text(json.dumps(told))
+    sentence = (r"its records are of format 1, and this raysearch reads and writes format 2 only; open it with the "
+                r"raysearch-llm that made it \(0.1.0\), or start anew with another --out")
+    for refused in (lambda: Ledger.open(tmp_path), lambda: ledger.attach(study_record())):
+        with pytest.raises(ValueError, match=sentence):
+            refused()
 
 
 def test_a_directory_with_something_else_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import ray
 import torch
 
-from raysearch.config import Study
+from raysearch.config import study_of
 from raysearch.models.model import load_model
 from raysearch.training.engine import free_port
 from raysearch.trial.base_weights import map_base, put_base
@@ -37,7 +37,7 @@ class Witness(Rank):
 
 def test_the_ranks_of_a_node_share_one_copy_of_the_base(tiny_model: Path, stories: Path, tmp_path: Path,
                                                         ray_of_two_cpus: None) -> None:
-    study = resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, eval_items=2,
+    study = resolve(study_of(path=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, num_items=2,
                           tasks=("text",), num_ranks=2, zero_stage=0, dtype="bfloat16"))
     base = put_base(study)
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
@@ -47,14 +47,14 @@ def test_the_ranks_of_a_node_share_one_copy_of_the_base(tiny_model: Path, storie
     first, second = ray.get([rank.places.remote() for rank in ranks])
     assert first == second
     assert [file.split()[1] for file, _ in first].count("0") == 0
-    expected = {name: p.float() for name, p in load_model(study.model, torch.bfloat16).named_parameters()}
+    expected = {name: p.float() for name, p in load_model(study.model.path, torch.bfloat16).named_parameters()}
     for restored in ray.get([rank.restored.remote() for rank in ranks]):
         assert restored.keys() == expected.keys()
         assert all(torch.equal(restored[name], expected[name]) for name in expected)
 
 
 def test_a_mapped_base_is_read_only(tiny_model: Path, ray_of_two_cpus: None) -> None:
-    study = resolve(Study(model=str(tiny_model), context_tokens=64, batch_tokens=256, tasks=(), dtype="bfloat16"))
+    study = resolve(study_of(path=str(tiny_model), context_tokens=64, batch_tokens=256, tasks=(), dtype="bfloat16"))
     arrays = ray.get(put_base(study))
     assert not any(array.flags.writeable for array in arrays.values())
     mapped = map_base(arrays, torch.bfloat16)

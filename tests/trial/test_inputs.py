@@ -7,11 +7,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from raysearch.config import Study
-from raysearch.trial.inputs import check_objective, read_inputs, resolve
+from raysearch.config import SECTION_OF, Study, study_of
+from raysearch.trial.inputs import check_objectives, read_inputs, resolve
 
 ELSEWHERE: dict[str, Any] = {
-    "objective": "last_word/acc", "size": "stored_bytes", "num_trials": 99, "max_concurrent": 7, "time_budget_s": 60.0,
+    "objectives": ("stored_bytes", "last_word/acc"), "sampler_seed": 5, "dense_control": False, "num_trials": 99,
+    "max_concurrent": 7, "time_budget_s": 60.0,
     "round_limit_s": 5.0, "zero_stage": 3, "num_ranks": 2, "gpus_per_rank": 1.0, "cpus_per_rank": 2.0}
 """Another value of every setting that changes no number of a candidate."""
 
@@ -19,14 +20,14 @@ ELSEWHERE: dict[str, Any] = {
 def test_what_says_how_or_where_is_in_no_key(study: Study) -> None:
     key = read_inputs(study).root_key
     for name, value in ELSEWHERE.items():
-        assert getattr(study, name) != value
-        assert read_inputs(study.model_copy(update={name: value})).root_key == key, name
+        assert getattr(getattr(study, SECTION_OF[name]), name) != value
+        assert read_inputs(study.replaced(**{name: value})).root_key == key, name
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"weight_decay": 0.1}, {"eval_items": 5}, {"batch_tokens": 512},
+@pytest.mark.parametrize("change", [{"seed": 1}, {"weight_decay": 0.1}, {"num_items": 5}, {"batch_tokens": 512},
                                     {"tasks": ("text",)}, {"dtype": "bfloat16"}, {"prunable": "all"}, {"racing_level": 0.05}])
 def test_what_can_change_a_number_is_in_the_key(study: Study, change: dict[str, Any]) -> None:
-    assert read_inputs(study.model_copy(update=change)).root_key != read_inputs(study).root_key
+    assert read_inputs(study.replaced(**change)).root_key != read_inputs(study).root_key
 
 
 def test_a_model_and_a_corpus_count_by_their_contents(study: Study, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
@@ -42,10 +43,10 @@ def test_a_model_and_a_corpus_count_by_their_contents(study: Study, tiny_model: 
     (tmp_path / "more.txt").write_text(stories.read_text() + "\n<|endoftext|>\nOnce more.")
 
     def key_with(**paths: Path) -> str:
-        return read_inputs(study.model_copy(update={name: str(path) for name, path in paths.items()})).root_key
+        return read_inputs(study.replaced(**{name: str(path) for name, path in paths.items()})).root_key
 
-    assert key_with(model=tmp_path / "same", corpus=tmp_path / "stories.txt") == key
-    assert key_with(model=tmp_path / "other") != key
+    assert key_with(path=tmp_path / "same", corpus=tmp_path / "stories.txt") == key
+    assert key_with(path=tmp_path / "other") != key
     assert key_with(corpus=tmp_path / "more.txt") != key
 
 
@@ -59,16 +60,16 @@ def test_splits_have_items_of_their_own(study: Study) -> None:
 
 
 def test_a_study_without_a_corpus_trains_on_nothing(study: Study) -> None:
-    bare = read_inputs(study.model_copy(update={"corpus": None, "tasks": ()}))
+    bare = read_inputs(study.replaced(**{"corpus": None, "tasks": ()}))
     assert (bare.num_train_tokens, bare.blocks, dict(bare.tasks)) == (0, None, {"selection": [], "report": []})
 
 
 def test_auto_is_the_checkpoints_own_dtype(study: Study, tiny_model: Path, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
-    half = resolve(Study(model=str(tmp_path / "half")))
-    assert (half.model, half.dtype) == (str(tmp_path / "half"), "bfloat16")
-    assert study.dtype == "float32"
-    assert resolve(Study(model=str(tmp_path / "half"), dtype="float32")).dtype == "float32"
+    half = resolve(study_of(path=str(tmp_path / "half")))
+    assert (half.model.path, half.model.dtype) == (str(tmp_path / "half"), "bfloat16")
+    assert study.model.dtype == "float32"
+    assert resolve(study_of(path=str(tmp_path / "half"), dtype="float32")).model.dtype == "float32"
 
 
 @pytest.mark.parametrize(("change", "sentence"), [
@@ -77,11 +78,11 @@ def test_auto_is_the_checkpoints_own_dtype(study: Study, tiny_model: Path, tmp_p
 ])
 def test_what_does_not_fit_together_is_refused(study: Study, change: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        read_inputs(study.model_copy(update=change))
+        read_inputs(study.replaced(**change))
 
 
 def test_the_objective_must_be_measured(study: Study) -> None:
     inputs = read_inputs(study)
-    check_objective(study, inputs)
-    with pytest.raises(ValueError, match="objective must be one of the metrics text/.*last_word/acc.*, got 'choice/acc'"):
-        check_objective(study.model_copy(update={"objective": "choice/acc"}), inputs)
+    check_objectives(study, inputs)
+    with pytest.raises(ValueError, match="objectives must be sizes .num_nonzero.* and metrics .*last_word/acc.*, got 'cho"):
+        check_objectives(study.replaced(objectives=("num_nonzero", "choice/acc")), inputs)

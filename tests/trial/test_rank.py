@@ -4,7 +4,7 @@ from pathlib import Path
 
 import ray
 
-from raysearch.config import Study
+from raysearch.config import study_of
 from raysearch.study.ledger import Ledger
 from raysearch.training.engine import free_port
 from raysearch.trial.base_weights import put_base
@@ -16,7 +16,7 @@ from raysearch.trial.watchdog import ended_when_stuck
 def test_a_gang_that_begins_leaves_the_stack_file_of_one_that_runs(tiny_model: Path, stories: Path, tmp_path: Path,
                                                                    ray_of_two_cpus: None) -> None:
     """Tune starts gangs for a trial that a warm one then takes: the study of 2026-11-25 lost 7 rounds to such a gang."""
-    study = resolve(Study(model=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, eval_items=2,
+    study = resolve(study_of(path=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, num_items=2,
                           tasks=("text",)))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0"}
     rank = ray.remote(num_cpus=1)(Rank).remote(study, str(tmp_path), read_inputs(study).root_key, [put_base(study)], shared)

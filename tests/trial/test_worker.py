@@ -15,7 +15,7 @@ from raysearch.trial.worker import Worker
 def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
         study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
-    racing = study.model_copy(update={"racing_level": 0.01})
+    racing = study.replaced(**{"racing_level": 0.01})
     inputs = read_inputs(racing)
     assert inputs.root_key != read_inputs(study).root_key
     worker = Worker(racing, Ledger(tmp_path), inputs)
@@ -25,8 +25,8 @@ def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
     monkeypatch.setattr("raysearch.trial.worker.is_dominated", lambda *args: (asked.append(args), True)[1])
     larger = run_round(worker, dense, Action(sparsity=0.5))
     assert (dense.dominated_by, small.dominated_by, larger.dominated_by) == (None, None, small.key)
-    assert dense.metrics[racing.objective].num_items > 2
-    assert larger.metrics[racing.objective].num_items == 2
+    assert dense.metrics[racing.search.objective].num_items > 2
+    assert larger.metrics[racing.search.objective].num_items == 2
     assert {name.partition("/")[0] for name in larger.metrics} == {"text"}
     (own, rival, level), = asked
     assert len(own) == 2
@@ -39,7 +39,7 @@ def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
 def test_racing_changes_no_number_of_a_candidate_that_is_scored_in_full(worker: Worker, study: Study, tmp_path: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
-    racing = study.model_copy(update={"racing_level": 0.01})
+    racing = study.replaced(**{"racing_level": 0.01})
     raced = dense_round(Worker(racing, Ledger(tmp_path), read_inputs(racing))).metrics
     for name, metric in dense_round(worker).metrics.items():
         assert raced[name].num_items == metric.num_items
