@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from s3 import refusing_store, s3, store  # noqa: F401  fixtures for all folders
+from s3 import anywhere, refusing_store, s3, store  # noqa: F401  fixtures for all folders
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
