@@ -53,6 +53,16 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
 
 
+def test_trials_from_a_file_are_refused_in_one_sentence(run: Run, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_text('{"target_sparsity": 2}')
+    sweep = ["sweep", "search_spaces.demo", "--out", "study", "--trials-from"]
+    refused(run(*sweep, given, "--trials", 3), f"--trials 3 and --trials-from {given} contradict each other: the file says how "
+            "many; give one of them", tmp_path)
+    refused(run(*sweep, given), f"--trials-from {given}, line 1: target_sparsity: Input should be less than 1", tmp_path)
+    refused(run(*sweep, "nowhere"), "--trials-from nowhere: cannot be read", tmp_path)
+
+
 @pytest.mark.parametrize(("content", "sentence"), [
     ("", "must define STUDY (a dict of settings) and space(trial)"),
     ("STUDY = {'model': 'm', 'epochs': 3}\ndef space(trial): return {}", ".STUDY: epochs: no such field"),
