@@ -1,14 +1,12 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 from transformers import AutoModelForCausalLM
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def refused(result: tuple[int, str, str], sentence: str, folder: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from conftest import Run
+from commands import Run
 from synthetic_study import twelve_trials
 
 from analysis.pick import parse_constraints
