@@ -8,25 +8,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from s3 import refusing_store, s3, store  # noqa: F401  fixtures for all folders
+from commands import run  # noqa: F401  a fixture for all folders
+from s3 import anywhere, refusing_store, s3, store  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import raysearch.study.files
-from raysearch import cli
 from raysearch.config import Study, study_of
 from raysearch.study.ledger import Ledger
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.worker import Worker
-
-Run = Callable[..., tuple[int, str, str]]
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
@@ -114,22 +110,3 @@ def apart(worker: Worker, tmp_path: Path) -> Worker:
     worker.ledger, worker.loaded_key = Ledger(tmp_path / "study"), None
     yield worker
     worker.ledger, worker.loaded_key = ledger, None
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs a command in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["raysearch", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import raysearch.study.files
-from raysearch.study.storage import StorePath, location
+from raysearch.study.storage import AnyPath, StorePath, location
 
 SECRET = "planted0f3c9a77"
 
@@ -64,3 +64,9 @@ def refusing_store(s3: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
     for timer in timers:
         timer.cancel()
     after("1e9")
+
+
+@pytest.fixture(params=["folder", "store"])
+def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> AnyPath:
+    """A directory that does not exist yet, in a local folder and on a store: one contract holds for both."""
+    return tmp_path / "x" if request.param == "folder" else request.getfixturevalue("store")

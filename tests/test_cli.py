@@ -1,14 +1,12 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 from transformers import AutoModelForCausalLM
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 def refused(result: tuple[int, str, str], sentence: str, folder: Path) -> None:
@@ -51,6 +49,16 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("sweep", "no.such.space"), "search space no.such.space: cannot be imported", tmp_path)
     refused(run("sweep", "search_spaces.demo", "--time-budget", "soon"), "--time-budget must be a positive time", tmp_path)
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
+
+
+def test_trials_from_a_file_are_refused_in_one_sentence(run: Run, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    given.write_text('{"target_sparsity": 2}')
+    sweep = ["sweep", "search_spaces.demo", "--out", "study", "--trials-from"]
+    refused(run(*sweep, given, "--trials", 3), f"--trials 3 and --trials-from {given} contradict each other: the file says how "
+            "many; give one of them", tmp_path)
+    refused(run(*sweep, given), f"--trials-from {given}, line 1: target_sparsity: Input should be less than 1", tmp_path)
+    refused(run(*sweep, "nowhere"), "--trials-from nowhere: cannot be read", tmp_path)
 
 
 @pytest.mark.parametrize(("content", "sentence"), [

@@ -1,13 +1,30 @@
-"""Documents that name parts of the code name parts that exist."""
+"""Documents name parts of the code that exist, and commands that run."""
 
 import ast
+import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import typer
+from commands import Run
+from synthetic_study import twelve_trials
 from test_boundaries import LAYERS
 
+from analysis.pick import parse_constraints
+from raysearch.cli import app
+from raysearch.evaluation import describe_tasks
+from raysearch.search.space import load_space
+from raysearch.training.presets import PRESETS
+
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+CODE_BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`(raysearch [a-z][^`]*)`")
+COMMANDS = typer.main.get_command(app)
+USAGE_ERROR = typer.BadParameter.__mro__[1]  # of click, or of the copy of click that newer versions of typer bring
 HOW_IT_WORKS = ROOT / "docs" / "how_it_works.md"
 MAX_PATH_LINES = 1500
 """Of what a newcomer reads first."""
@@ -91,3 +108,125 @@ def test_every_fault_has_its_row_and_every_named_test_exists() -> None:
         named = set(re.findall(r"`(test_\w+)`", row))
         assert named <= defined, named - defined
         assert named or "does not exist here" in row, row
+
+
+# ---- commands ----
+
+
+def shell_commands(text: str) -> list[list[str]]:
+    """The words of every command in the code blocks of a document, without comments."""
+    lines = [line for block in CODE_BLOCK.findall(text) for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def raysearch_arguments(words: list[str]) -> list[str] | None:
+    """What a command line gives to raysearch, called by its name, as a module, or in a Ray job; None for other programs."""
+    if words[:3] == ["ray", "job", "submit"]:
+        words = words[words.index("--") + 1:]
+    if words[:3] == ["python", "-m", "raysearch"]:
+        return words[3:]
+    return words[1:] if words[0] == "raysearch" else None
+
+
+def parsed(arguments: list[str]) -> typer.Context:
+    """As the command line parses it, without running anything: UsageError for a command, an option or a value that is none."""
+    command = COMMANDS.commands.get(arguments[0])
+    assert command is not None, f"raysearch has no command {arguments[0]}"
+    return command.make_context(arguments[0], arguments[1:])
+
+
+def readme() -> list[list[str]]:
+    """What README.md's code blocks give to raysearch."""
+    every = [raysearch_arguments(words) for words in shell_commands((ROOT / "README.md").read_text())]
+    return [arguments for arguments in every if arguments]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_in_code_blocks_are_parsed_by_the_command_line(document: Path) -> None:
+    for words in shell_commands(document.read_text()):
+        if (arguments := raysearch_arguments(words)) is not None:
+            context = parsed(arguments)
+            if context.info_name in ("plan", "sweep") and context.params["space"] != "search_spaces.mine":
+                load_space(context.params["space"])
+            if context.info_name == "pretrain":
+                assert context.params["preset"] in PRESETS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_options_in_the_text_exist(document: Path) -> None:
+    for line in INLINE.findall(document.read_text()):
+        name, *others = shlex.split(line)[1:]
+        assert name in COMMANDS.commands, line
+        known = {option for parameter in COMMANDS.commands[name].params for option in parameter.opts}
+        assert {word.partition("=")[0] for word in others if word.startswith("--")} <= known, line
+
+
+@pytest.mark.parametrize(("line", "error"), [
+    ("raysearch sweep search_spaces.demo --trails 40", "No such option"),
+    ("raysearch sweep search_spaces.demo --trials many", "Invalid value for '--trials'"),
+    ("raysearch pick", "Missing argument"),
+    ("python -m raysearch export studies/mine/pick.json", "Missing option"),
+    ("ray job submit --working-dir . -- python -m raysearch report a b", "unexpected extra argument"),
+])
+def test_a_command_that_is_none_is_found(line: str, error: str) -> None:
+    (words,) = shell_commands(f"```bash\n{line}  # a comment\n```\n")
+    with pytest.raises(USAGE_ERROR) as caught:
+        parsed(raysearch_arguments(words) or [])
+    assert error in caught.value.format_message()
+
+
+def test_the_readme_shows_the_commands_that_matter() -> None:
+    assert {arguments[0] for arguments in readme()} >= {
+        "pretrain", "prune", "plan", "sweep", "results", "report", "pick", "export", "evaluate", "kernels"}
+    known = {row["task"] for row in describe_tasks()}
+    for arguments in readme():
+        found = parsed(arguments).params
+        if arguments[0] == "pick":
+            assert parse_constraints(found["max_bytes"], found["max_nonzero"], found["max_drop"] or (), found["min"] or (),
+                                     found["max"] or ())
+        if arguments[0] == "evaluate":
+            assert set(found["tasks"].split(",")) <= known
+
+
+def test_other_programs_of_the_readme_find_what_they_name() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for words in shell_commands((ROOT / "README.md").read_text()):
+        if words[0] == "make":
+            assert words[1] in targets
+        if words[0] == "cp":
+            assert (ROOT / words[1]).is_file()
+
+
+def prepare(folder: Path, model: Path) -> None:
+    """In `folder`, what README.md's commands expect or have made by then: models, a study, a deployment folder, data."""
+    shutil.copytree(model, folder / "models" / "mine")
+    twelve_trials(folder / "studies" / "mine")
+    shutil.copytree(model, folder / "deploy")
+    (folder / "data" / "lambada").mkdir(parents=True)
+    (folder / "data" / "hellaswag").mkdir()
+    passages = [json.dumps({"text": f"The dog of house {n} ran home to house {n}"}) for n in range(4)]
+    (folder / "data" / "lambada" / "test.jsonl").write_text("\n".join(passages))
+    questions = [json.dumps({"ctx": f"House {n} is", "endings": ["red.", "old.", "a dog.", "wet."], "label": n,
+                             "activity_label": "Houses"}) for n in range(4)]
+    (folder / "data" / "hellaswag" / "validation.jsonl").write_text("\n".join(questions))
+
+
+SECONDS = ("prune", "results", "report", "pick", "evaluate", "kernels")
+"""Commands that take seconds on small things; the others train or search, and their parsing is tested above."""
+
+
+@pytest.mark.parametrize("arguments", [arguments for arguments in readme() if arguments[0] in SECONDS], ids=" ".join)
+def test_the_readmes_commands_run(arguments: list[str], run: Run, tiny_model: Path, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
+    prepare(tmp_path, tiny_model)
+    code, out, err = run(*arguments)
+    assert code == 0, err
+    assert out.strip()
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.commands))
+def test_every_command_has_help(name: str, run: Run) -> None:
+    code, out, err = run(name, "--help")
+    assert (code, err) == (0, "")
+    assert (COMMANDS.commands[name].help or "").split(".")[0].split()[0] in out

@@ -2,12 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-Run = Callable[..., tuple[int, str, str]]
+from commands import Run
 
 
 def evaluated(run: Run, *command: object) -> tuple[dict, str]:

@@ -5,14 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 from transformers import AutoModelForCausalLM
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

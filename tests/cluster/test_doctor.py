@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import ray
 
 from raysearch.cluster import doctor
 from raysearch.cluster.doctor import (
@@ -16,9 +17,11 @@ from raysearch.cluster.doctor import (
     check_disk,
     check_gpus,
     check_shared_memory,
+    check_storage,
     check_token_file,
     check_versions,
 )
+from raysearch.study.storage import StorePath
 
 
 @pytest.fixture
@@ -120,3 +123,14 @@ def test_no_address_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     (check,) = check_cluster(tmp_path)
     assert check.level == "ok"
+
+
+@pytest.mark.slow
+def test_doctor_asks_every_node(store: StorePath) -> None:
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        (check,) = check_storage(store)
+    finally:
+        ray.shutdown()
+    assert (check.level, check.text) == ("ok", f"{store} is seen by all of the cluster's 1 nodes, 0 GPU, 1 CPU")
+    assert list(store.iterdir()) == []

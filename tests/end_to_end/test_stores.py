@@ -10,7 +10,6 @@ from pathlib import Path
 
 import optuna
 import pytest
-import ray
 from faults import inject, wait_until
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
@@ -24,7 +23,6 @@ from typer.testing import CliRunner
 
 import raysearch
 from raysearch.cli import app
-from raysearch.cluster.doctor import check_storage
 from raysearch.deploy.export import export
 from raysearch.study.ledger import Ledger
 from raysearch.study.storage import StorePath, as_file, location
@@ -163,17 +161,6 @@ def test_a_rank_that_hangs_fails_its_trial_with_its_stack(store: StorePath, tmp_
     assert "took longer than round_limit_s = 8 s" in failed.reason
     assert f"rank {num_ranks - 1} in wait_for_godot (<string>:5), called by stuck" in failed.reason
     assert (store / "trials" / f"00000.rank-{num_ranks - 1}.log").is_file()
-
-
-@pytest.mark.slow
-def test_doctor_asks_every_node(store: StorePath) -> None:
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
-    try:
-        (check,) = check_storage(store)
-    finally:
-        ray.shutdown()
-    assert (check.level, check.text) == ("ok", f"{store} is seen by all of the cluster's 1 nodes, 0 GPU, 1 CPU")
-    assert list(store.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Schedules: end points, the formulas at hand-computed points, monotonicity, and what is refused."""
+"""Schedules: the suite that each one passes (end points, monotone, in [0, 1), rounding, refusals), and each one's formula at
+hand-computed points."""
 
 import itertools
 import math
@@ -55,6 +56,78 @@ def test_constant_rate_removes_the_same_part_of_the_rest_until_the_target(a: flo
     removed = [(y - x) / (1 - x) for x, y in itertools.pairwise(path)]
     assert removed[:-1] == pytest.approx([rate] * (len(path) - 2), abs=1e-9)
     assert -1e-9 <= removed[-1] <= rate + 1e-9
+
+
+# ---- the suite ----
+
+PATHS = {
+    "one_shot": lambda low, high, num_rounds: {"initial_sparsity": low, "target_sparsity": high},
+    "constant": lambda low, high, num_rounds: {"initial_sparsity": low, "num_rounds": num_rounds,
+                                               "rate": 1 - ((1 - high) / (1 - low)) ** (1 / num_rounds)},
+    **{name: lambda low, high, num_rounds: {"initial_sparsity": low, "target_sparsity": high, "num_rounds": num_rounds}
+       for name in ("linear", "exponential", "cubic", "cosine")},
+}
+"""By schedule: settings of a path from `low` to `high` over so many rounds."""
+
+
+@st.composite
+def between(draw: st.DrawFn) -> tuple[float, float, int]:
+    """(low, high, number of rounds), with a step that floating point resolves."""
+    low = draw(st.floats(0, 0.98))
+    return low, draw(st.floats(low + 0.005, 0.99)), draw(st.integers(1, 40))
+
+
+def test_every_schedule_is_in_the_suite() -> None:
+    assert set(PATHS) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(between())
+def test_a_path_starts_above_its_beginning_rises_and_ends_at_its_end(schedule: str, path: tuple[float, float, int]) -> None:
+    low, high, num_rounds = path
+    found = resolve_schedule(schedule, **PATHS[schedule](low, high, num_rounds))
+    assert len(found) == (1 if schedule == "one_shot" else num_rounds)
+    assert found[-1] == pytest.approx(high, abs=2e-12 if schedule == "constant" else 5.1e-13)
+    assert all(round(low, 12) <= a <= b for a, b in itertools.pairwise([found[0], *found]))
+    assert all(a < b for a, b in itertools.pairwise(found))
+    assert all(0 <= sparsity < 1 for sparsity in found)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(between())
+def test_a_path_is_rounded_to_twelve_digits_and_the_same_twice(schedule: str, path: tuple[float, float, int]) -> None:
+    settings = PATHS[schedule](*path)
+    found = resolve_schedule(schedule, **settings)
+    assert found == [round(sparsity, 12) for sparsity in found] == resolve_schedule(schedule, **settings)
+
+
+@pytest.mark.parametrize("schedule", [schedule for schedule in SCHEDULES if schedule != "constant"])
+@pytest.mark.parametrize("num_rounds", [1, 7])
+def test_a_path_that_goes_nowhere_stays(schedule: str, num_rounds: int) -> None:
+    """Sparsity 0 is the dense control, and a path may begin where it ends."""
+    for sparsity in (0.0, 0.3):
+        found = resolve_schedule(schedule, **PATHS[schedule](sparsity, sparsity, num_rounds))
+        assert set(found) == {sparsity}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(("change", "sentence"), [
+    ({"initial_sparsity": 1.0}, "initial_sparsity must be at least 0 and below 1, got 1"),
+    ({"initial_sparsity": -0.1}, "initial_sparsity must be at least 0 and below 1, got -0.1"),
+    ({"initial_sparsity": math.nan}, "initial_sparsity must be at least 0 and below 1, got nan"),
+    ({"target_sparsity": 1.0}, "target_sparsity must be at least 0 and below 1, got 1"),
+    ({"target_sparsity": math.nan}, "target_sparsity must be at least 0 and below 1, got nan"),
+    ({"target_sparsity": 0.1, "initial_sparsity": 0.2}, "target_sparsity must be at least initial_sparsity (0.2)"),
+])
+def test_every_schedule_refuses_what_is_no_sparsity(schedule: str, change: dict[str, float], sentence: str) -> None:
+    settings = PATHS[schedule](0.0, 0.5, 3) | change
+    if schedule == "constant" and "target_sparsity" in change:
+        del settings["num_rounds"]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        resolve_schedule(schedule, **settings)
+
+
+# ---- contradictions ----
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from raysearch.config import study_of
 from raysearch.search import journal
-from raysearch.search.journal import remove_stale_lock, repair_journal
+from raysearch.search.journal import open_journal, remove_stale_lock, repair_journal
+from raysearch.study.ledger import Ledger
+from raysearch.study.storage import AnyPath, StorePath, working_copy
 
 
 def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
@@ -60,3 +63,50 @@ def test_a_lock_that_is_in_use_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(journal.time, "sleep", pass_on)
     assert not remove_stale_lock(tmp_path / "journal.log")
     assert lock.is_symlink()
+
+
+# ---- opened, in a folder and on a store ----
+
+
+def begin(anywhere: AnyPath, said: list[str], **settings: object) -> optuna.Study:
+    return open_journal(Ledger(anywhere), study_of(path="m", **settings), said.append)
+
+
+def test_what_a_driver_told_is_there_for_the_next(anywhere: AnyPath) -> None:
+    said: list[str] = []
+    anywhere.mkdir(parents=True, exist_ok=True)
+    first = begin(anywhere, said)
+    assert first.metric_names == ["num_nonzero", "text/bits_per_byte"]
+    first.tell(first.ask({"x": optuna.distributions.FloatDistribution(0, 1)}), [5.0, 2.0])
+    first.ask()
+    stored = (anywhere / "journal.log").read_bytes()  # after every change, not at the end
+    assert all(json.loads(line) for line in stored.splitlines())
+    if isinstance(anywhere, StorePath):
+        working_copy(anywhere / "journal.log").unlink()  # another machine has none
+    second = begin(anywhere, said)
+    assert [(trial.state.name, trial.values, trial.params) for trial in second.trials] == [
+        (trial.state.name, trial.values, trial.params) for trial in first.trials]
+    assert [trial.state.name for trial in second.trials] == ["COMPLETE", "RUNNING"]
+    second.tell(1, [4.0, 3.0])
+    assert len((anywhere / "journal.log").read_bytes()) > len(stored)
+    assert (said, [path.name for path in anywhere.iterdir()]) == ([], ["journal.log"])
+
+
+@pytest.mark.parametrize(("objective", "direction"), [("text/bits_per_byte", "MINIMIZE"), ("last_word/acc", "MAXIMIZE")])
+def test_size_goes_down_and_quality_in_its_own_direction(tmp_path: Path, objective: str, direction: str) -> None:
+    study = begin(tmp_path, [], objective=objective, size="stored_bytes")
+    assert [each.name for each in study.directions] == ["MINIMIZE", direction]
+    assert study.metric_names == ["stored_bytes", objective]
+
+
+def test_the_driver_says_what_it_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "STALE_LOCK_S", 0.1)
+    begin(tmp_path, []).ask()
+    with open(tmp_path / "journal.log", "ab") as file:
+        file.write(b'{"op_code": 4, "wor')
+    (tmp_path / "journal.log.lock").symlink_to("journal.log")
+    said: list[str] = []
+    assert len(begin(tmp_path, said).trials) == 1
+    (backup,) = tmp_path.glob("journal.log.torn-*")
+    assert said == ["the journal was locked by a driver that is gone; its lock is removed",
+                    f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}"]

@@ -1,5 +1,6 @@
 """Sweeps on a real local Ray, with real Optuna journals."""
 
+import json
 import shutil
 import signal
 import sys
@@ -11,9 +12,10 @@ import torch
 from sweeps import check_whole, finish, sweep, write_space
 from transformers import GPT2LMHeadModel
 
-from raysearch.config import Study
+from raysearch.config import Study, TrialConfig
 from raysearch.kernels import device_name
 from raysearch.search import sweep as sweep_module
+from raysearch.search.space import GIVEN
 from raysearch.study.ledger import Ledger
 
 
@@ -93,6 +95,55 @@ def test_tasks_and_objective_are_checked_before_anything_is_written(tmp_path: Pa
     with pytest.raises(ValueError, match=sentence):
         sweep_module.sweep("space", tmp_path / "study", study.replaced(**settings), dict, print)
     assert not list(tmp_path.iterdir())
+
+
+def test_given_trials_are_checked_before_anything_is_written(tmp_path: Path, study: Study) -> None:
+    given = [TrialConfig(target_sparsity=0.5), TrialConfig(target_sparsity=0.5, l1_lambda=0.1)]
+    with pytest.raises(ValueError, match="l1_lambda acts during fine-tuning"):
+        sweep_module.sweep("space", tmp_path / "study", study, dict, print, given=given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_given_trials_run_in_their_order_and_are_extended_but_not_exchanged(tmp_path: Path, tiny_model: Path,
+                                                                           stories: Path) -> None:
+    first = [{"target_sparsity": 0.6}, {"schedule": "linear", "target_sparsity": 0.4, "num_rounds": 2, "finetune_epochs": 0.5}]
+    longer = [*first, {"threshold": 0.5, "threshold_unit": "std"}]
+    changed = [first[0], {"target_sparsity": 0.7}, longer[2]]
+    write_space(tmp_path, tiny_model, stories, num_trials=9)  # the file says how many instead
+    ledger = Ledger(tmp_path / "study")
+
+    def run(given: list[dict] | None) -> tuple[int, str, str]:
+        (tmp_path / "trials.jsonl").write_text("\n".join(map(json.dumps, given or [])))
+        return finish(sweep(tmp_path, *(["--trials-from", "trials.jsonl"] if given else [])))
+
+    def records() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in ledger.directory.glob("rounds/*/record.json")}
+
+    def check_trials(given: list[dict]) -> None:
+        assert [(trial.config, trial.status) for trial in ledger.trials()] == [
+            (TrialConfig(**fields), "done") for fields in given]
+        assert (ledger.study().study.search.num_trials, ledger.study().space_hash) == (len(given), GIVEN)
+
+    code, out, err = run(first)
+    assert code == 0, err
+    check_trials(first)
+    before = records()
+    assert len(before) == 1 + 1 + 2  # the dense baseline's, and the trials' rounds
+
+    code, out, err = run(longer)
+    assert code == 0, err
+    assert "resuming" in out
+    check_trials(longer)
+    after = records()
+    assert (len(after), before.items() <= after.items()) == (len(before) + 1, True)
+
+    for given, sentence in ((changed, "trial 1 of the study is not number 2 of the given trials; give the same list"),
+                            (None, "holds another study, which differs in")):  # whose trials would be sampled
+        code, out, err = run(given)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert sentence in err
+        check_trials(longer)
+        assert records() == after
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 import contextlib
 import json
 import multiprocessing
+import os
+import socket
 from pathlib import Path
 
 import pytest
 
 from raysearch.config import Action, Metric, TrialConfig, study_of
-from raysearch.study.files import new_directory
+from raysearch.study.files import new_directory, new_file, write_json
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Provenance, StudyRecord, TrialRecord, root_key
+from raysearch.study.storage import AnyPath
 
 PROVENANCE = Provenance(created_at="2026-11-23T00:00:00+00:00", git_commit=None, versions={}, device="CPU", hostname="h")
 
@@ -102,8 +105,9 @@ def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -
         pass
 
 
-def test_records_come_back_as_they_were(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
+def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:
+    ledger = Ledger(anywhere)
+    assert (ledger.trials(), ledger.rounds(), ledger.reports(), ledger.driver()) == ([], {}, {}, (False, ""))
     trial = TrialRecord(number=3, config=TrialConfig(target_sparsity=0.5), actions=(Action(sparsity=0.5),),
                         started_at="now", status="failed", reason="<b>&", keys=("k",))
     ledger.write_trial(trial)
@@ -112,3 +116,39 @@ def test_records_come_back_as_they_were(tmp_path: Path) -> None:
     ledger.write_report_metrics("k", metrics)
     assert ledger.report_metrics("k") == metrics
     assert ledger.report_metrics("other") is None
+    assert ledger.reports() == {"k": metrics}
+    with pytest.raises(ValueError, match=r"00007.json.*: cannot be read \(No such file or directory\); is this"):
+        ledger.trial(7)
+    write_json(anywhere / "trials" / "00007.json", {"number": 7})
+    with pytest.raises(ValueError, match=r"00007.json.*: not a TrialRecord of this version of raysearch \(Field required\)"):
+        ledger.trials()
+
+
+def test_a_study_anywhere_is_attached_to_and_locked(anywhere: AnyPath) -> None:
+    ledger = Ledger(anywhere)
+    with ledger.lock():
+        assert not ledger.attach(study_record())
+        assert ledger.attach(study_record(num_trials=9))
+        assert ledger.driver() == (True, f"process {os.getpid()} on {socket.gethostname()}")
+    assert ledger.driver() == (False, "")
+    assert Ledger.open(anywhere).study() == study_record(num_trials=9)
+
+
+def test_weights_are_deleted_and_counted_and_the_rest_stays(anywhere: AnyPath) -> None:
+    ledger = Ledger(anywhere)
+    for key, names in (("a", ["weights.safetensors", "weights.damaged", "record.json"]), ("b", ["weights.safetensors"])):
+        for name in names:
+            with new_file(ledger.round_directory(key) / name) as file:
+                file.write_bytes(b"12345")
+    assert ledger.delete_weights(["a", "nowhere"]) == (2, 10)
+    assert sorted(str(path) for path in anywhere.glob("rounds/*/*")) == [
+        str(ledger.round_directory("a") / "record.json"), str(ledger.weights_path("b"))]
+
+
+def test_the_stacks_of_a_trial_are_found_by_rank(anywhere: AnyPath) -> None:
+    ledger = Ledger(anywhere)
+    for number, rank, text in ((3, 0, "frames of 0"), (3, 12, "frames of 12"), (3, 1, ""), (4, 0, "another trial's")):
+        with new_file(ledger.stack_path(number, rank)) as file:
+            file.write_text(text)
+    assert ledger.stacks(3) == {"rank 0": "frames of 0", "rank 12": "frames of 12"}
+    assert ledger.stacks(5) == {}

@@ -1,6 +1,7 @@
 """One contract for a local folder and a store: whole or not at all, the same names, the same errors."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -12,9 +13,9 @@ import pytest
 from s3 import SECRET
 
 from raysearch.cluster.doctor import check_store
-from raysearch.study.files import new_file, write_json
+from raysearch.study.files import new_directory, new_file, write_json
 from raysearch.study.ledger import Ledger
-from raysearch.study.storage import StorePath, as_file, location, pull, push
+from raysearch.study.storage import AnyPath, StorePath, as_file, location, pull, push
 
 
 def test_paths_are_those_of_pathlib(store: StorePath, tmp_path: Path) -> None:
@@ -45,6 +46,134 @@ def test_paths_are_those_of_pathlib(store: StorePath, tmp_path: Path) -> None:
     assert seen[0] == seen[1]
     assert str(store / "a" / "b.json") == str(location(str(store / "a" / "b.json")))
     assert location(str(store / "rounds" / "k1" / "record.json")).read_text() == '{\n "a": 1\n}'
+
+
+# ---- the contract of every place ----
+
+
+def test_what_was_never_written_is_not_there(anywhere: AnyPath) -> None:
+    for path in (anywhere, anywhere / "a.json"):
+        assert (path.exists(), path.is_file(), path.is_dir()) == (False, False, False)
+    assert list(anywhere.glob("*")) == list(anywhere.glob("*/*")) == []
+    with pytest.raises(ValueError, match="no such study directory"):
+        Ledger.open(anywhere)
+
+
+def rename(path: AnyPath) -> None:
+    path.replace(path.with_suffix(".new"))
+
+
+@pytest.mark.parametrize("act", [lambda path: path.read_bytes(), lambda path: path.read_text(), lambda path: path.stat(),
+                                 lambda path: path.unlink()], ids=["read_bytes", "read_text", "stat", "unlink"])
+def test_a_missing_file_is_named(anywhere: AnyPath, act: Callable[[AnyPath], object]) -> None:
+    write_json(anywhere / "other.json", {})
+    missing = anywhere / "rounds" / "record.json"
+    with pytest.raises(FileNotFoundError) as error:
+        act(missing)
+    assert (error.value.errno, str(error.value.filename)) == (errno.ENOENT, str(missing))
+    missing.unlink(missing_ok=True)
+    assert [path.name for path in anywhere.iterdir()] == ["other.json"]
+
+
+def test_a_missing_file_that_should_replace_another_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        rename(tmp_path / "a.json")
+    assert str(error.value.filename) == str(tmp_path / "a.json")
+
+
+def test_a_missing_object_that_should_replace_another_is_named(store: StorePath) -> None:
+    with pytest.raises(FileNotFoundError) as error:
+        rename(store / "a.json")
+    assert str(error.value.filename) == str(store / "a.json")
+
+
+@pytest.mark.parametrize("size_bytes", [0, 1, 100_000])
+def test_bytes_come_back_with_their_size(anywhere: AnyPath, size_bytes: int) -> None:
+    data = os.urandom(size_bytes)
+    with new_file(anywhere / "a.bin") as file:
+        file.write_bytes(data)
+    assert (anywhere / "a.bin").read_bytes() == data
+    assert (anywhere / "a.bin").stat().st_size == size_bytes
+    assert abs((anywhere / "a.bin").stat().st_mtime - time.time()) < 60
+    assert [path.stat().st_size for path in anywhere.glob("*.bin")] == [size_bytes]
+    (anywhere / "a.bin").write_bytes(b"other")
+    assert (anywhere / "a.bin").read_text() == "other"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(anywhere: AnyPath) -> None:
+    path = anywhere / "a.json"
+    write_json(path, {"version": 1})
+    with new_file(path) as file:
+        file.write_text("second")
+        assert json.loads(path.read_bytes()) == {"version": 1}  # until the block ends
+    assert path.read_text() == "second"
+    with pytest.raises(KeyboardInterrupt), new_file(path) as file:
+        file.write_text("half")
+        raise KeyboardInterrupt
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"loss": float("nan")})
+    assert path.read_text() == "second"
+    assert [each.name for each in anywhere.iterdir()] == ["a.json"]
+
+
+def test_a_directory_appears_whole_or_not_at_all_and_the_first_one_stays(anywhere: AnyPath) -> None:
+    path = anywhere / "rounds" / "k1"
+    with pytest.raises(RuntimeError, match="boom"), new_directory(path) as folder:
+        (folder / "record.json").write_text("half")
+        raise RuntimeError("boom")
+    assert not path.exists()
+    for text in ("first", "second"):
+        with new_directory(path) as folder:
+            (folder / "weights.bin").write_text(text)
+            (folder / "record.json").write_text(text)
+            assert (path / "record.json").is_file() == (text == "second")
+    assert {each.name: each.read_text() for each in path.iterdir()} == {"weights.bin": "first", "record.json": "first"}
+    assert [each.name for each in (anywhere / "rounds").iterdir()] == ["k1"]
+
+
+def test_one_name_takes_the_place_of_another(anywhere: AnyPath) -> None:
+    for name in ("a.bin", "b.bin"):
+        (anywhere / "x").mkdir(parents=True, exist_ok=True)
+        (anywhere / "x" / name).write_bytes(name.encode())
+    (anywhere / "x" / "a.bin").replace(anywhere / "x" / "b.bin")
+    assert [(path.name, path.read_text()) for path in anywhere.glob("*/*")] == [("b.bin", "a.bin")]
+
+
+def test_listings_take_patterns_of_one_depth(anywhere: AnyPath) -> None:
+    for name in ("study.json", "rounds/k1/record.json", "rounds/.k2/record.json", "rounds/k1/report.json", "trials/00001.json",
+                 "trials/00001.rank-0.log"):
+        write_json(anywhere / name, {})
+    assert anywhere.is_dir()
+    wanted = {"*.json": ["study.json"], "rounds/[!.]*/record.json": ["rounds/k1/record.json"],
+              "rounds/*/record.json": ["rounds/.k2/record.json", "rounds/k1/record.json"],
+              "trials/[0-9]*.json": ["trials/00001.json"],
+              "*/00001.*": ["trials/00001.json", "trials/00001.rank-0.log"], "*/*.bin": []}
+    for pattern, names in wanted.items():
+        assert sorted(map(str, anywhere.glob(pattern))) == [str(anywhere / name) for name in names]
+    assert sorted(path.name for path in anywhere.iterdir()) == ["rounds", "study.json", "trials"]
+
+
+def test_a_local_file_has_the_content_for_as_long_as_the_block(anywhere: AnyPath) -> None:
+    write_json(anywhere / "a.json", {"a": 1})
+    with as_file(anywhere / "a.json") as local:
+        assert isinstance(local, Path)
+        assert (local.name, json.loads(local.read_text())) == ("a.json", {"a": 1})
+    assert (anywhere / "a.json").is_file()
+    assert local.exists() == isinstance(anywhere, Path)  # a download is deleted
+
+
+def test_what_is_appended_to_a_working_copy_is_there_once_it_is_pushed(anywhere: AnyPath) -> None:
+    write_json(anywhere / "other.json", {})
+    log = anywhere / "a.log"
+    for line in ("one\n", "two\n"):
+        with open(pull(log), "a") as file:
+            file.write(line)
+        push(log)
+    assert log.read_text() == "one\ntwo\n"
+    assert pull(log).read_text() == "one\ntwo\n"
+
+
+# ---- what only a store must do ----
 
 
 def test_objects_are_whole(store: StorePath, tmp_path: Path) -> None:
