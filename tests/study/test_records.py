@@ -18,13 +18,15 @@ from raysearch.study.records import (
 
 STUDIES: dict[str, dict[str, Any]] = {
     "c18e6501": {}, "e99ec819": {"dtype": "bfloat16"}, "fb998e83": {"prunable": "all"}, "f49ed724": {"context_tokens": 64},
-    "53dc405f": {"epoch_tokens": 4096}, "d4b3a752": {"seed": 1}, "fc71bc54": {"batch_tokens": 2048}, "05c7741d": {"weight_decay": 0.1},
+    "53dc405f": {"epoch_tokens": 4096}, "d4b3a752": {"seed": 1}, "fc71bc54": {"batch_tokens": 2048},
+    "05c7741d": {"weight_decay": 0.1},
     "a7ca3824": {"tasks": ("text", "lambada")}, "d14f548a": {"num_items": 60, "racing_level": 0.05},
 }
 ACTIONS: dict[str, Action] = {
     "98a45cd8": Action(sparsity=0.5), "5e09e780": Action(sparsity=0.0), "6de12e20": Action(sparsity=0.5, scope="layer"),
     "6a3cf170": Action(threshold=0.02), "30c2af38": Action(threshold=0.7, threshold_unit="std"),
-    "30436fe9": Action(sparsity=0.5, pattern="head"), "81032cb2": Action(sparsity=0.5, criterion="movement", mask_interval_steps=10),
+    "30436fe9": Action(sparsity=0.5, pattern="head"),
+    "81032cb2": Action(sparsity=0.5, criterion="movement", mask_interval_steps=10),
     "c03e6f67": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3),
     "7e807a0e": Action(sparsity=0.5, finetune_tokens=8192, data_start_tokens=8192, learning_rate=1e-3, l1_lambda=1e-4),
     "4df2653f": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3, seed=3),
