@@ -12,7 +12,7 @@ from raysearch.search.journal import open_journal
 from raysearch.search.progress import Progress, last_line
 from raysearch.search.retention import frontier_keys
 from raysearch.search.sampler import Sampler
-from raysearch.search.space import Space
+from raysearch.search.space import GivenTrial, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, config_hash
@@ -29,7 +29,7 @@ class StudySearcher(Searcher):
     """
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
-                 given: Sequence[TrialConfig] | None = None) -> None:
+                 given: Sequence[GivenTrial] | None = None) -> None:
         super().__init__()
         self.ledger, self.study, self.inputs = ledger, study, inputs
         self.progress = Progress(ledger, study, inputs.root_key, echo)
@@ -93,9 +93,11 @@ class StudySearcher(Searcher):
         return None
 
     def _ask(self) -> Job:
-        number, config = self.sampler.ask()
-        actions = resolve_actions(config, self.study, self.inputs.num_train_tokens)
-        record = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
+        asked = self.sampler.ask()
+        config = asked.trial if isinstance(asked.trial, TrialConfig) else None
+        actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
+        record = TrialRecord(number=asked.number, config=config, actions=actions, parameters=asked.parameters,
+                             distributions=asked.distributions, started_at=utc_now())
         self.ledger.write_trial(record)
         return self._trial_job(record)
 
@@ -134,10 +136,14 @@ class StudySearcher(Searcher):
         for rank, key in ((None, self.inputs.root_key), *((number, key) for key in trial.keys[-1:])):
             if (candidate := self.ledger.round(key)) is not None:
                 self.sampler.observe(rank, candidate)
-        self.sampler.end(trial, crashed=error)
+        if error and trial.status == "failed" and not trial.crashed:  # it wrote its end, and then its gang broke
+            trial = trial.model_copy(update={"crashed": True})
+            self.ledger.write_trial(trial)
+        self.sampler.end(trial)
 
     def _failed(self, trial: TrialRecord, reason: str, traceback: str | None) -> TrialRecord:
-        trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason": reason, "traceback": traceback})
+        trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason": reason, "traceback": traceback,
+                                         "crashed": True})
         self.ledger.write_trial(trial)
         return trial
 

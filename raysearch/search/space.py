@@ -51,14 +51,18 @@ GIVEN = "given"
 """What stands for the space's hash in a study whose trials are given."""
 
 
-def read_trials(file: Path) -> list[TrialConfig]:
-    """The configurations of a file of JSON lines, blank ones left out; ValueError names the line."""
+GivenTrial = TrialConfig | tuple[Action, ...]
+
+
+def read_trials(file: Path) -> list[GivenTrial]:
+    """The trials of a file of JSON lines, blank ones left out: an object is a trial's settings, a list is its actions.
+    ValueError names the line."""
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"--trials-from {file}: cannot be read ({error}); give a file of JSON lines, each the settings of one "
                          "trial") from error
-    configs = []
+    trials: list[GivenTrial] = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -67,21 +71,24 @@ def read_trials(file: Path) -> list[TrialConfig]:
             fields = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: is not JSON ({error}); give one object of trial settings in each line") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{where}: must be an object of trial settings, got {line.strip()[:40]}")
-        configs.append(parse(TrialConfig, fields, where))
-    if not configs:
+        if isinstance(fields, list) and fields and all(isinstance(action, dict) for action in fields):
+            trials.append(tuple(parse(Action, action, f"{where}, action {index}") for index, action in enumerate(fields, 1)))
+        elif isinstance(fields, dict):
+            trials.append(parse(TrialConfig, fields, where))
+        else:
+            raise ValueError(f"{where}: must be an object of trial settings, or a list of actions, got {line.strip()[:40]}")
+    if not trials:
         raise ValueError(f"--trials-from {file}: holds no trial; give one object of trial settings in each line")
-    return configs
+    return trials
 
 
-def check_given(given: Sequence[TrialConfig], trials: Sequence[TrialRecord]) -> None:
+def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> None:
     """ValueError unless the study's trials are the first of the given ones, and none is missing."""
     if len(trials) > len(given):
         raise ValueError(f"the study has {len(trials)} trials, more than the {len(given)} that are given; give the same list, "
                          "longer or not, or a new directory with --out")
-    for position, (config, trial) in enumerate(zip(given, trials), start=1):
-        if config != trial.config:
+    for position, (one, trial) in enumerate(zip(given, trials), start=1):
+        if one != (trial.actions if trial.config is None else trial.config):
             raise ValueError(f"trial {trial.number} of the study is not number {position} of the given trials; give the same "
                              "list, longer or not, or a new directory with --out")
 

@@ -20,12 +20,12 @@ from raysearch.search.loggers import logger_callbacks
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
-from raysearch.search.space import GIVEN, Space, check_given, sample_trials, space_hash
+from raysearch.search.space import GIVEN, GivenTrial, Space, check_given, sample_trials, space_hash
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, StorePath
-from raysearch.trial.actions import resolve_actions
+from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
@@ -42,7 +42,7 @@ class SweepResult:
 
 
 def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space, echo: Callable[[str], None], *,
-          given: Sequence[TrialConfig] | None = None, keep: Keep = "all", autoscaling: bool = False,
+          given: Sequence[GivenTrial] | None = None, keep: Keep = "all", autoscaling: bool = False,
           mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
     weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run, in
@@ -58,8 +58,11 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     if given is None:
         sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     else:
-        for config in given:
-            resolve_actions(config, study, inputs.num_train_tokens)
+        for number, trial in enumerate(given, start=1):
+            if isinstance(trial, TrialConfig):
+                resolve_actions(trial, study, inputs.num_train_tokens)
+            else:
+                check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
     started = time.monotonic()
     recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
     study = placed(study, recorded, echo)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+from pydantic import Field
 from pydantic.fields import FieldInfo
 
 from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, Study, TrialConfig, Unhashed
@@ -87,15 +88,22 @@ class TrialRecord(Frozen):
     """What a trial was asked and what became of it."""
 
     number: int
-    config: TrialConfig
+    config: TrialConfig | None
+    """None where it was given as a list of actions."""
     actions: tuple[Action, ...]
     """Resolved before the trial ran."""
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
+    distributions: dict[str, str] = Field(default_factory=dict)
+    """Optuna's JSON of what each parameter was drawn from."""
     keys: tuple[str, ...] = ()
     """Candidates finished so far, in order."""
     status: Literal["running", "done", "stopped", "failed"] = "running"
     reason: str | None = None
     """Why it stopped or failed, in one sentence."""
     traceback: str | None = None
+    crashed: bool = False
+    """It failed by an error or a death that says nothing about its configuration; a diverged trial did not."""
     log_path: str | None = None
     """What rank 0 printed; the other ranks' logs lie beside it."""
     started_at: str

@@ -1,9 +1,39 @@
 """From a trial's configuration to its list of actions, before anything runs."""
 
+from collections.abc import Sequence
+
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.patterns import PATTERNS
 from raysearch.pruning.schedules import resolve_schedule
+
+
+def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int, where: str) -> None:
+    """ValueError of one sentence, with `where`, for actions that were written by hand and contradict themselves."""
+    batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
+    for number, action in enumerate(actions, start=1):
+        learns = action.criterion in CRITERIA and CRITERIA[action.criterion].gather is not None
+        rules = (
+            (action.criterion in CRITERIA, f"criterion must be one of {', '.join(CRITERIA)}, got {action.criterion!r}"),
+            (action.pattern in PATTERNS, f"pattern must be one of {', '.join(PATTERNS)}, got {action.pattern!r}"),
+            ((action.sparsity is None) != (action.threshold is None),
+             f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
+            (action.sparsity is None or 0 <= action.sparsity < 1,
+             f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
+            (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
+             f"finetune_tokens must be a multiple of batch_tokens = {batch_tokens}, got {action.finetune_tokens}"),
+            (action.data_start_tokens >= 0 and action.data_start_tokens % context_tokens == 0,
+             f"data_start_tokens must be a multiple of context_tokens = {context_tokens}, got {action.data_start_tokens}"),
+            (not action.finetune_tokens or num_train_tokens > 0,
+             f"finetune_tokens {action.finetune_tokens} needs text to train on, got no corpus"),
+            (not learns or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
+             f"criterion {action.criterion} learns during fine-tuning: it needs finetune_tokens, sparsity and "
+             "mask_interval_steps"),
+            (min(action.l1_lambda, action.learning_rate) >= 0, "l1_lambda and learning_rate must be at least 0"),
+        )
+        for holds, rule in rules:
+            if not holds:
+                raise ValueError(f"{where}, action {number}: {rule}")
 
 
 def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:

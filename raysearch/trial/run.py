@@ -40,7 +40,7 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
         write(**changes)
         return trial
 
-    write(status="running", keys=(), reason=None, traceback=None, ended_at=None, started_at=utc_now())
+    write(status="running", keys=(), reason=None, traceback=None, crashed=False, ended_at=None, started_at=utc_now())
     try:
         candidate = dense_round(worker)
         for action in trial.actions:
@@ -50,8 +50,8 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
     except Diverged as error:
         yield update(status="failed", reason=f"round {len(trial.keys) + 1}: {error}", ended_at=utc_now())
     except Exception as error:
-        update(status="failed", reason=f"round {len(trial.keys) + 1}: {type(error).__name__}: {error}{advice(error)}",
-               traceback=traceback.format_exc(), ended_at=utc_now())
+        reason = f"round {len(trial.keys) + 1}: {type(error).__name__}: {error}{advice(error)}"
+        update(status="failed", crashed=True, reason=reason, traceback=traceback.format_exc(), ended_at=utc_now())
         raise
 
 

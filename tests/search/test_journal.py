@@ -1,37 +1,36 @@
-"""Optuna's journal, mended and unlocked, with real journals and locks."""
+"""Optuna's journal, unlocked and made again, with real journals and locks."""
 
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from synthetic_study import ROOT, SyntheticStudy
 
 from raysearch.config import study_of
 from raysearch.search import journal
-from raysearch.search.journal import open_journal, remove_stale_lock, repair_journal
+from raysearch.search.journal import damaged_line, open_journal, remove_stale_lock
+from raysearch.search.sampler import Sampler
 from raysearch.study.ledger import Ledger
+from raysearch.study.records import objective_values
 from raysearch.study.storage import AnyPath, StorePath, working_copy
 
 
-def test_a_torn_journal_is_repaired_with_a_backup(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("tail", "line"), [(b"", None), (b'{"op_code": 4', 4), (b'{"op_code": 4}', 4), (b"\x00\x00\n", 4),
+                                            (b"3\n", 4)])
+def test_a_damaged_line_is_found(tmp_path: Path, tail: bytes, line: int | None) -> None:
     path = tmp_path / "journal.log"
-    storage = JournalStorage(JournalFileBackend(str(path)))
-    optuna.create_study(storage=storage, study_name="s").ask()
-    whole = path.read_bytes()
-    assert repair_journal(path) is None
-    for torn in (b'{"op_code": 4', b'{"op_code": 4}', b"\x00\x00\n"):
-        path.write_bytes(whole + torn)
-        backup = repair_journal(path)
-        assert path.read_bytes() == whole
-        assert backup.read_bytes() == whole + torn
-        backup.unlink()
-    again = optuna.load_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
-    again.ask()
-    assert len(again.trials) == 2
-    assert json.loads(path.read_text().splitlines()[-1])
+    study = optuna.create_study(storage=JournalStorage(JournalFileBackend(str(path))), study_name="s")
+    study.ask()
+    whole = path.read_bytes().splitlines(keepends=True)[:3]
+    assert len(whole) >= 2
+    line = None if line is None else len(whole) + 1
+    assert damaged_line(b"".join(whole) + tail) == line
+    assert damaged_line(whole[0] + b"{" + whole[1]) == 2
 
 
 @pytest.mark.parametrize("target", ["journal.log", "/moved/since/journal.log"])
@@ -99,14 +98,116 @@ def test_size_goes_down_and_quality_in_its_own_direction(tmp_path: Path, objecti
     assert study.metric_names == ["stored_bytes", objective]
 
 
-def test_the_driver_says_what_it_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+# ---- made again from the records ----
+
+
+def searched(study: SyntheticStudy) -> optuna.Study:
+    """A study with a trial of every kind of end, told as a sweep tells them."""
+    study.dense()
+    opened = open_journal(study.ledger, study.ledger.study().study, lambda line: None)
+    sampler = Sampler(opened, study.ledger.study().study, space)
+    sampler.observe(None, study.ledger.candidate(ROOT))
+    kinds = [{}, {"status": "failed", "num_finished": 0, "reason": "round 1: quality at chance"},
+             {"status": "failed", "num_finished": 1, "reason": "round 2: killed", "crashed": True}, {}]
+    for kind in kinds:
+        asked = sampler.ask()
+        changes = {name: kind[name] for name in ("status", "num_finished", "reason") if name in kind}
+        study.trial(asked.number, [0.3, 0.6], **changes)
+        record = study.ledger.trial(asked.number).model_copy(update={
+            "parameters": asked.parameters, "distributions": asked.distributions, "crashed": kind.get("crashed", False)})
+        study.ledger.write_trial(record)
+        for key in record.keys:
+            sampler.observe(asked.number, study.ledger.candidate(key))
+        sampler.end(record)
+    asked = sampler.ask()
+    study.trial(asked.number, [0.3, 0.6], status="running", num_finished=1)
+    study.ledger.write_trial(study.ledger.trial(asked.number).model_copy(update={
+        "parameters": asked.parameters, "distributions": asked.distributions}))
+    return opened
+
+
+def space(trial: optuna.Trial) -> dict[str, Any]:
+    mode = trial.suggest_categorical("mode", ["target", "rate"])
+    return {"target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9, log=True)} if mode == "target" else {
+        "schedule": "constant", "rate": trial.suggest_float("rate", 0.1, 0.5),
+        "num_rounds": trial.suggest_int("num_rounds", 1, 4)}
+
+
+def known(study: optuna.Study) -> list[tuple]:
+    return [(trial.number, trial.state.name, trial.values, trial.params, trial.distributions, trial.constraints,
+             trial.user_attrs) for trial in study.trials]
+
+
+def damage(path: Path, how: str) -> None:
+    lines = path.read_bytes().splitlines(keepends=True)
+    if how == "missing":
+        path.unlink()
+    elif how == "emptied":
+        path.write_bytes(b"")
+    elif how == "torn":
+        path.write_bytes(b"".join(lines)[:-7])
+    elif how == "a line is lost":
+        path.write_bytes(b"".join(lines[:-9]))
+    else:
+        lines[len(lines) // 2] = b"\x00garbage" + lines[len(lines) // 2][3:]
+        path.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("how", ["missing", "emptied", "torn", "a line is lost", "garbled in the middle"])
+def test_it_is_made_again_from_the_records(tmp_path: Path, how: str) -> None:
+    study = SyntheticStudy(tmp_path / "study", num_trials=9)
+    before = known(searched(study))
+    assert [state for _, state, *_ in before] == ["COMPLETE", "COMPLETE", "FAIL", "COMPLETE", "RUNNING"]
+    path = study.ledger.directory / "journal.log"
+    damage(path, how)
+    damaged = path.read_bytes() if path.exists() else None
+    said: list[str] = []
+    again = open_journal(study.ledger, study.ledger.study().study, said.append)
+    assert known(again) == before
+    assert again.best_trials
+    (line,) = said
+    assert "made again from the records of 5 trials" in line
+    kept = list(path.parent.glob("journal.log.replaced-*"))
+    assert [file.read_bytes() for file in kept] == ([] if damaged is None else [damaged])
+    assert known(open_journal(study.ledger, study.ledger.study().study, said.append)) == before
+    assert len(said) == 1  # it is whole now
+    again.ask()
+
+
+def test_a_whole_journal_is_left_as_it_is(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study", num_trials=9)
+    searched(study)
+    path, said = study.ledger.directory / "journal.log", []
+    before = path.read_bytes()
+    open_journal(study.ledger, study.ledger.study().study, said.append)
+    assert (said, path.read_bytes()[:len(before)]) == ([], before)
+
+
+def test_other_objectives_are_told_from_the_same_records(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study", num_trials=9)
+    searched(study)
+    said: list[str] = []
+    changed = study.ledger.study().study.replaced(objectives=("stored_bytes", "last_word/acc", "num_nonzero"))
+    again = open_journal(study.ledger, changed, said.append)
+    assert [each.name for each in again.directions] == ["MINIMIZE", "MAXIMIZE", "MINIMIZE"]
+    assert again.trials[0].values == list(objective_values(study.ledger.candidate(study.ledger.trial(0).keys[-1]),
+                                                           changed.search.objectives))
+    assert "the journal is of other objectives" in said[0]
+
+
+def test_a_number_that_never_began_stays_taken(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study", num_trials=9)
+    study.dense()
+    study.trial(2, [0.5])
+    again = open_journal(study.ledger, study.ledger.study().study, lambda line: None)
+    assert [trial.state.name for trial in again.trials] == ["FAIL", "FAIL", "COMPLETE"]
+    assert again.ask().number == 3
+
+
+def test_the_driver_says_that_it_removed_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "STALE_LOCK_S", 0.1)
     begin(tmp_path, []).ask()
-    with open(tmp_path / "journal.log", "ab") as file:
-        file.write(b'{"op_code": 4, "wor')
     (tmp_path / "journal.log.lock").symlink_to("journal.log")
     said: list[str] = []
     assert len(begin(tmp_path, said).trials) == 1
-    (backup,) = tmp_path.glob("journal.log.torn-*")
-    assert said == ["the journal was locked by a driver that is gone; its lock is removed",
-                    f"the journal's last line was torn and is cut off; the file as it was is kept as {backup.name}"]
+    assert said == ["the journal was locked by a driver that is gone; its lock is removed"]

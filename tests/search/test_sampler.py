@@ -1,5 +1,6 @@
 """What is asked of Optuna and what it hears, on a real study in memory."""
 
+import json
 from typing import Any
 
 import optuna
@@ -18,10 +19,10 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
     return {"target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9)}
 
 
-def candidate(key: str, sparsity: float) -> RoundRecord:
+def candidate(key: str, sparsity: float, depth: int) -> RoundRecord:
     return RoundRecord(
-        key=key, parent=None, action=None, depth=1, num_parameters=100, num_prunable=80, num_nonzero=100 - int(80 * sparsity),
-        sparsity=sparsity, model_sparsity=0.8 * sparsity, layer_sparsity={}, stored_bytes=400, resident_bytes=400,
+        key=key, parent=None, action=None, depth=depth, num_parameters=100, num_prunable=80,
+        num_nonzero=100 - int(80 * sparsity), sparsity=sparsity, model_sparsity=0.8 * sparsity, layer_sparsity={}, stored_bytes=400, resident_bytes=400,
         metrics=metrics(sparsity, 0.0), train_loss=None, prune_s=0.0, finetune_s=0.0, evaluate_s=0.0, weights_sha256=None,
         provenance=PROVENANCE)
 
@@ -36,14 +37,16 @@ def sampler() -> Sampler:
     """One that knows the dense baseline."""
     made = Sampler(optuna.create_study(directions=["minimize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=0)),
                    STUDY, space)
-    made.observe(None, candidate(ROOT, 0.0))
+    made.observe(None, candidate(ROOT, 0.0, 0))
     return made
 
 
 def test_trials_are_numbered_and_drawn_from_the_space(sampler: Sampler) -> None:
     asked = [sampler.ask() for _ in range(5)]
-    assert [number for number, _ in asked] == list(range(5)) == list(range(sampler.num_asked))
-    drawn = [config.target_sparsity for _, config in asked]
+    assert [one.number for one in asked] == list(range(5)) == list(range(sampler.num_asked))
+    drawn = [one.trial.target_sparsity for one in asked]
+    assert [one.parameters for one in asked] == [{"target_sparsity": sparsity} for sparsity in drawn]
+    assert all(json.loads(one.distributions["target_sparsity"])["name"] == "FloatDistribution" for one in asked)
     assert drawn == [trial.params["target_sparsity"] for trial in sampler.optuna_study.trials]
     assert len(set(drawn)) == 5
     assert all(0.1 <= sparsity <= 0.9 for sparsity in drawn)
@@ -56,10 +59,11 @@ def test_given_trials_come_in_their_order_after_those_that_began() -> None:
 
 
 def test_optuna_hears_the_last_round_of_a_trial(sampler: Sampler) -> None:
-    number, _ = sampler.ask()
-    for key, sparsity in (("a", 0.25), ("b", 0.5)):
-        sampler.observe(number, candidate(key, sparsity))
-    sampler.end(ended(number, "done", ("a", "b")), crashed=False)
+    number = sampler.ask().number
+    for depth, (key, sparsity) in enumerate((("a", 0.25), ("b", 0.5)), start=1):
+        sampler.observe(number, candidate(key, sparsity, depth))
+    sampler.end(ended(number, "done", ("a", "b")))
+    assert [(seen.depth, seen.values[0]) for seen in sampler.observations[number]] == [(1, 80.0), (2, 60.0)]
     (trial,) = sampler.optuna_study.trials
     assert (trial.state, trial.values) == (TrialState.COMPLETE, [60.0, metrics(0.5, 0.0)["text/bits_per_byte"].value])
     assert trial.user_attrs["keys"] == ["a", "b"]
@@ -68,8 +72,8 @@ def test_optuna_hears_the_last_round_of_a_trial(sampler: Sampler) -> None:
 
 def test_a_diverged_trial_is_complete_and_never_among_the_best(sampler: Sampler) -> None:
     for status in ("failed", "done"):
-        number, _ = sampler.ask()
-        sampler.end(ended(number, status, reason="round 1: the training loss became nan"), crashed=False)
+        number = sampler.ask().number
+        sampler.end(ended(number, status, reason="round 1: the training loss became nan"))
     diverged, done = sampler.optuna_study.trials
     assert diverged.state == done.state == TrialState.COMPLETE
     assert diverged.values == done.values == [100.0, metrics(0.0, 0.0)["text/bits_per_byte"].value]  # round 0 of all
@@ -77,9 +81,7 @@ def test_a_diverged_trial_is_complete_and_never_among_the_best(sampler: Sampler)
     assert sampler.optuna_study.best_trials == [done]
 
 
-@pytest.mark.parametrize(("crashed", "traceback"), [(True, None), (False, "Traceback ...")])
-def test_a_crash_says_nothing_about_its_configuration(sampler: Sampler, crashed: bool, traceback: str | None) -> None:
-    number, _ = sampler.ask()
-    sampler.end(ended(number, "failed", reason="its process died", traceback=traceback), crashed=crashed)
+def test_a_crash_says_nothing_about_its_configuration(sampler: Sampler) -> None:
+    sampler.end(ended(sampler.ask().number, "failed", reason="its process died", crashed=True))
     (trial,) = sampler.optuna_study.trials
     assert (trial.state, trial.values) == (TrialState.FAIL, None)

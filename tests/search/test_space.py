@@ -8,7 +8,7 @@ from typing import Any
 import optuna
 import pytest
 
-from raysearch.config import Study, TrialConfig, parse, study_of
+from raysearch.config import Action, Study, TrialConfig, parse, study_of
 from raysearch.search.space import check_given, draw, load_space, read_trials, sample_trials, space_hash
 from raysearch.study.records import TrialRecord
 from raysearch.trial.inputs import Inputs
@@ -86,14 +86,17 @@ def test_trials_are_read_line_by_line(tmp_path: Path) -> None:
     file.write_text('{"target_sparsity": 0.5}\n\n  \n{"threshold": 0.1, "threshold_unit": "std"}\r\n{}', encoding="utf-8")
     assert read_trials(file) == [TrialConfig(target_sparsity=0.5), TrialConfig(threshold=0.1, threshold_unit="std"),
                                  TrialConfig()]
+    file.write_text('[{"sparsity": 0.3}, {"sparsity": 0.5, "criterion": "movement"}]\n{}')
+    assert read_trials(file) == [(Action(sparsity=0.3), Action(sparsity=0.5, criterion="movement")), TrialConfig()]
 
 
 @pytest.mark.parametrize(("content", "sentence"), [
     (b"", "FILE: holds no trial; give one object of trial settings in each line"),
     (b" \n\n", "FILE: holds no trial; give one object of trial settings in each line"),
     (b'{"target_sparsity": 0.5}\n\n{"target_spar', "FILE, line 3: is not JSON (Unterminated string"),
-    (b'{"target_sparsity": 0.5}\n[0.5]', "FILE, line 2: must be an object of trial settings, got [0.5]"),
-    (b'"' + b"x" * 100 + b'"', 'FILE, line 1: must be an object of trial settings, got "' + "x" * 39),
+    (b'{"target_sparsity": 0.5}\n[0.5]', "FILE, line 2: must be an object of trial settings, or a list of actions, got [0.5]"),
+    (b'"' + b"x" * 100 + b'"', 'FILE, line 1: must be an object of trial settings, or a list of actions, got "' + "x" * 39),
+    (b'[{"sparsity": 0.5}, {"rate": 1}]', "FILE, line 1, action 2: rate: no such field; the fields are criterion, "),
     (b'{"sparsity": 0.5}', "FILE, line 1: sparsity: no such field; the fields are schedule, "),
     (b'{"target_sparsity": 1.5}', "FILE, line 1: target_sparsity: Input should be less than 1 (got 1.5)"),
     (b'{"target_sparsity": 0.5, "threshold": 1.0}', "FILE, line 1: threshold and target_sparsity contradict each other"),
@@ -118,13 +121,15 @@ def test_a_study_goes_on_with_the_list_that_it_began() -> None:
     for trials in ([], [begun(0, 0.1)], [begun(0, 0.1), begun(1, 0.2), begun(2, 0.3)]):
         check_given(given, trials)
     check_given(given, [begun(0, 0.1), begun(5, 0.2)])  # Optuna's numbers have holes where a driver died before a record
-    check_given((), [begun(0, 0.1)])  # a study that is sampled
+    actions = (Action(sparsity=0.5), Action(sparsity=0.7))
+    check_given([actions], [begun(0, 0.1).model_copy(update={"config": None, "actions": actions})])
 
 
 @pytest.mark.parametrize(("trials", "sentence"), [
     ([begun(0, 0.2)], "trial 0 of the study is not number 1 of the given trials; give the same list, longer or not, or a new "
                       "directory with --out"),
     ([begun(0, 0.1), begun(3, 0.3)], "trial 3 of the study is not number 2 of the given trials"),
+    ([begun(0, 0.1), begun(1, 0.2), begun(2, 0.3)], "the study has 3 trials, more than the 2 that are given"),
 ])
 def test_a_list_that_changed_is_refused(trials: list[TrialRecord], sentence: str) -> None:
     with pytest.raises(ValueError, match=re.escape(sentence)):

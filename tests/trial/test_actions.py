@@ -2,9 +2,9 @@
 
 import pytest
 
-from raysearch.config import Study, TrialConfig
+from raysearch.config import Action, Study, TrialConfig
 from raysearch.study.records import round_key
-from raysearch.trial.actions import resolve_actions
+from raysearch.trial.actions import check_actions, resolve_actions
 
 
 def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
@@ -38,7 +38,43 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
+    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, movement, got 'luck'"),
+    ({"target_sparsity": 0.5, "pattern": "4:8"}, "pattern must be one of unstructured, head, got '4:8'"),
+    ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning, so finetune_epochs"),
+    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement has no cut in units of"),
+    ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
+    ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
 def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         resolve_actions(TrialConfig(**fields), study, 10**6)
+
+
+def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
+    learning = {"target_sparsity": 0.5, "finetune_epochs": 1.0, "mask_interval_steps": 7}
+    (movement,) = resolve_actions(TrialConfig(criterion="movement", **learning), study, 10**6)
+    (magnitude,) = resolve_actions(TrialConfig(**learning), study, 10**6)
+    assert (movement.mask_interval_steps, magnitude.mask_interval_steps) == (7, 0)
+
+
+@pytest.mark.parametrize(("fields", "sentence"), [
+    ({}, "needs exactly one of sparsity and threshold, got None and None"),
+    ({"sparsity": 0.5, "threshold": 0.1}, "needs exactly one of sparsity and threshold, got 0.5 and 0.1"),
+    ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0"),
+    ({"sparsity": 0.5, "criterion": "luck"}, "criterion must be one of"),
+    ({"sparsity": 0.5, "pattern": "luck"}, "pattern must be one of"),
+    ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
+    ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context_tokens"),
+    ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning: it needs finetune_to"),
+    ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0}, "l1_lambda and learning_rate must be at least 0"),
+])
+def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:
+    good = Action(sparsity=0.3)
+    check_actions([good], study, 10**6, "line 1")
+    with pytest.raises(ValueError, match=f"line 1, action 2: {sentence}"):
+        check_actions([good, Action(**fields)], study, 10**6, "line 1")
+
+
+def test_actions_that_train_need_text(study: Study) -> None:
+    with pytest.raises(ValueError, match="needs text to train on, got no corpus"):
+        check_actions([Action(sparsity=0.5, finetune_tokens=256)], study, 0, "line 1")
