@@ -133,7 +133,7 @@ def compare(options: argparse.Namespace, model: Any, tokenizer: Any) -> dict[str
             cpu_seconds[name] += recorder.cpu_seconds
             answers[name] = recorder.answers
             accuracy = next(key for key in evaluation.items if key.partition("/")[2] in ("acc", "exact_match"))
-            totals[name].extend(evaluation.items[accuracy])
+            totals[name].extend(evaluation.items[accuracy].numerator.tolist())
         chunk_worst, chunk_different = difference(answers["lm_eval"], answers["raysearch"])
         worst, num_different = max(worst, chunk_worst), num_different + chunk_different
     num_flips = sum(a != b for a, b in zip(totals["lm_eval"], totals["raysearch"], strict=True))

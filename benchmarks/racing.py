@@ -21,8 +21,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 
+from raysearch.config import higher_is_better
 from raysearch.evaluation import Race, Scorer, evaluate, load_tasks
-from raysearch.evaluation.racing import is_dominated, item_order, looks
+from raysearch.evaluation.racing import is_dominated, item_losses, item_order, looks
 from raysearch.models.model import load_model, load_tokenizer, prunable_parameters
 
 MIN_Z = 3.0
@@ -100,8 +101,9 @@ def scored(options: argparse.Namespace, objective: str,
             for name, parameter in model.named_parameters():
                 if name in prunable:
                     parameter.copy_(dense[name] * (dense[name].abs() >= cut))
-        evaluation = evaluate(scorer, tasks, race=Race(objective, 0, lambda losses: False))
-        yield key, evaluation.metrics[objective].value, evaluation.losses
+        evaluation = evaluate(scorer, tasks, race=Race(objective, 0, lambda items: False))
+        losses = item_losses(evaluation.items[objective], higher_is_better(objective))
+        yield key, evaluation.metrics[objective].value, losses.tolist()
 
 
 if __name__ == "__main__":

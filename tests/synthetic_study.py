@@ -38,7 +38,7 @@ class SyntheticStudy:
     def dense(self, report: bool = True) -> None:
         self._round(ROOT, None, None, 0, 0.0, metrics(0.0, 0.0))
         if report:
-            self.ledger.write_report_metrics(ROOT, metrics(0.0, 0.0, shift=0.01))
+            self.ledger.write_report_metrics(ROOT, metrics(0.0, 0.0, shift=0.01), {})
 
     def trial(self, number: int, sparsities: list[float], status: str = "done", report: bool = False,
               num_finished: int | None = None, reason: str | None = None, **config: Any) -> list[str]:
@@ -61,7 +61,7 @@ class SyntheticStudy:
             penalty = 0.15 * sparsity if settings.scope == "layer" else 0.0
             self._round(keys[-1], parent, action, depth, sparsity, metrics(sparsity, tuning - penalty))
             if report:
-                self.ledger.write_report_metrics(keys[-1], metrics(sparsity, tuning - penalty, shift=0.015))
+                self.ledger.write_report_metrics(keys[-1], metrics(sparsity, tuning - penalty, shift=0.015), {})
         self.ledger.write_trial(TrialRecord(
             number=number, config=settings, actions=actions, keys=tuple(keys), status=status, reason=reason,
             started_at="2026-11-23T09:00:00+00:00", seconds=12.5 * len(keys)))

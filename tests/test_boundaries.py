@@ -44,7 +44,7 @@ DOORS = {  # heavy dependency -> the only places that import it
 LIGHT = {  # what may stand in the rooms that open on any laptop
     "config.py": {"pydantic"},
     "units.py": set(),
-    "study/": {"pydantic", "pyarrow"},
+    "study/": {"numpy", "pydantic", "pyarrow"},
     "pruning/pareto.py": {"numpy"},
     "pruning/schedules.py": set(),
     "pruning/": {"numpy", "torch"},

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from lm_eval.api.metrics import weighted_perplexity
 from lm_eval.api.model import LM
 from lm_eval.api.task import Task
 
-from raysearch.config import Metric, higher_is_better
+from raysearch.config import Metric
 from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
-from raysearch.evaluation.statistics import losses, summarise
-from raysearch.evaluation.tasks import check_limit
+from raysearch.evaluation.statistics import FORMS, aggregate, estimate, to_items
+from raysearch.evaluation.tasks import check_limit, item_cluster, item_identity
+from raysearch.study.items import Items
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -32,11 +33,9 @@ class Evaluation:
     """Result of `evaluate`; the keys of the dictionaries are "task/metric"."""
 
     metrics: dict[str, Metric]
-    items: dict[str, list[float]]
-    """Per item, in the order of the task: contributions whose mean is the metric (for perplexities, its logarithm), so
-    that the difference of two models on equal tasks can be tested item by item."""
-    losses: list[float]
-    """In a race: the objective's loss of each item, in the order of the task, or in `item_order` when it was stopped."""
+    items: dict[str, Items]
+    """Of every metric that lm-eval makes of sums over items; in the order of the task, or in `item_order` when it was
+    stopped."""
     was_stopped: bool
     """The race was lost: only the objective's task was scored, and only its first items."""
 
@@ -49,8 +48,8 @@ class Race:
     """As "task/metric"."""
     seed: int
     """Of the order (racing.item_order)."""
-    is_lost: Callable[[list[float]], bool]
-    """Given the losses of the items so far, in that order."""
+    is_lost: Callable[[Items], bool]
+    """Given the objective's items so far, in that order."""
 
 
 def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num_fewshot: int | None = None,
@@ -60,8 +59,8 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     limit: the first items of each task only; num_fewshot: examples in the prompt (None: the task's own number);
     samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text get
     token_perplexity as well. Touches no global random state, and prepares the prompts of a task only once: keep the
-    task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1 or more shots than the
-    task has examples.
+    task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1, more shots than the task
+    has examples, or a race for a metric that is not made of sums over items.
     """
     check_limit(limit)
     prepared = [_requests(task, limit, num_fewshot) for task in tasks]
@@ -72,7 +71,7 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
             return stopped
     done = set(map(id, answered))  # by identity: an Instance has no hash
     _respond(scorer, [request for requests in prepared for request in requests if id(request) not in done])
-    return _summarised(scorer, list(zip(tasks, prepared)), samples_path, race)
+    return _summarised(scorer, list(zip(tasks, prepared)), samples_path)
 
 
 def tasks_fingerprint(tasks: Sequence[Task]) -> str:
@@ -103,8 +102,11 @@ def forward_sizes(scorer: Scorer, tasks: Sequence[Task], *, num_fewshot: int | N
 def _race(scorer: LM, tasks: Sequence[Task], prepared: list[list[Instance]], race: Race,
           answered: list[Instance]) -> Evaluation | None:
     """The evaluation of the items so far once the race is lost, else None; extends `answered`."""
-    name = race.objective.rpartition("/")[0]
+    name, _, metric = race.objective.rpartition("/")
     task, requests = next((task, requests) for task, requests in zip(tasks, prepared) if task.config.task == name)
+    if (aggregation := aggregation_of(task, metric)) not in FORMS:
+        raise ValueError(f"racing needs a metric that is made of sums over items, {race.objective} has the aggregation "
+                         f"{aggregation}; choose another objective, or racing_level = None")
     groups = list(_by_item(requests).values())
     order, first = item_order(len(groups), race.seed), 0
     for look in looks(len(groups)):
@@ -112,43 +114,51 @@ def _race(scorer: LM, tasks: Sequence[Task], prepared: list[list[Instance]], rac
         _respond(scorer, part)
         answered.extend(part)
         first = look
-        evaluation = _summarised(scorer, [(task, list(answered))], None, race)
-        if race.is_lost(evaluation.losses):
+        evaluation = _summarised(scorer, [(task, list(answered))], None)
+        if race.is_lost(evaluation.items[race.objective]):
             return replace(evaluation, was_stopped=True)
     return None
 
 
-def _by_item(requests: Sequence[Instance]) -> dict[Any, list[Instance]]:
-    """The requests of each item; a multiple choice has one for each answer."""
-    by_item: dict[Any, list[Instance]] = {}
+def _by_item(requests: Sequence[Instance]) -> dict[int, list[Instance]]:
+    """The requests of each item, by its index in the task; a multiple choice has one for each answer."""
+    by_item: dict[int, list[Instance]] = {}
     for request in requests:
         by_item.setdefault(request.doc_id, []).append(request)
     return by_item
 
 
-def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samples_path: Path | None,
-                race: Race | None) -> Evaluation:
+def aggregation_of(task: Any, metric: str) -> Callable[[Any], float]:
+    """Of a metric as `_process` names it."""
+    return task.aggregation().get(metric.split(",")[0], weighted_perplexity)  # token_perplexity is ours
+
+
+def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samples_path: Path | None) -> Evaluation:
     metrics: dict[str, Metric] = {}
-    items: dict[str, list[float]] = {}
+    items: dict[str, Items] = {}
     samples: list[str] = []
-    objective_losses: list[float] = []
     for task, requests in answered:
-        name = task.config.task
-        values, identities = _process(scorer, task, requests)
+        name, by_item = task.config.task, _by_item(requests)
+        values = _process(scorer, task, requests, by_item)
+        docs = {index: group[0].doc for index, group in by_item.items()}
+        clusters = [item_cluster(task, doc, index) for index, doc in docs.items()]
         for metric, column in values.items():
-            aggregation = task.aggregation().get(metric.split(",")[0], weighted_perplexity)  # token_perplexity is ours
-            value, stderr, items[f"{name}/{metric}"] = summarise(column, aggregation)
-            if race is not None and race.objective == f"{name}/{metric}":
-                objective_losses = losses(column, aggregation, higher_is_better(race.objective))
-            metrics[f"{name}/{metric}"] = Metric(value=value, stderr=stderr, num_items=len(column))
-        for index, identity in enumerate(identities):
-            row = {"task": name, "item_id": identity, "metrics": {key: column[index] for key, column in values.items()}}
-            samples.append(json.dumps(row, default=float) + "\n")
+            aggregation, key = aggregation_of(task, metric), f"{name}/{metric}"
+            if (form := FORMS.get(aggregation)) is not None:
+                items[key] = to_items(column, form, clusters, list(docs))
+                value, stderr = estimate(items[key], form)
+            else:
+                value, stderr = aggregate(column, aggregation)
+            metrics[key] = Metric(value=value, stderr=stderr, num_items=len(column))
+        for row, (index, doc) in enumerate(docs.items()):
+            sample = {"task": name, "item_id": item_identity(doc, index),
+                      "metrics": {key: column[row] for key, column in values.items()}}
+            samples.append(json.dumps(sample, default=float) + "\n")
     if samples_path is not None:  # moved when it is whole, so that nobody reads half of it
         aside = samples_path.with_name(samples_path.name + ".partial")
         aside.write_text("".join(samples))
         os.replace(aside, samples_path)
-    return Evaluation(metrics, items, objective_losses, False)
+    return Evaluation(metrics, items, False)
 
 
 def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:
@@ -182,11 +192,10 @@ def _respond(scorer: Any, requests: Sequence[Instance]) -> None:
             request.resps.append(response)
 
 
-def _process(scorer: Any, task: Any, requests: list[Instance]) -> tuple[dict[str, list[Any]], list[str]]:
-    """(values of each metric over the items, identities of the items), by the task's own rules."""
+def _process(scorer: Any, task: Any, requests: list[Instance], by_item: Mapping[int, list[Instance]]) -> dict[str, list[Any]]:
+    """Values of each metric over the items, in their order, by the task's own rules."""
     task._instances = requests  # what lm-eval's filters read
     task.apply_filters()
-    by_item = _by_item(requests)
     values: dict[str, list[Any]] = {}
     filters = list(requests[0].filtered_resps)
     for key in filters:
@@ -197,5 +206,4 @@ def _process(scorer: Any, task: Any, requests: list[Instance]) -> tuple[dict[str
             if group[0].request_type == "loglikelihood_rolling":
                 num_tokens = len(scorer.tok_encode(group[0].args[0]))
                 values.setdefault(TOKEN_PERPLEXITY, []).append((results[0], num_tokens))
-    identities = [str(group[0].doc.get("item_id", doc_id)) for doc_id, group in by_item.items()]
-    return values, identities
+    return values

@@ -1,6 +1,7 @@
 """Evaluation items cut from held-out documents: pieces of text, last words, true continuations among four.
 
-Deterministic in (documents, limit, seed); everything here is text in, dictionaries out.
+Deterministic in (documents, limit, seed); everything here is text in, dictionaries out. Each item carries the `content_id` of
+the document it was cut from, because items of one document are no independent samples.
 """
 
 import hashlib
@@ -29,8 +30,9 @@ _LAST_WORD = re.compile(r"^(.+\s)([A-Za-z]{3,})[.!?][\"'\u201d\u2019)]*$", re.DO
 
 def text_items(documents: Sequence[str], *, limit: int | None, seed: int) -> list[dict[str, str]]:
     """Pieces of PIECE_CHARS characters, cut at white space: {"text"}."""
-    pieces = [piece for document in documents for piece in _pieces(document)]
-    return [{"item_id": item_id(piece), "text": piece} for piece in _sample(pieces, limit, seed)]
+    pieces = [(cut_from, piece) for document in documents for cut_from in [content_id(document)] for piece in _pieces(document)]
+    return [{"item_id": content_id(piece), "document": cut_from, "text": piece}
+            for cut_from, piece in _sample(pieces, limit, seed)]
 
 
 def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -> list[dict[str, str]]:
@@ -38,7 +40,7 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
     (as for most of LAMBADA, Paperno et al. 2016; differs in that no people filtered them): {"context", "target"}."""
     items = []
     for document in documents:
-        sentences = _sentences(document)
+        sentences, cut_from = _sentences(document), content_id(document)
         start = 0
         while start < len(sentences):
             passage, used = "", 0
@@ -48,7 +50,8 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
                 passage, used = f"{passage} {sentence}".strip(), used + 1
                 match = _LAST_WORD.match(passage)
                 if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and _occurs(match[2], match[1]):
-                    items.append({"item_id": item_id(passage), "context": match[1].rstrip(), "target": " " + match[2]})
+                    items.append({"item_id": content_id(passage), "document": cut_from, "context": match[1].rstrip(),
+                                  "target": " " + match[2]})
                     break
             start += max(1, used)
     return _sample(items, limit, seed)
@@ -62,29 +65,29 @@ def choice_items(documents: Sequence[str], *, limit: int | None, seed: int) -> l
     """
     pairs = []
     for document in documents:
-        words = re.findall(r"\S+", document)
+        words, cut_from = re.findall(r"\S+", document), content_id(document)
         start = 0
         while start < len(words):
             context, start = _take(words, start, CONTEXT_CHARS)
             continuation, start = _take(words, start, CONTINUATION_CHARS)
             if len(context) >= CONTEXT_CHARS[0] and len(continuation) >= CONTINUATION_CHARS[0]:
-                pairs.append((context, continuation))
-    continuations = list(dict.fromkeys(continuation for _, continuation in pairs))
+                pairs.append((cut_from, context, continuation))
+    continuations = list(dict.fromkeys(continuation for *_, continuation in pairs))
     if len(continuations) < NUM_CHOICES:
         return []
     items: list[dict[str, object]] = []
-    for context, true in _sample(pairs, limit, seed):
+    for cut_from, context, true in _sample(pairs, limit, seed):
         generator = random.Random(f"{seed} {context}")
         drawn = [text for text in generator.sample(continuations, min(24, len(continuations))) if text != true]
         choices = [true, *sorted(drawn, key=lambda text: abs(len(text) - len(true)))[:NUM_CHOICES - 1]]
         generator.shuffle(choices)
-        items.append({"item_id": item_id(context + true), "context": context, "choices": choices,
+        items.append({"item_id": content_id(context + true), "document": cut_from, "context": context, "choices": choices,
                       "label": choices.index(true)})
     return items
 
 
-def item_id(text: str) -> str:
-    """Identity of an item by its content: 16 hexadecimal digits."""
+def content_id(text: str) -> str:
+    """Identity of an item or a document by its content: the first 8 bytes of its sha256 as 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

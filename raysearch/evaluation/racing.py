@@ -7,6 +7,8 @@ i, 0 or more, lower is better; Q caps.
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from raysearch.study.items import Items
+
 FIRST_ITEMS = 32
 """Items before the first look; each further look comes at half as many again. With 64 dominated candidates were scored on
 6.6 times fewer items than all, with 32 on 9.6 times fewer (2026-11-25, docs/log.md)."""
@@ -20,6 +22,18 @@ every bet."""
 def item_order(num_items: int, seed: int) -> NDArray[np.int64]:
     """The random order [N] that all candidates of a study share; the level holds over it."""
     return np.random.default_rng(seed).permutation(num_items)
+
+
+def item_losses(items: Items, higher_is_better: bool) -> NDArray[np.float64]:
+    """[n], 0 or more, whose sum orders models on equal items as the metric does, lower is better: nats of a perplexity,
+    1 - x of an accuracy."""
+    return items.weight - items.numerator if higher_is_better else items.numerator
+
+
+def in_item_order(items: Items, seed: int) -> Items:
+    """All N items of a candidate in `item_order`, in whatever order they were scored."""
+    order = np.argsort(items.item)[item_order(len(items.item), seed)]
+    return Items(*(values[order] for values in items))
 
 
 def looks(num_items: int) -> list[int]:

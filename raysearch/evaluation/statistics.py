@@ -1,66 +1,70 @@
-"""Value, standard error and per-item contributions of a metric, for each of lm-eval's ways to aggregate.
+"""A metric's items, and its value and standard error from them, for each of lm-eval's ways to aggregate.
 
-Legend: x_i = value of item i, w_i = its weight (bytes, words or tokens), n = items, m = mean.
+Legend: x_i = numerator of item i, w_i = its weight, n = items, m = mean.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
+from numpy.typing import ArrayLike
+
+from raysearch.study.items import Items
 
 JACKKNIFE_GROUPS = 100
 """Each is one more aggregation over nearly all items, so not one group per item."""
 
 
-def summarise(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tuple[float, float | None, list[float]]:
-    """(value, standard error over the items, contributions whose mean is the value; for perplexities, its logarithm).
+class Form(NamedTuple):
+    """How a metric is made of its items: R = sum(x) / sum(w) / unit, or exp(R)."""
 
-    The value is lm-eval's. Means have lm-eval's standard error, s / sqrt(n). exp(-m(x)) has exp(-m) * s / sqrt(n)
-    (delta method, where lm-eval draws bootstrap samples). A ratio R = sum(x) / sum(w), as in bits per byte, has
-    sqrt(n / (n - 1) * sum((x_i - R * w_i)^2)) / sum(w) (linearisation, Cochran 1977, eq. 2.39), its exponential
-    exp(-R) times that. Any other aggregation: the delete-one-group jackknife. None for a single item.
-    Contributions x_i / m(w) make paired comparisons of two models exact, because the weights are theirs both.
+    sign: int
+    """Of lm-eval's values: -1 where they are log-probabilities, so that x is nats of loss."""
+    is_weighted: bool
+    """lm-eval's values are pairs, the second of which is w (bytes, words or tokens); else w = 1."""
+    unit: float = 1.0
+    is_exponential: bool = False
+
+
+FORMS: dict[Callable[..., float], Form] = {
+    lm_eval_metrics.mean: Form(1, False),
+    lm_eval_metrics.perplexity: Form(-1, False, is_exponential=True),
+    lm_eval_metrics.weighted_perplexity: Form(-1, True, is_exponential=True),
+    lm_eval_metrics.bits_per_byte: Form(-1, True, unit=math.log(2)),
+}
+"""By lm-eval's aggregation; one that is not here is not made of sums over items."""
+
+
+def to_items(values: Sequence[Any], form: Form, cluster: ArrayLike, item: ArrayLike) -> Items:
+    """lm-eval's values of one metric [n], with the cluster and the index of each item [n]."""
+    numbers = np.array(values, dtype=float)  # [n, 2] or [n]
+    x, weight = numbers.T if form.is_weighted else (numbers, np.ones(len(numbers)))
+    return Items(form.sign * x, weight, np.asarray(cluster, np.uint64), np.asarray(item, np.int64))
+
+
+def estimate(items: Items, form: Form) -> tuple[float, float | None]:
+    """(value, standard error over the items), the value in every bit as lm-eval's aggregation gives it.
+
+    Means have lm-eval's standard error, s / sqrt(n). A ratio R = sum(x) / sum(w), as in bits per byte, has
+    sqrt(n / (n - 1) * sum((x_i - R * w_i)^2)) / sum(w) (linearisation, Cochran 1977, eq. 2.39). An exponential of either has
+    exp(R) times that (delta method, where lm-eval draws bootstrap samples). None for a single item.
     """
-    value = float(aggregation(values))
-    if aggregation is lm_eval_metrics.mean:
-        contributions = [float(x) for x in values]
-        return value, _stderr(contributions), contributions
-    if aggregation is lm_eval_metrics.perplexity:
-        contributions = [-float(x) for x in values]
-        return value, _times(value, _stderr(contributions)), contributions
-    if aggregation in (lm_eval_metrics.weighted_perplexity, lm_eval_metrics.bits_per_byte):
-        losses, weights = -np.array(values, dtype=float).T
-        weights = -weights
-        if aggregation is lm_eval_metrics.bits_per_byte:
-            losses = losses / math.log(2)
-        ratio = losses.sum() / weights.sum()
-        stderr = _stderr(list((losses - ratio * weights) / weights.mean()))
-        if aggregation is lm_eval_metrics.weighted_perplexity:
-            stderr = _times(value, stderr)
-        return value, stderr, list(losses / weights.mean())
-    return value, _jackknife(values, aggregation), [float(x) for x in values if isinstance(x, (int, float))]
+    value = sum(items.numerator.tolist()) / sum(items.weight.tolist()) / form.unit  # lm-eval's sums: Python's, in this order
+    spread = x = items.numerator / form.unit
+    if form.is_weighted:
+        spread = (x - x.sum() / items.weight.sum() * items.weight) / items.weight.mean()
+    stderr = float(np.std(spread, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
+    if form.is_exponential:
+        value = math.exp(value)
+        stderr = None if stderr is None else value * stderr
+    return value, stderr
 
 
-def losses(values: Sequence[Any], aggregation: Callable[[Any], float], higher_is_better: bool) -> list[float]:
-    """Per item, a number of 0 or more whose sum orders models on equal items as the metric does, lower is better:
-    nats of a perplexity, 1 - x of an accuracy. ValueError where a metric is no mean over its items."""
-    if aggregation in (lm_eval_metrics.weighted_perplexity, lm_eval_metrics.bits_per_byte):
-        return [-float(x) for x, _ in values]
-    if aggregation is lm_eval_metrics.perplexity:
-        return [-float(x) for x in values]
-    if aggregation is not lm_eval_metrics.mean:
-        raise ValueError(f"racing needs a metric that is a mean over items, got the aggregation {aggregation}")
-    return [1 - float(x) if higher_is_better else float(x) for x in values]
-
-
-def _stderr(values: Sequence[float]) -> float | None:
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-
-
-def _times(factor: float, stderr: float | None) -> float | None:
-    return None if stderr is None else factor * stderr
+def aggregate(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tuple[float, float | None]:
+    """(value, standard error) of a metric that has no form: lm-eval's, and the delete-one-group jackknife's."""
+    return float(aggregation(values)), _jackknife(values, aggregation)
 
 
 def _jackknife(values: Sequence[Any], aggregation: Callable[[Any], float]) -> float | None:

@@ -18,7 +18,7 @@ import lm_eval.tasks
 from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask, Task
 
-from raysearch.evaluation.heldout import choice_items, item_id, last_word_items, text_items
+from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
 
 Split = Literal["selection", "report", "all"]
 Item = dict[str, Any]
@@ -196,6 +196,18 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
     return tasks
 
 
+def item_identity(doc: Mapping[str, Any], index: int) -> str:
+    """Its content's id, or the index in the task of an item of the hub."""
+    return str(doc.get("item_id", index))
+
+
+def item_cluster(task: Task, doc: Mapping[str, Any], index: int) -> int:
+    """64 bits: the document that a held-out item was cut from, in every task the same; any other item is its own cluster."""
+    if isinstance(task, ItemTask) and "document" in doc:  # a data set of the hub may mean something else by that name
+        return int(doc["document"], 16)
+    return int(content_id(f"{task.config.task} {item_identity(doc, index)}"), 16)
+
+
 def in_split(identity: str, split: Split) -> bool:
     """Whether the item of this identity belongs to the split; selection and report are disjoint halves of all."""
     return split == "all" or (hashlib.sha256(identity.encode()).digest()[0] % 2 == 0) == (split == "selection")
@@ -264,7 +276,7 @@ def _items(path: Path, task: FileTask) -> Iterator[Item]:
         if item.get("label", 0) >= len(item.get("choices", [0])):
             raise ValueError(f"{path}, line {number}: field 'label' must be below the number of endings, "
                              f"{len(item['choices'])}; got {item['label']}")
-        yield {"item_id": item_id(json.dumps(item, sort_keys=True)), **item}
+        yield {"item_id": content_id(json.dumps(item, sort_keys=True)), **item}
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Item]]:
@@ -350,7 +362,7 @@ def _keep(task: Any, split: Split, limit: int | None) -> None:
     name = task.config.test_split or task.config.validation_split
     rows = task.dataset[name]
     kept = (index for index, row in enumerate(rows)
-            if in_split(item_id(json.dumps(row, sort_keys=True, default=str)), split))
+            if in_split(content_id(json.dumps(row, sort_keys=True, default=str)), split))
     task.dataset[name] = rows.select(list(islice(kept, limit)))
 
 

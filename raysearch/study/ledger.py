@@ -5,8 +5,10 @@ of the same names on a store (storage.py), where a round exists once its record.
     journal.log              Optuna's journal (search/journal.py)
     rounds/KEY/record.json   RoundRecord: one candidate on the selection split
     rounds/KEY/weights.safetensors   its weights, bitmap-compressed (models/weights.py)
-    rounds/KEY/losses.json   in a study with racing: its loss on each selection item of the objective
+    rounds/KEY/items.selection.npz   what it scored on each selection item, from which its metrics come (items.py); of one that
+                             a race ended, on the items that were scored
     rounds/KEY/report.json   its metrics on the report split, once they are scored
+    rounds/KEY/items.report.npz   what it scored on each item of that split; written before report.json
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
@@ -22,18 +24,21 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from pydantic import ValidationError
 
 from raysearch.config import FrozenT, Metric
 from raysearch.study.files import T, persist, write_json
+from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.lease import holder, lease
 from raysearch.study.records import FORMAT, RoundRecord, StudyRecord, TrialRecord, settings_that_decide_numbers
 from raysearch.study.storage import AnyPath, StorePath, location
 
+Split = Literal["selection", "report"]
 NUM_READERS = 16
 """Threads that read a store's records, each of which is a request."""
 
@@ -170,9 +175,14 @@ class Ledger:
         """All candidates by key, the dense baseline included."""
         return self._by_key("record.json", lambda path: self._read(path, RoundRecord))
 
-    def losses(self, key: str) -> list[float]:
-        """Of each selection item of the objective, in the order of the task; only in a study with racing."""
-        return list(json.loads((self.round_directory(key) / "losses.json").read_text())["losses"])
+    def items_path(self, key: str, split: Split) -> AnyPath:
+        return self.round_directory(key) / f"items.{split}.npz"
+
+    def items(self, key: str, split: Split) -> dict[str, Items] | None:
+        """By "task/metric", of every metric that is made of sums over items; None while the split is not scored.
+        ValueError for a damaged file."""
+        path = self.items_path(key, split)
+        return read_items(path) if path.is_file() else None
 
     def report_metrics(self, key: str) -> dict[str, Metric] | None:
         """Metrics on the report split, or None while they are not scored."""
@@ -187,9 +197,11 @@ class Ledger:
     def _metrics(path: AnyPath) -> dict[str, Metric]:
         return {name: Metric.model_validate(value) for name, value in json.loads(path.read_text()).items()}
 
-    def write_report_metrics(self, key: str, metrics: dict[str, Metric]) -> None:
+    def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
+        """The items first, so that report.json never stands without them."""
         values = {name: metric.model_dump(mode="json") for name, metric in metrics.items()}
-        path = self.round_directory(key) / "report.json"
+        path, items_path = self.round_directory(key) / "report.json", self.items_path(key, "report")
+        persist(items_path, lambda: write_items(items_path, items))
         persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:

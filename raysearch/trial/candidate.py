@@ -21,6 +21,7 @@ from raysearch.kernels import SparseWeight
 from raysearch.kernels.device import device_name
 from raysearch.models.weights import stored_bytes, to_store, write_weights
 from raysearch.study.files import file_sha256, folder_aside, new_directory, new_file, persist, settle, write_json
+from raysearch.study.items import write_items
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import RoundRecord
@@ -113,7 +114,7 @@ def link_or_copy(file: Path, target: Path) -> None:
 def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,
                 evaluation: Evaluation | None, train_loss: float | None, times: Sequence[float], weights: Written | None,
                 dominated_by: str | None = None) -> RoundRecord:
-    """Writes the round's folder: weights, record and, for later races, losses.
+    """Writes the round's folder: weights, items and record.
 
     `times`: clock before and after the prune, after fine-tuning, before and after the evaluation.
     """
@@ -138,8 +139,8 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 weights_sha256=sha256, provenance=provenance(
                     device_name(str(engine.device)), num_ranks=engine.world_size, zero_stage=engine.zero_stage,
                     num_threads=torch.get_num_threads()))
-            if evaluation and evaluation.losses and dominated_by is None:
-                write_json(folder / "losses.json", {"objective": worker.study.search.objective, "losses": evaluation.losses})
+            if evaluation:
+                write_items(folder / worker.ledger.items_path(key, "selection").name, evaluation.items)
             write_json(folder / "record.json", record.model_dump(mode="json"))
         return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
 

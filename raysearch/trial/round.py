@@ -60,8 +60,9 @@ def report_round(worker: Worker, record: RoundRecord) -> dict[str, Metric]:
     metrics = worker.engine.from_rank_0(lambda: worker.ledger.report_metrics(record.key))
     if metrics is None:
         load_candidate(worker, record)
-        metrics = worker.evaluate("report").metrics
-        worker.engine.from_rank_0(lambda: worker.ledger.write_report_metrics(record.key, metrics))
+        evaluation = worker.evaluate("report")
+        metrics = evaluation.metrics
+        worker.engine.from_rank_0(lambda: worker.ledger.write_report_metrics(record.key, metrics, evaluation.items))
     return metrics
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from raysearch.config import Study, higher_is_better
@@ -11,8 +13,9 @@ from raysearch.evaluation import (
     Scorer,
     evaluate,
 )
-from raysearch.evaluation.racing import is_dominated, item_order
+from raysearch.evaluation.racing import in_item_order, is_dominated, item_losses
 from raysearch.models.model import load_tokenizer
+from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
 from raysearch.training.engine import Engine
@@ -53,22 +56,26 @@ class Worker:
         study = self.study
         if study.evaluation.racing_level is None or not self.inputs.tasks["selection"]:
             return None, None
-        level = study.evaluation.racing_level
-        key, losses = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, [])
-        rival = [losses[item] for item in item_order(len(losses), study.data.seed)]
+        level, is_up = study.evaluation.racing_level, higher_is_better(study.search.objective)
+        key, rival = self.engine.from_rank_0(lambda: self._rival(size)) if size is not None else (None, np.empty(0))
 
-        def is_lost(own: list[float]) -> bool:
-            return key is not None and self.engine.from_rank_0(lambda: is_dominated(own, rival, level))
+        def is_lost(own: Items) -> bool:
+            return key is not None and self.engine.from_rank_0(lambda: is_dominated(item_losses(own, is_up), rival, level))
 
         return Race(study.search.objective, study.data.seed, is_lost), key
 
-    def _rival(self, size: int) -> tuple[str | None, list[float]]:
-        sign = 1 if higher_is_better(self.study.search.objective) else -1
+    def _rival(self, size: int) -> tuple[str | None, NDArray[np.float64]]:
+        """(key, losses in `item_order`); (None, empty) also where the file of its items is gone."""
+        objective = self.study.search.objective
+        is_up = higher_is_better(objective)
 
         def quality(record: RoundRecord) -> float:
-            return sign * record.metrics[self.study.search.objective].value
+            return (1 if is_up else -1) * record.metrics[objective].value
 
         finished = [record for record in self.ledger.rounds().values()
                     if record.dominated_by is None and getattr(record, self.study.search.size) <= size]
         best = max(finished, key=quality, default=None)
-        return (best.key, self.ledger.losses(best.key)) if best else (None, [])
+        items = self.ledger.items(best.key, "selection") if best else None
+        if best is None or items is None:
+            return None, np.empty(0)
+        return best.key, item_losses(in_item_order(items[objective], self.study.data.seed), is_up)

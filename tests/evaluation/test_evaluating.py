@@ -1,8 +1,10 @@
 """evaluate() equals lm-eval's own evaluation with its Hugging Face backend, adds standard errors, leaves no trace."""
 
+import hashlib
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -13,12 +15,16 @@ import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from tiny_models import story, tiny_model
 
 from raysearch.config import higher_is_better
-from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks, metric_names
+from raysearch.evaluation import Race, Scorer, Task, evaluate, forward_sizes, heldout_tasks, load_tasks, metric_names
 from raysearch.evaluation.generation import shared_prefix
+from raysearch.evaluation.racing import item_order
+from raysearch.evaluation.tasks import ItemTask
+from raysearch.study.items import Items
 
 DOCUMENTS = [story(7 * n) for n in range(12)]
 ALL = ["text", "last_word", "choice"]
@@ -73,7 +79,7 @@ def test_equals_lm_eval(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.Monk
         assert ours.metrics["triviaqa/exact_match"].value > 0
 
 
-def test_every_metric_has_a_stderr_a_direction_and_contributions(gpt2: Any, tokenizer: Any) -> None:
+def test_every_metric_has_a_stderr_a_direction_and_items(gpt2: Any, tokenizer: Any) -> None:
     tasks = heldout_tasks(DOCUMENTS, ALL)
     result = evaluate(Scorer(gpt2, tokenizer), tasks)
     assert set(metric_names(tasks)) == set(result.metrics) == {
@@ -82,10 +88,82 @@ def test_every_metric_has_a_stderr_a_direction_and_contributions(gpt2: Any, toke
     for key, metric in result.metrics.items():
         assert metric.stderr is not None
         assert metric.stderr > 0 or metric.value in (0, 1)
-        assert metric.num_items == len(result.items[key])
+        items = result.items[key]
+        assert items.item.tolist() == list(range(metric.num_items))
         assert higher_is_better(key) == ("acc" in key)
-        average = sum(result.items[key]) / metric.num_items
-        assert metric.value == pytest.approx(math.exp(average) if "perplexity" in key else average, rel=1e-9)
+        ratio = items.numerator.sum() / items.weight.sum()
+        made = math.exp(ratio) if "perplexity" in key else ratio / math.log(2) if "bits" in key else ratio
+        assert metric.value == pytest.approx(made, rel=1e-9)
+    weights = {name: result.items[f"text/{name}"].weight.tolist() for name in ("bits_per_byte", "word_perplexity",
+                                                                               "token_perplexity")}
+    texts = [item["text"] for item in tasks[0].dataset["test"]]
+    assert weights == {"bits_per_byte": [len(text.encode()) for text in texts],
+                       "word_perplexity": [len(re.split(r"\s+", text)) for text in texts],
+                       "token_perplexity": [len(tokenizer(text)["input_ids"]) for text in texts]}
+
+
+def test_a_cluster_is_a_heldout_items_document_and_else_the_item(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
+    model = tiny_model("gpt2", context=512)
+    data_dir = write_questions(tmp_path, model, tokenizer)
+    asked = [*load_tasks(["triviaqa"], data_dir=data_dir), *heldout_tasks(DOCUMENTS, ALL)]
+    items = evaluate(Scorer(model, tokenizer), asked).items
+    documents = {int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") for document in DOCUMENTS}
+    for name in ("text/bits_per_byte", "text/token_perplexity", "last_word/acc", "choice/acc_norm"):
+        assert set(items[name].cluster.tolist()) == documents
+    assert len(items["choice/acc"].cluster) > len(documents)
+    assert len(set(items["triviaqa/exact_match"].cluster.tolist())) == 12
+    # an item of the hub has no id but its index, which must not be one cluster in two tasks; its "document" is its own matter
+    hub = [ConfigurableTask(config={"task": name, "output_type": "loglikelihood", "doc_to_text": "document", "doc_to_target":
+                                    " end", "dataset_path": "json", "test_split": "train", "dataset_kwargs":
+                                    {"data_files": str(write_lines(tmp_path))}, "metric_list": [{"metric": "acc"}]})
+           for name in ("one", "two")]
+    items = evaluate(Scorer(gpt2, tokenizer), hub).items
+    assert len({*items["one/acc"].cluster.tolist(), *items["two/acc"].cluster.tolist()}) == 6
+
+
+def write_lines(folder: Path) -> Path:
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"document": f"line {n}"}) + "\n" for n in range(3)))
+    return folder / "lines.jsonl"
+
+
+def last_words(aggregation: str) -> Task:
+    items = heldout_tasks(DOCUMENTS, ["last_word"])[0].dataset["test"].to_list()
+    metric = {"metric": "acc", "aggregation": aggregation, "higher_is_better": True}
+    return ItemTask({"task": "odd", "output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target",
+                     "metric_list": [metric]}, items, [])
+
+
+def test_a_metric_that_is_made_of_no_sums_has_no_items_and_no_races(gpt2: Any, tokenizer: Any) -> None:
+    scorer = Scorer(gpt2, tokenizer)
+    result, plain = evaluate(scorer, [last_words("median")]), evaluate(scorer, [last_words("mean")])
+    assert result.items == {}
+    values = plain.items["odd/acc"].numerator.tolist()
+    assert result.metrics["odd/acc"].value == sorted(values)[len(values) // 2]
+    assert result.metrics["odd/acc"].num_items == len(values)
+    with pytest.raises(ValueError, match=r"racing needs a metric that is made of sums over items, odd/acc has the .*median"):
+        evaluate(scorer, [last_words("median")], race=Race("odd/acc", 0, lambda items: False))
+
+
+def test_a_lost_race_gives_the_objectives_items_in_their_order(gpt2: Any, tokenizer: Any,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 4)
+    scorer, tasks, asked = Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL), []
+    whole = evaluate(scorer, tasks)
+
+    def is_lost(items: Items) -> bool:
+        asked.append(items)
+        return len(asked) == 2
+
+    raced = evaluate(scorer, tasks, race=Race("last_word/perplexity", 5, is_lost))
+    order = item_order(len(whole.items["last_word/acc"].item), 5)[:6]
+    assert raced.was_stopped
+    assert not whole.was_stopped
+    assert [items.item.tolist() for items in asked] == [order[:4].tolist(), order.tolist()]
+    assert set(raced.items) == set(raced.metrics) == {"last_word/acc", "last_word/perplexity"}
+    for name, items in raced.items.items():
+        assert items.item.tolist() == order.tolist()
+        assert items.cluster.tolist() == whole.items[name].cluster[order].tolist()
+        assert items.numerator == pytest.approx(whole.items[name].numerator[order], rel=1e-5)
 
 
 def test_token_perplexity_of_a_uniform_model_is_the_vocabulary(gpt2: Any, tokenizer: Any) -> None:
@@ -126,8 +204,10 @@ def test_prompts_and_tokens_are_prepared_once(gpt2: Any, tokenizer: Any, monkeyp
 
 def test_equal_calls_give_equal_results(gpt2: Any, tokenizer: Any) -> None:
     scorer = Scorer(gpt2, tokenizer)
-    assert evaluate(scorer, heldout_tasks(DOCUMENTS, ALL, limit=5)) == evaluate(
-        Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL, limit=5))
+    one, other = (evaluate(each, heldout_tasks(DOCUMENTS, ALL, limit=5)) for each in (scorer, Scorer(gpt2, tokenizer)))
+    assert one.metrics == other.metrics
+    assert list(one.items) == list(other.items)
+    assert all(np.array_equal(a, b) for name in one.items for a, b in zip(one.items[name], other.items[name]))
 
 
 def test_samples_file(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -135,7 +215,7 @@ def test_samples_file(gpt2: Any, tokenizer: Any, tmp_path: Path) -> None:
                       samples_path=tmp_path / "samples.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [row["task"] for row in rows] == ["text"] * 3 + ["last_word"] * 3 + ["choice"] * 3
-    assert [row["metrics"]["acc"] for row in rows[3:6]] == result.items["last_word/acc"]
+    assert [row["metrics"]["acc"] for row in rows[3:6]] == result.items["last_word/acc"].numerator.tolist()
     assert len({row["item_id"] for row in rows}) == 9
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 

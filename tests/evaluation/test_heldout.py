@@ -1,5 +1,6 @@
 """Evaluation items that are cut from held-out documents."""
 
+import hashlib
 from typing import Any
 
 from tiny_models import story
@@ -18,6 +19,18 @@ def test_heldout_items_are_deterministic_and_sampled() -> None:
         assert {item["item_id"] for item in some} <= {item["item_id"] for item in everything}
         assert some != cut(DOCUMENTS, limit=5, seed=2)
         assert cut([], limit=None, seed=0) == []
+
+
+def test_items_carry_the_document_they_were_cut_from() -> None:
+    words = {hashlib.sha256(document.encode()).hexdigest()[:16]: document.split() for document in DOCUMENTS}
+    for cut, texts in ((text_items, ["text"]), (last_word_items, ["context", "target"]), (choice_items, ["context"])):
+        items: list[dict[str, Any]] = cut(DOCUMENTS, limit=None, seed=0)
+        assert {item["document"] for item in items} == set(words)
+        for item in items:
+            cut_out, whole = " ".join("".join(item[text] for text in texts).split()), " ".join(words[item["document"]])
+            assert cut_out in whole
+            if cut is choice_items:
+                assert f"{item['context']} {item['choices'][item['label']]}" in whole
 
 
 def test_text_pieces_cover_the_documents() -> None:

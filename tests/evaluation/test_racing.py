@@ -9,7 +9,8 @@ from test_scorer import pair
 from tiny_models import story, tiny_model
 
 from raysearch.evaluation import Scorer
-from raysearch.evaluation.racing import is_dominated, item_order, log_evidence, looks
+from raysearch.evaluation.racing import in_item_order, is_dominated, item_losses, item_order, log_evidence, looks
+from raysearch.study.items import Items
 
 NUM_REPLAYS = 200
 
@@ -91,6 +92,22 @@ def test_looks_grow_and_the_order_is_one_for_all() -> None:
     assert looks(300) == [32, 48, 72, 108, 162, 243]
     assert sorted(item_order(50, 3)) == list(range(50))
     assert list(item_order(50, 3)) == list(item_order(50, 3)) != list(item_order(50, 4))
+
+
+def test_losses_are_nats_and_one_minus_an_accuracy() -> None:
+    none = np.zeros(3, np.uint64), np.zeros(3, np.int64)
+    assert item_losses(Items(np.array([1.0, 0.0, 0.25]), np.ones(3), *none), higher_is_better=True).tolist() == [0, 1, 0.75]
+    nats, num_bytes = np.array([3.0, 0.0, 7.5]), np.array([10.0, 2.0, 4.0])
+    assert item_losses(Items(nats, num_bytes, *none), higher_is_better=False).tolist() == [3, 0, 7.5]
+
+
+def test_a_rivals_items_stand_in_the_shared_order_however_they_were_scored() -> None:
+    indices = np.random.default_rng(1).permutation(50)
+    scored = Items(indices * 2.0, np.ones(50), (indices + 100).astype(np.uint64), indices)
+    ordered = in_item_order(scored, seed=3)
+    assert ordered.item.tolist() == item_order(50, 3).tolist()
+    assert ordered.numerator.tolist() == (2.0 * ordered.item).tolist()
+    assert ordered.cluster.tolist() == (ordered.item + 100).tolist()
 
 
 def test_a_level_outside_0_and_1_is_refused() -> None:

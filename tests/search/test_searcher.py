@@ -37,7 +37,7 @@ def run_to_the_end(made: StudySearcher, study: SyntheticStudy) -> list[str]:
             made.on_trial_result(str(len(kinds) - 1), {"key": keys[-1]})
             study.finish(job["number"])
         else:
-            study.ledger.write_report_metrics(job["key"], metrics(0.5, 0.0))
+            study.ledger.write_report_metrics(job["key"], metrics(0.5, 0.0), {})
         made.on_trial_complete(str(len(kinds) - 1), {"done": True})
     return kinds
 

@@ -5,10 +5,12 @@ import os
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from raysearch.config import Action, Metric, TrialConfig, study_of
 from raysearch.study.files import new_directory, new_file, write_json
+from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Provenance, StudyRecord, TrialRecord, root_key
 from raysearch.study.storage import AnyPath
@@ -113,7 +115,17 @@ def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:
     ledger.write_trial(trial)
     assert ledger.trials() == [trial]
     metrics = {"text/bits_per_byte": Metric(value=2.5, stderr=None, num_items=3)}
-    ledger.write_report_metrics("k", metrics)
+    items = {"text/bits_per_byte": Items(np.ones(3), np.array([4.0, 5, 6]), np.arange(3, dtype=np.uint64), np.arange(3))}
+    assert ledger.items("k", "report") is None
+    ledger.write_report_metrics("k", metrics, items)
+    (name, columns), = ledger.items("k", "report").items()
+    assert (name, [values.tolist() for values in columns]) == (
+        "text/bits_per_byte", [[1, 1, 1], [4, 5, 6], [0, 1, 2], [0, 1, 2]])
+    assert ledger.items("k", "selection") is None
+    with new_file(ledger.items_path("k", "selection")) as file:
+        file.write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match=r"items.selection.npz.*: not the items of a candidate \(File is not a zip file\)"):
+        ledger.items("k", "selection")
     assert ledger.report_metrics("k") == metrics
     assert ledger.report_metrics("other") is None
     assert ledger.reports() == {"k": metrics}

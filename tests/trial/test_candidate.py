@@ -152,5 +152,8 @@ def test_a_round_on_a_store_exists_once_its_record_does(on_store: Worker, monkey
     upload = StorePath.upload
     monkeypatch.setattr(StorePath, "upload", lambda path, local: (uploaded.append(path.name), upload(path, local)))
     record = run_round(on_store, dense_round(on_store), ACTION)
-    assert uploaded == ["record.json", "weights.safetensors", "record.json"]
+    assert uploaded[:2] == ["items.selection.npz", "record.json"]
+    assert sorted(uploaded[2:-1]) == ["items.selection.npz", "weights.safetensors"]
+    assert uploaded[-1] == "record.json"
+    assert set(on_store.ledger.items(record.key, "selection")) == set(record.metrics)
     assert on_store.ledger.round(record.key) == record

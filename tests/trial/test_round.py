@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import raysearch.study.ledger
 import raysearch.trial.round
 from raysearch.config import Action, Study
+from raysearch.evaluation.evaluating import aggregation_of
+from raysearch.evaluation.statistics import FORMS, estimate
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import round_key
 from raysearch.training.finetune import Diverged
@@ -26,7 +30,43 @@ def test_sparsity_zero_reproduces_the_dense_metrics(worker: Worker) -> None:
     same = run_round(worker, dense, Action(sparsity=0.0))
     assert same.metrics == dense.metrics
     assert report_round(worker, same) == report_round(worker, dense)
+    for split in ("selection", "report"):
+        one, other = (worker.ledger.items(record.key, split) for record in (same, dense))
+        assert list(one) == list(other)
+        assert all(np.array_equal(a, b) for name in one for a, b in zip(one[name], other[name]))
     assert (same.sparsity, same.num_nonzero) == (0.0, dense.num_nonzero)
+
+
+def test_metrics_of_both_splits_come_from_the_stored_items(worker: Worker) -> None:
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.45))
+    report = report_round(worker, record)
+    forms = {name: FORMS[aggregation_of(task, name.rpartition("/")[2])] for task in worker.inputs.tasks["selection"]
+             for name in record.metrics if name.startswith(task.config.task + "/")}
+    for split, metrics in (("selection", record.metrics), ("report", report)):
+        items = worker.ledger.items(record.key, split)
+        assert {name: estimate(items[name], form) for name, form in forms.items()} == {
+            name: (metric.value, metric.stderr) for name, metric in metrics.items()}
+        assert {name: len(columns.item) for name, columns in items.items()} == {
+            name: metric.num_items for name, metric in metrics.items()}
+    documents = [set(worker.ledger.items(record.key, split)["text/bits_per_byte"].cluster.tolist())
+                 for split in ("selection", "report")]
+    assert documents[0].isdisjoint(documents[1])
+
+
+def test_a_report_never_stands_without_its_items(apart: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = dense_round(apart)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(raysearch.study.ledger, "write_items", killed)
+        report_round(apart, dense)
+    assert apart.ledger.report_metrics(dense.key) is None
+    assert apart.ledger.items(dense.key, "report") is None
+    report = report_round(apart, dense)
+    assert apart.ledger.report_metrics(dense.key) == report
+    assert set(apart.ledger.items(dense.key, "report")) == set(report)
 
 
 def test_a_round_depends_on_nothing_but_parent_and_action(worker: Worker, study: Study, tmp_path: Path) -> None:
