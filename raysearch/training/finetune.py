@@ -26,28 +26,43 @@ def learning_rate_at(step: int, num_steps: int, peak: float, num_warmup: int) ->
     return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
+def train(engine: Engine, blocks: Blocks, steps: range, rate_at: Callable[[int], float],
+          after_step: Callable[[int, Tensor], object], *, first_sequence: int = 0, seed: int = 0) -> None:
+    """The loop of all training, of rounds and of pretraining: step k reads the k-th share of the stream of shuffled epochs
+    from `first_sequence` on. Rank r takes the r-th part of each share, so that a gang of any size reads the same tokens in a
+    step. `after_step` gets the number of steps done, from 1, and this rank's loss."""
+    num_sequences = engine.sequences_per_rank * engine.world_size
+    first = first_sequence + engine.rank * engine.sequences_per_rank
+    for step in steps:
+        tokens = blocks.stream(first + step * num_sequences, engine.sequences_per_rank, seed)
+        after_step(step + 1, engine.train_step(tokens, rate_at(step)))
+
+
 def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: float,
              after_step: Callable[[int], object] = lambda step: None) -> float:
     """Trains the surviving weights on the action's span of the data; the mean loss of the last tenth of the steps, nats per
-    token. `after_step` is called with the number of steps done, from 1. Collective. Raises Diverged on all ranks at once.
+    token. `after_step` is called with the number of steps done. Collective. Raises Diverged on all ranks at once.
 
     The caller starts the optimizer afresh, and each round has a warm-up and decay of its own (learning-rate rewinding, Renda
-    et al. 2020): so the result depends on the weights before and the action, and on nothing else. Rank r takes the r-th share
-    of each step's sequences, so that a gang of any size reads the same tokens in a step.
+    et al. 2020): so the result depends on the weights before and the action, and on nothing else.
     """
-    num_sequences = engine.sequences_per_rank * engine.world_size
     context_tokens = blocks.tokens.shape[1]
-    num_steps = action.finetune_tokens // (num_sequences * context_tokens)
-    first = action.data_start_tokens // context_tokens + engine.rank * engine.sequences_per_rank
+    num_steps = action.finetune_tokens // (engine.sequences_per_rank * engine.world_size * context_tokens)
+    num_warmup, tail = round(num_steps * warmup_fraction), max(1, num_steps // 10)
     losses: list[Tensor] = []
-    for step in range(num_steps):
-        tokens = blocks.stream(first + step * num_sequences, engine.sequences_per_rank, action.seed)
-        rate = learning_rate_at(step, num_steps, action.learning_rate, round(num_steps * warmup_fraction))
-        losses.append(engine.train_step(tokens, rate))
-        after_step(step + 1)
-        if step % LOSS_CHECK_STEPS == LOSS_CHECK_STEPS - 1 or step == num_steps - 1:
-            tail = engine.mean(torch.stack(losses[-max(1, num_steps // 10):]).mean())
-            if not math.isfinite(tail):
-                raise Diverged(f"the training loss became {tail} within {step + 1} of {num_steps} steps at learning rate "
+
+    def mean_of_tail() -> float:
+        return engine.mean(torch.stack(losses[-tail:]).mean())
+
+    def look(num_done: int, loss: Tensor) -> None:
+        losses.append(loss)
+        after_step(num_done)
+        if num_done % LOSS_CHECK_STEPS == 0 or num_done == num_steps:
+            latest = mean_of_tail()
+            if not math.isfinite(latest):
+                raise Diverged(f"the training loss became {latest} within {num_done} of {num_steps} steps at learning rate "
                                f"{action.learning_rate:g}")
-    return tail
+
+    train(engine, blocks, range(num_steps), lambda step: learning_rate_at(step, num_steps, action.learning_rate, num_warmup),
+          look, first_sequence=action.data_start_tokens // context_tokens, seed=action.seed)
+    return mean_of_tail()

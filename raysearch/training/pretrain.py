@@ -33,7 +33,7 @@ from raysearch.study.records import hash_json
 from raysearch.study.storage import location
 from raysearch.training.data import Blocks, load_documents, pack, split_documents, train_tokenizer
 from raysearch.training.engine import Engine
-from raysearch.training.finetune import learning_rate_at
+from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
 
 PROGRESS_S = 5.0
@@ -252,23 +252,22 @@ def train_loop(job: dict[str, Any]) -> None:
     engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
                     batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens,
                     weight_decay=shape.weight_decay)
-    per_rank = engine.sequences_per_rank
     first_step = _load_checkpoint(engine)
     clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
                    job["checkpoint_every_s"])
     num_warmup = min(MAX_WARMUP_STEPS, num_steps // 10)
-    for step in range(first_step, num_steps):
-        start = (step * engine.world_size + engine.rank) * per_rank
-        tokens = blocks["train"].stream(start, per_rank, job["seed"])
-        loss = engine.train_step(tokens, learning_rate_at(step, num_steps, shape.learning_rate, num_warmup))
-        try:
-            checkpoint_now = clock.tick(step + 1, loss)
-        except FloatingPointError as error:  # on all ranks at once; raising would make Ray Train try it all again
-            if engine.rank == 0:
-                write_json(work / "measured.json", {"failure": str(error)})
-            return
-        if checkpoint_now and step + 1 < num_steps:
-            _save_checkpoint(engine, step + 1)
+
+    def after_step(num_done: int, loss: torch.Tensor) -> None:
+        if clock.tick(num_done, loss) and num_done < num_steps:
+            _save_checkpoint(engine, num_done)
+
+    try:
+        train(engine, blocks["train"], range(first_step, num_steps),
+              lambda step: learning_rate_at(step, num_steps, shape.learning_rate, num_warmup), after_step, seed=job["seed"])
+    except FloatingPointError as error:  # on all ranks at once; raising would make Ray Train try it all again
+        if engine.rank == 0:
+            write_json(work / "measured.json", {"failure": str(error)})
+        return
     train_s = time.monotonic() - clock.started
     validation_loss = held_out_loss(engine, blocks["report"])
     _write_model(engine, work / "model", getattr(torch, job["dtype"]))

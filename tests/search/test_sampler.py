@@ -22,7 +22,8 @@ def space(trial: optuna.Trial) -> dict[str, Any]:
 def candidate(key: str, sparsity: float, depth: int) -> RoundRecord:
     return RoundRecord(
         key=key, parent=None, action=None, depth=depth, num_parameters=100, num_prunable=80,
-        num_nonzero=100 - int(80 * sparsity), sparsity=sparsity, model_sparsity=0.8 * sparsity, layer_sparsity={}, stored_bytes=400, resident_bytes=400,
+        num_nonzero=100 - int(80 * sparsity), sparsity=sparsity, model_sparsity=0.8 * sparsity, layer_sparsity={},
+        stored_bytes=400, resident_bytes=400,
         metrics=metrics(sparsity, 0.0), train_loss=None, prune_s=0.0, finetune_s=0.0, evaluate_s=0.0, weights_sha256=None,
         provenance=PROVENANCE)
 

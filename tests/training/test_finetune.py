@@ -23,7 +23,10 @@ def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
 def test_fine_tuning_lowers_the_loss(worker: Worker) -> None:
     worker.engine.load_base()
     worker.loaded_key = None
-    losses = [finetune(worker.engine, worker.inputs.blocks, Action(
-                  sparsity=0.0, finetune_tokens=16 * TOKENS, learning_rate=3e-3, data_start_tokens=start), 0.1)
-              for start in (0, 16 * TOKENS)]
+    losses, steps = [], []
+    for start in (0, 16 * TOKENS):
+        worker.engine.restart(0.0)
+        action = Action(sparsity=0.0, finetune_tokens=16 * TOKENS, learning_rate=3e-3, data_start_tokens=start)
+        losses.append(finetune(worker.engine, worker.inputs.blocks, action, 0.1, steps.append))
     assert losses[1] < losses[0] - 0.1
+    assert steps == [*range(1, 65)] * 2

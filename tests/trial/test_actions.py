@@ -64,7 +64,7 @@ def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
     ({"sparsity": 0.5, "criterion": "luck"}, "criterion must be one of"),
     ({"sparsity": 0.5, "pattern": "luck"}, "pattern must be one of"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
-    ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context_tokens"),
+    ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning: it needs finetune_to"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0}, "l1_lambda and learning_rate must be at least 0"),
 ])
