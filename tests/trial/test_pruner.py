@@ -31,6 +31,21 @@ def measured(tiny_model: Path) -> dict[int, dict[str, Any]]:
     return {world_size: run_ranks(__file__, world_size, [str(tiny_model)]) for world_size in (1, 2)}
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gpu_makes_the_masks_of_the_cpu(measured: dict, tiny_model: Path, world_size: int) -> None:
+    if torch.cuda.device_count() < world_size:
+        pytest.skip(f"needs {world_size} GPUs")
+    found = run_ranks(__file__, world_size, [str(tiny_model)], on_gpus=True)
+    for stage, case in found.items():
+        for name, masks in measured[1][stage]["masks"].items():
+            assert case["masks"][name]["sha256"] == masks["sha256"], (stage, name)
+        assert case["come_back"] == {"values": True, "moments": True}
+        kept, wanted = case["movement"]["num_kept"], measured[1][stage]["movement"]["num_kept"]
+        assert sum(abs(kept[name] - num) for name, num in wanted.items()) <= 20  # sums on a GPU round otherwise
+        assert case["heads"]["pruned"] == measured[1][stage]["heads"]["pruned"]
+
+
 @pytest.mark.parametrize(("criterion", "pattern", "scope"), COMBINATIONS)
 def test_masks_are_the_same_for_every_stage_and_world_size(measured: dict, criterion: str, pattern: str, scope: str) -> None:
     name = f"{criterion}/{pattern}/{scope}"
@@ -156,7 +171,7 @@ def by_hand(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
 
 def made_up(name: str, start: int, num: int) -> Tensor:
     """What was "gathered" at flat indices start..: numbers that depend on the place alone, with ties."""
-    index = torch.arange(start, start + num) + sum(map(ord, name))
+    index = torch.arange(start, start + num) + sum(map(ord, name))  # on the CPU, so that a GPU gets the same
     return ((index * 2654435761 % 4093) / 64).round() / 16 - 16
 
 
@@ -172,7 +187,7 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
     for criterion, pattern, scope in COMBINATIONS:
         engine.load_base()
         Pruner(engine, Action(sparsity=0.2), 0).begin()  # some are pruned already
-        before = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+        before = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
         action = Action(criterion=criterion, pattern=pattern, scope=scope, sparsity=0.55, mask_interval_steps=1)
         pruner = Pruner(engine, action, num_steps=10)
         pruner.begin()
@@ -182,7 +197,7 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
             pruner.after_step(7)
         pruner.end()
         engine.restart(0.0)
-        after = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+        after = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
         digest, belongs = hashlib.sha256(), dict.fromkeys(after, torch.tensor(True))
         for mask in after.values():
             digest.update(mask.numpy().tobytes())
@@ -221,11 +236,12 @@ def movement_round(engine: Any) -> dict[str, Any]:
         pruner.after_step(step)
     scores = {}
     for shard in engine.prunable_shards:
-        whole = torch.zeros(torch.Size(engine.shapes[shard.name]).numel())
+        whole = torch.zeros(torch.Size(engine.shapes[shard.name]).numel(), device=engine.device)
         whole[shard.start:shard.start + shard.values.numel()] = shard.of(engine.optimizer.gathered)
         scores[shard.name] = whole
-    scores = {p.name: engine.all_reduce(scores.get(p.name, torch.zeros(torch.Size(p.shape).numel())))[:50].tolist()
-              for p in engine.prunables}
+    for p in engine.prunables:
+        nothing = torch.zeros(torch.Size(p.shape).numel(), device=engine.device)
+        scores[p.name] = engine.all_reduce(scores.get(p.name, nothing))[:50].tolist()
     pruner.end()
     names = [p.name for p in engine.prunables]
     with deepspeed.zero.GatheredParameters([engine.parameters[name] for name in names], enabled=engine.zero_stage == 3):
@@ -261,7 +277,7 @@ def head_logits(engine: Any) -> dict[str, Any]:
     Pruner(engine, Action(pattern="head", scope="layer", sparsity=0.5), 0).begin()
     engine.model.eval()
     with torch.no_grad():
-        logits = engine.model(input_ids=torch.arange(40).view(2, 20)).logits[:, -1, :20]
+        logits = engine.model(input_ids=torch.arange(40, device=engine.device).view(2, 20)).logits[:, -1, :20]
     size = engine.model.config.n_embd // engine.model.config.n_head
     pruned = [(layer, head) for layer in range(engine.model.config.n_layer) for head in range(engine.model.config.n_head)
               if not engine.gather(f"transformer.h.{layer}.attn.c_proj.weight")[head * size:(head + 1) * size].any()]
