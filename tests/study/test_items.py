@@ -64,6 +64,7 @@ def test_every_flipped_bit_and_every_cut_is_refused_or_changes_nothing(tmp_path:
     ({"t/m/numerator": np.zeros(2)}, "t/m/weight is not a file in the archive"),
     (items(2)._replace(cluster=np.zeros(2)), "t/m has arrays of other types or lengths"),
     (items(2)._replace(weight=np.ones(3)), "t/m has arrays of other types or lengths"),
+    (items(2)._replace(item=np.array(1)), "t/m has arrays of other types or lengths"),
     (items(2)._replace(cluster=np.array(["a", None], object)), "Object arrays cannot be loaded"),
 ])
 def test_what_are_no_items_is_refused(wrong: dict[str, np.ndarray] | Items, sentence: str, tmp_path: Path) -> None:
@@ -71,6 +72,12 @@ def test_what_are_no_items_is_refused(wrong: dict[str, np.ndarray] | Items, sent
     np.savez(tmp_path / "i.npz", names=["t/m"], **arrays)
     with pytest.raises(ValueError, match=rf"i.npz: not the items of a candidate \(.*{sentence}.*\); it was damaged or made by"):
         read_items(tmp_path / "i.npz")
+
+
+def test_a_lone_array_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "i.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"i.npy: not the items of a candidate \(it is no .npz, or not all of one\)"):
+        read_items(tmp_path / "i.npy")
 
 
 def test_a_missing_file_is_no_damaged_one(anywhere: AnyPath) -> None:
