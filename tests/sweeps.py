@@ -65,7 +65,8 @@ def check_whole(folder: Path, num_trials: int) -> Ledger:
     assert "quality at chance" in failed.reason or "training loss became" in failed.reason
     rounds = ledger.rounds()
     assert {key for trial in [*trials, *ledger.controls()] for key in trial.keys} | {ledger.study().root_key} == set(rounds)
-    assert {control.status for control in ledger.controls()} == ({"done"} if ledger.study().study.search.dense_control else set())
+    with_control = ledger.study().study.search.dense_control
+    assert {control.status for control in ledger.controls()} == ({"done"} if with_control else set())
     assert all(len(trial.keys) == 2 for trial in trials if trial.status == "done")
     study = optuna.load_study(study_name="raysearch", storage=JournalStorage(
         JournalFileBackend(str(ledger.directory / "journal.log"))))

@@ -69,7 +69,8 @@ class SyntheticStudy:
         return keys
 
     def finish(self, number: int, status: str = "done", num_finished: int | None = None, **changes: Any) -> list[str]:
-        """Plays the gang of a trial or a control that was begun: writes its rounds, at its actions' sparsities, and its record."""
+        """Plays the gang of a trial or a control that was begun: writes its rounds, with its actions' sparsities, and its
+        record."""
         begun = self.ledger.trial(number)
         keys: list[str] = []
         for depth, action in enumerate(begun.actions[:num_finished], start=1):

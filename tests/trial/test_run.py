@@ -56,8 +56,9 @@ def test_a_control_gains_what_training_alone_gives(apart: Worker, study: Study) 
 def test_a_control_is_scored_on_every_item_in_a_study_with_racing(apart: Worker, study: Study,
                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     """A learning rate that ruins the model: a trial's race against the dense baseline ends early, the control's does not."""
+    monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
     monkeypatch.setattr(apart, "study", study.replaced(racing_level=0.5))
-    ruined = Action(sparsity=0.0, finetune_tokens=256, learning_rate=0.05)
+    ruined = Action(sparsity=0.0, finetune_tokens=256, learning_rate=0.02)
     also = ruined.model_copy(update={"finetune_tokens": 512})
     dense = dense_round(apart)
     *_, trial = run_trial(apart, TrialRecord(number=0, config=None, actions=(ruined,), started_at=""))
