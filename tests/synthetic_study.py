@@ -108,9 +108,10 @@ class SyntheticStudy:
         path.write_text(record.model_dump_json())
 
 
-def twelve_trials(directory: Path) -> Path:
+def twelve_trials(directory: Path, controlled: bool = False) -> Path:
     """12 trials: 7 done, 2 failed (one before its first round), 2 stopped, 1 running; a shared prefix (trials 0 and
-    1), a duplicate (2 and 6), threshold mode (4), and report metrics on trials 1, 2, 3, 5 only."""
+    1), a duplicate (2 and 6), threshold mode (4), and report metrics on trials 1, 2, 3, 5 only. If `controlled`, with the
+    dense control, which is that of trial 3: 3 rounds of 3 epochs, so 2 - 0.075 bits per byte."""
     study = SyntheticStudy(directory)
     study.dense()
     linear = {"schedule": "linear", "finetune_epochs": 1.0}
@@ -129,4 +130,6 @@ def twelve_trials(directory: Path) -> Path:
     study.trial(10, [0.2, 0.4, 0.6], schedule="linear", scope="row", finetune_epochs=0.5, status="stopped",
                 num_finished=2, reason="time budget is spent")
     study.trial(11, [0.25, 0.5], schedule="linear", finetune_epochs=1.0, status="running", num_finished=1)
+    if controlled:
+        study.control()
     return directory

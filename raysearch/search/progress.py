@@ -70,8 +70,8 @@ class Progress:
         left = ""
         if self._gangs_ready_s is None:
             self._gangs_ready_s = elapsed
-        elif ended > self._before:
-            to_do = max(0, self.study.search.num_trials - ended - self.count["running"] / 2)  # what runs is half done
+        elif self._before < ended < self.study.search.num_trials:  # of the trials: no guess at the dense control and the report
+            to_do = self.study.search.num_trials - ended - self.count["running"] / 2  # what runs is half done
             left = f", about {(elapsed - self._gangs_ready_s) / (ended - self._before) * to_do:.0f} s left"
         counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
         self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "
