@@ -100,8 +100,8 @@ def test_headlines_compare_with_the_control(controlled: pd.DataFrame) -> None:
     sentences = headlines(controlled)
     assert sentences[0] == (
         "Smallest within one standard error of dense: sparsity 0.40 (trial 5 round 1), 680k non-zero parameters (68% of "
-        "dense), 2.82 MB stored (70%), text/bits_per_byte 2.025 ± 0.020, dense 2.010 ± 0.020, dense control 1.935 ± 0.020: a drop "
-        "of 0.015 ± 0.028 against dense and of 0.090 ± 0.028 against the control.")
+        "dense), 2.82 MB stored (70%), text/bits_per_byte 2.025 ± 0.020, dense 2.010 ± 0.020, dense control 1.935 ± 0.020: a "
+        "drop of 0.015 ± 0.028 against dense and of 0.090 ± 0.028 against the control.")
     assert sentences[2] == "No candidate is within one standard error of the dense control."
     assert sentences[-2] == (
         "The dense control, which has the longest trial's fine-tuning and is not pruned, is at text/bits_per_byte 1.935 ± "
