@@ -21,8 +21,15 @@ def setting(frame: pd.DataFrame, name: str) -> str:
 
 
 def candidates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round."""
-    return frame[frame["key"].notna() & ~frame["is_alias"]]
+    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round, and no
+    dense control, which is a baseline too and the same size."""
+    return frame[frame["key"].notna() & ~frame["is_alias"] & (frame["status"] != "control")]
+
+
+def pruned(frame: pd.DataFrame) -> pd.DataFrame:
+    """The candidates but for the dense baseline."""
+    pool = candidates(frame)
+    return pool[pool["status"] != "dense"]
 
 
 def dense(frame: pd.DataFrame) -> pd.Series | None:
@@ -31,10 +38,32 @@ def dense(frame: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.iloc[0]
 
 
+def control_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """The last row of the dense control, or no row while none was trained as long as the candidate that was trained longest:
+    one that is not finished, or that a longer trial has outgrown, is no measure of the candidates."""
+    rows = frame[(frame["status"] == "control") & frame["key"].notna()].sort_values(["trained_tokens", "key"])
+    longest = candidates(frame)["trained_tokens"].max()
+    return rows.tail(1) if len(rows) and pd.notna(longest) and rows["trained_tokens"].iloc[-1] >= longest else rows.head(0)
+
+
+def control(frame: pd.DataFrame) -> pd.Series | None:
+    """The row of `control_rows`, or None."""
+    rows = control_rows(frame)
+    return None if rows.empty else rows.iloc[0]
+
+
+def losses(rows: pd.DataFrame, reference: pd.Series, split: str) -> tuple[pd.Series, pd.Series]:
+    """(what each row loses against `reference` in the objective's unit, positive when worse; its standard error). The error is
+    as if the two scores were independent: they share their items, so the true one is usually smaller."""
+    column = f"{split}/{setting(rows, 'objective')}"
+    value = float(reference[column]) * (1 if higher_is_better(setting(rows, "objective")) else -1)
+    stderr = 0.0 if pd.isna(reference[f"{column}_stderr"]) else float(reference[f"{column}_stderr"])
+    return value - quality(rows, split), (quality_stderr(rows, split).fillna(0) ** 2 + stderr**2) ** 0.5
+
+
 def frontier_split(frame: pd.DataFrame) -> str:
     """The split that the frontier is drawn on: "report" once a candidate has the objective there, else "selection"."""
-    pruned = frame[frame["status"] != "dense"]
-    return "report" if setting(frame, "objective") in metric_names(pruned, "report") else "selection"
+    return "report" if setting(frame, "objective") in metric_names(pruned(frame), "report") else "selection"
 
 
 def quality(frame: pd.DataFrame, split: str) -> pd.Series:

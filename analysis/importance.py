@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from analysis.candidates import candidates, quality, setting
+from analysis.candidates import pruned, quality, setting
 from analysis.load import HYPERPARAMETERS
 
 Floats = npt.NDArray[np.float64]
@@ -29,8 +29,8 @@ def importance(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     `num_levels`. Shares of hyper-parameters that vary together count the same effect twice and do not add up to 1.
 
     ValueError when there is too little to say."""
-    pool = candidates(frame)
-    pool = pool[(pool["status"] != "dense") & quality(pool, "selection").notna()]
+    pool = pruned(frame)
+    pool = pool[quality(pool, "selection").notna()]
     num_trials = pool["trial"].nunique()
     if len(pool) < MIN_CANDIDATES or num_trials < MIN_TRIALS:
         raise ValueError(f"importance needs at least {MIN_CANDIDATES} candidates of {MIN_TRIALS} trials, "

@@ -15,17 +15,19 @@ HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 """Columns with what was asked of the trial."""
 SPLITS = ("selection", "report")
 _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
-             "finetune_tokens")
+             "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
            "finetune_s", "evaluate_s", "seconds", "trial_seconds")
 COLUMNS = ("trial", "round", "key", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
            "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *HYPERPARAMETERS, "action_sparsity",
-           "action_threshold", "finetune_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds", "trial_seconds")
+           "action_threshold", "finetune_tokens", "trained_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds",
+           "trial_seconds")
 
 
 def load(directory: str | AnyPath) -> pd.DataFrame:
-    """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense").
+    """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense") and before one per
+    round of each dense control (trial NA, status "control").
 
     Beside COLUMNS, each metric gives `SPLIT/TASK/METRIC` and `SPLIT/TASK/METRIC_stderr` for the splits "selection"
     and "report", in the metric's own unit, NaN where it was not scored; the objective's columns are always there.
@@ -34,6 +36,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
+    * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
@@ -42,11 +45,11 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
     ledger = Ledger.open(directory)
     record = ledger.study()
-    trials = ledger.trials()  # before the rounds: a running trial then names no round that is not read
+    trials = [*ledger.trials(), *ledger.controls()]  # before the rounds: a running one then names none that is not read
     rounds, reports = ledger.rounds(), ledger.reports()
     rows: list[dict[str, Cell]] = []
     if record.root_key in rounds:
-        rows.append({"round": 0, "status": "dense", **_round_cells(rounds[record.root_key], reports)})
+        rows.append({"round": 0, "status": "dense", "trained_tokens": 0, **_round_cells(rounds[record.root_key], reports)})
     for trial in trials:
         rows.extend(_trial_rows(ledger, trial, rounds, reports))
     search = record.study.search
@@ -73,14 +76,18 @@ def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
 
 def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports
                 ) -> list[dict[str, Cell]]:
-    common: dict[str, Cell] = {"trial": trial.number, "status": trial.status, "reason": trial.reason,
-                               "trial_seconds": trial.seconds, **trial.config.model_dump()}
-    rows = []
+    common: dict[str, Cell] = {"trial": None if trial.is_control else trial.number,
+                               "status": "control" if trial.is_control else trial.status, "reason": trial.reason,
+                               "trial_seconds": trial.seconds, **(trial.config.model_dump() if trial.config else {})}
+    rows: list[dict[str, Cell]] = []
+    trained_tokens = 0
     for number, key in enumerate(trial.keys, start=1):
         if key not in rounds:
-            raise ValueError(f"{ledger.directory}: trial {trial.number} names round {key}, but "
+            raise ValueError(f"{ledger.directory}: {trial.name} names round {key}, but "
                              f"rounds/{key}/record.json is missing; the study directory was damaged")
-        rows.append({**common, "round": number, **_round_cells(rounds[key], reports)})
+        action = rounds[key].action
+        trained_tokens += action.finetune_tokens if action else 0
+        rows.append({**common, "round": number, "trained_tokens": trained_tokens, **_round_cells(rounds[key], reports)})
     return rows or [common]
 
 

@@ -11,9 +11,13 @@ import plotly.offline
 
 from analysis.candidates import (
     candidates,
+    control,
+    control_rows,
     dense,
     frontier,
     frontier_split,
+    losses,
+    pruned,
     quality,
     quality_stderr,
     relative_hypervolume,
@@ -22,7 +26,7 @@ from analysis.candidates import (
 from analysis.importance import importance
 from analysis.load import load, metric_names
 from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, trajectory_figure
-from analysis.tables import describe_config, with_stderr
+from analysis.tables import describe_config, metric_pair, with_stderr
 from raysearch.config import higher_is_better
 from raysearch.study.files import new_file
 from raysearch.study.ledger import Ledger
@@ -49,29 +53,71 @@ def write_page(directory: str | AnyPath, out: str | AnyPath | None = None) -> An
 def headlines(frame: pd.DataFrame) -> list[str]:
     """What the study found, in sentences with numbers (plain text)."""
     split, size, baseline = frontier_split(frame), setting(frame, "size"), dense(frame)
-    pool = candidates(frame)
-    pruned = pool[(pool["status"] != "dense") & quality(pool, split).notna()]
-    if baseline is None or pruned.empty or pd.isna(baseline[f"{split}/{setting(frame, 'objective')}"]):
+    made = pruned(frame)
+    scored = made[quality(made, split).notna()]
+    if baseline is None or scored.empty or pd.isna(baseline[f"{split}/{setting(frame, 'objective')}"]):
         return ["No candidate can be compared with the dense baseline yet."]
-    goals = quality(pool, split)[pool["status"] == "dense"].iloc[0]
-    dense_stderr = quality_stderr(pool, split)[pool["status"] == "dense"].fillna(0).iloc[0]
-    loss = goals - quality(pruned, split)  # positive when worse than dense
-    noise = (quality_stderr(pruned, split).fillna(0) ** 2 + dense_stderr**2) ** 0.5
-    up = higher_is_better(setting(frame, "objective"))
-    limit, words = (0.01, "1 point") if up else (0.01 * abs(goals), "1 %")
-    sentences = [_smallest(frame, pruned[loss <= noise], "one standard error", split),
-                 _smallest(frame, pruned[loss <= limit], words, split)]
+    trained = _scored_control(frame, split)
+    sentences = [_describe_smallest(frame, smallest, words, split)
+                 for words, smallest in _nearest(scored, baseline, trained, split)]
     front = frontier(frame)
     num_front = int((front["status"] != "dense").sum())
-    sentences.append(f"{num_front} of {len(pruned)} candidates scored on the {split} split are on the frontier, from "
-                     f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(pool) - 1} candidates "
+    sentences.append(f"{num_front} of {len(scored)} candidates scored on the {split} split are on the frontier, from "
+                     f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(made)} candidates "
                      f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
                      f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
-    if (loss < -noise).any():
-        sentences.append(f"Better than the dense baseline by more than one standard error: {int((loss < -noise).sum())}. "
-                         "Fine-tuning trained them further than the baseline, so this says that the baseline was not trained "
-                         "to its end, not that pruning helps.")
+    if trained is not None:
+        sentences.append(_gain_of_training(frame, baseline, trained, split))
+    if (sentence := _better(scored, baseline, trained, split)) is not None:
+        sentences.append(sentence)
     return sentences
+
+
+def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str
+             ) -> list[tuple[str, pd.DataFrame]]:
+    """(limit in words, the smallest candidate within it) around dense and, where there is one, the dense control `trained`."""
+    objective = setting(scored, "objective")
+    loss, noise = losses(scored, baseline, split)
+    limit, words = (0.01, "1 point") if higher_is_better(objective) else (0.01 * abs(baseline[f"{split}/{objective}"]), "1 %")
+    by_noise, by_limit = (_smallest(scored[good], split) for good in (loss <= noise, loss <= limit))
+    around_dense = [("one standard error of dense", by_noise), (f"{words} of dense", by_limit)]
+    if trained is None:
+        return around_dense
+    loss, noise = losses(scored, trained, split)
+    by_control = _smallest(scored[loss <= noise], split)
+    if by_control["key"].tolist() == by_noise["key"].tolist():
+        return [("one standard error of dense, and of the dense control", by_noise), around_dense[1]]
+    return [*around_dense, ("one standard error of the dense control", by_control)]
+
+
+def _better(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str) -> str | None:
+    """How many candidates are better than dense, and what that says; None where none is."""
+    loss, noise = losses(scored, baseline, split)
+    better = scored[loss < -noise]
+    if better.empty:
+        return None
+    sentence = f"Better than the dense baseline by more than one standard error: {len(better)}"
+    if trained is not None:
+        loss, noise = losses(scored, trained, split)
+        return f"{sentence}; than the dense control: {int((loss < -noise).sum())}."
+    if (better["trained_tokens"] > 0).any():
+        sentence += (". Fine-tuning trained them further than the baseline, so this says that the baseline was not trained to "
+                     "its end, not that pruning helps")
+    return f"{sentence}."
+
+
+def _scored_control(frame: pd.DataFrame, split: str) -> pd.Series | None:
+    """The dense control where it can be compared on `split`."""
+    rows = control_rows(frame)
+    return None if quality(rows, split).dropna().empty else rows.iloc[0]
+
+
+def _gain_of_training(frame: pd.DataFrame, baseline: pd.Series, trained: pd.Series, split: str) -> str:
+    objective = setting(frame, "objective")
+    (loss,), (stderr,) = losses(control_rows(frame), baseline, split)
+    scores = [with_stderr(*metric_pair(row, objective, split)) for row in (trained, baseline)]
+    return (f"The dense control, which has the longest trial's fine-tuning and is not pruned, is at {objective} {scores[0]}, "
+            f"dense at {scores[1]}: fine-tuning alone gains {with_stderr(-loss, stderr)}.")
 
 
 def optimism(frame: pd.DataFrame) -> pd.DataFrame:
@@ -92,19 +138,29 @@ def optimism(frame: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(optimism=rows["report_loss"] - rows["selection_loss"], optimism_stderr=variance**0.5)
 
 
-def _smallest(frame: pd.DataFrame, good: pd.DataFrame, words: str, split: str) -> str:
-    if good.empty:
-        return f"No candidate is within {words} of the dense baseline."
-    size, objective = setting(frame, "size"), setting(frame, "objective")
-    best = good.assign(minus=-quality(good, split)).sort_values([size, "minus", "key"]).iloc[0]
-    baseline = frame[frame["status"] == "dense"].iloc[0]
-    value, reference = (with_stderr(*(float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr")))
-                        for row in (best, baseline))
+def _smallest(good: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The row of the smallest of these candidates, the better one of equal ones; none of none."""
+    return good.assign(minus=-quality(good, split)).sort_values([setting(good, "size"), "minus", "key"]).head(1)
+
+
+def _describe_smallest(frame: pd.DataFrame, smallest: pd.DataFrame, words: str, split: str) -> str:
+    """The one row or none of `_smallest`, as within `words`, with what it loses where there is a dense control."""
+    if smallest.empty:
+        return f"No candidate is within {words}."
+    objective = setting(frame, "objective")
+    best, baseline, trained = smallest.iloc[0], frame[frame["status"] == "dense"].iloc[0], _scored_control(frame, split)
+    value, reference = (with_stderr(*metric_pair(row, objective, split)) for row in (best, baseline))
+    compared = ""
+    if trained is not None:
+        to_dense, to_control = (with_stderr(*(float(column.iloc[0]) for column in losses(smallest, row, split)))
+                                for row in (baseline, trained))
+        compared = (f", dense control {with_stderr(*metric_pair(trained, objective, split))}: a drop of {to_dense} against "
+                    f"dense and of {to_control} against the control")
     share, stored_share = (best[name] / baseline[name] for name in ("num_nonzero", "stored_bytes"))
-    return (f"Smallest within {words} of dense: sparsity {best['sparsity']:.2f} (trial {best['trial']} round "
+    return (f"Smallest within {words}: sparsity {best['sparsity']:.2f} (trial {best['trial']} round "
             f"{best['round']}), {human_count(best['num_nonzero'])} non-zero parameters ({share:.0%} of dense), "
             f"{human_bytes(best['stored_bytes'])} stored ({stored_share:.0%}), {objective} {value}, "
-            f"dense {reference}.")
+            f"dense {reference}{compared}.")
 
 
 def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
@@ -183,13 +239,13 @@ def _meta(frame: pd.DataFrame, record: StudyRecord) -> str:
 
 def _cards(frame: pd.DataFrame) -> str:
     """The four numbers to remember."""
-    split, pool = frontier_split(frame), candidates(frame)
+    split = frontier_split(frame)
     front = frontier(frame)
     front = front[front["status"] != "dense"]
     hypervolume = relative_hypervolume(frame)
-    pruned = pool[pool["status"] != "dense"]
-    computed = float(pruned["seconds"].sum())
-    cards = [(str(len(pruned)), "candidates"), (str(len(front)), f"on the frontier ({split} split)"),
+    rounds = frame[(frame["status"] != "dense") & ~frame["is_alias"]]  # the dense control's too
+    computed = float(rounds["seconds"].sum())
+    cards = [(str(len(pruned(frame))), "candidates"), (str(len(front)), f"on the frontier ({split} split)"),
              ("-" if math.isnan(hypervolume) else f"{hypervolume:.3f}", "hypervolume, relative to dense"),
              (f"{computed / 60:.1f} min" if computed < 7200 else f"{computed / 3600:.1f} h", "computing, all rounds")]
     return '<div class="cards">' + "".join(
@@ -199,23 +255,24 @@ def _cards(frame: pd.DataFrame) -> str:
 
 def _frontier_caption(frame: pd.DataFrame) -> str:
     """Which candidates are in the picture of which split, and why the two must not be compared."""
-    pool = candidates(frame)
-    pruned = pool[pool["status"] != "dense"]
-    num_scored = {split: int(quality(pruned, split).notna().sum()) for split in ("selection", "report")}
+    made = pruned(frame)
+    num_scored = {split: int(quality(made, split).notna().sum()) for split in ("selection", "report")}
+    in_amber = ("" if control(frame) is None else " In amber: the dense control, which has the longest trial's fine-tuning and "
+                "is not pruned. What it gains on the baseline, candidates owe to training and not to pruning.")
     colours = ("Blue: candidates that no other one beats in both size and quality. Grey: beaten by another one. Dotted line: "
-               "the dense baseline. Bars and band: one standard error; candidates share their items, so the error of a "
-               "difference between two is usually smaller than the bars suggest.")
+               f"the dense baseline.{in_amber} Bars and bands: one standard error; candidates share their items, so the error "
+               "of a difference between two is usually smaller than the bars suggest.")
     if frontier_split(frame) == "report":
-        splits = (f"The report split, which the search never saw, was scored for the {num_scored['report']} of {len(pruned)} "
+        splits = (f"The report split, which the search never saw, was scored for the {num_scored['report']} of {len(made)} "
                   "candidates that the search chose; choose from these. The button “selection split” shows the "
                   f"{num_scored['selection']} candidates scored there, with that split's own dense baseline and frontier. The "
                   "search chose by those values, so they flatter what it chose. Each split holds other items: a value of one "
                   "says nothing beside a value of the other.")
     else:
         splits = (f"Nothing has been scored on the report split yet, so this shows the {num_scored['selection']} of "
-                  f"{len(pruned)} candidates scored on the selection split. The search chooses by these values, so they "
+                  f"{len(made)} candidates scored on the selection split. The search chooses by these values, so they "
                   "flatter what it chose: expect the report split to be a little worse. Run the sweep to its end.")
-    num_raced = int(pruned["dominated_by"].notna().sum())
+    num_raced = int(made["dominated_by"].notna().sum())
     raced = f" {num_raced} whose scoring a race stopped early are in neither picture." if num_raced else ""
     return f"{colours} {splits}{raced}"
 
@@ -228,12 +285,11 @@ def _frontier_table(frame: pd.DataFrame) -> str:
     others = [name for name in metric_names(front, split) if name != objective]  # last: a screen seldom holds them all
     header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident", objective.replace("/", "/ "),
               "P(front)", "how it was pruned", *(name.replace("/", "/ ") for name in others)]
-    pool = pd.concat([front, candidates(frame)[lambda rows: (rows["status"] == "dense")
-                                               & ~rows["key"].isin(front["key"])]])
+    baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
+    pool = pd.concat([front, baseline, control_rows(frame)])
     rows = []
     for _, row in pool.iterrows():
-        score, *scores = [with_stderr(*(float(row[f"{split}/{name}{end}"]) for end in ("", "_stderr")))
-                          for name in (objective, *others)]
+        score, *scores = [with_stderr(*metric_pair(row, name, split)) for name in (objective, *others)]
         rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), f"{row['sparsity']:.3f}",
                      f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
                      human_bytes(row["resident_bytes"]), score,
@@ -262,8 +318,7 @@ def _importance(frame: pd.DataFrame) -> tuple[str, str]:
         table = importance(frame)
     except ValueError as error:
         return f"<p>Not shown: {html.escape(str(error))}.</p>", ""
-    pool = candidates(frame)
-    pool = pool[pool["status"] != "dense"]
+    pool = pruned(frame)
     return _plot(importance_figure(table, frame), "importance"), (
         f"From {len(pool)} candidates of {pool['trial'].nunique()} trials, selection split: the objective is ranked, a "
         "cubic in the rank of the size is taken out, and a bar is the share of the remaining variance that the levels "
@@ -273,13 +328,15 @@ def _importance(frame: pd.DataFrame) -> tuple[str, str]:
 
 
 def _ends(frame: pd.DataFrame) -> tuple[str, str]:
-    rows = frame[frame["status"].isin(["failed", "stopped"])]
+    of_control = (frame["status"] == "control") & frame["reason"].notna()
+    rows = frame[frame["status"].isin(["failed", "stopped"]) | of_control]
     if rows.empty:
         return "<p>None.</p>", ""
     cells = []
-    for number, path in rows.groupby("trial"):
+    for _, path in rows.groupby(["trial", "reason"], dropna=False):  # controls have no number
         row = path.iloc[0]
-        cells.append([str(number), str(row["status"]), str(int(path["round"].notna().sum())), describe_config(row),
+        cells.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["status"]),
+                      str(int(path["round"].notna().sum())), describe_config(row),
                       "not recorded" if pd.isna(row["reason"]) else str(row["reason"])])
     return (_table(["trial", "status", "rounds", "how it was pruned", "reason"], cells,
                    left=("status", "how it was pruned", "reason")),
@@ -302,6 +359,10 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> str:
          "baseline."),
         ("standard error", "over the items of a task, as lm-eval gives it; it does not cover the luck of the training "
          "seed."),
+        ("dense control", "the dense model after the longest trial's rounds of fine-tuning, with that trial's learning rate, "
+         "without pruning and L1: what a candidate gains from training alone. It is the control of a pruned model only at "
+         "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control else
+         "off (dense_control): part of what a candidate gains is its fine-tuning."),
         ("not measured", "latency and throughput: fewer non-zero parameters do not by themselves make a model faster."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "

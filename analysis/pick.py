@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import pandas as pd
+from pydantic import Field
 
-from analysis.candidates import candidates, dense, quality, setting
+from analysis.candidates import control, dense, pruned, quality, setting
 from analysis.load import HYPERPARAMETERS, metric_names
-from analysis.tables import aligned, describe_config, with_stderr
+from analysis.tables import aligned, describe_config, metric_pair, with_stderr
 from raysearch.config import Frozen, higher_is_better, parse
 from raysearch.study.files import write_json
 from raysearch.study.storage import AnyPath, location
@@ -45,8 +46,7 @@ class Check(Frozen):
     margin: float
     """Room left in the constraint's unit: negative when it is missed."""
     stderr: float | None
-    """Standard error of `value`; None when exact or unknown. For max_drop it adds the errors of candidate and
-    baseline as if independent; they share items, so the true error is usually smaller."""
+    """Standard error of `value`; None when exact or unknown. For max_drop that of `drop`."""
     within_1_stderr: bool
     """The margin is smaller than one standard error: a new set of items could turn the verdict."""
     within_2_stderr: bool
@@ -87,6 +87,8 @@ class Pick(Candidate):
     objective: str
     dense_metrics: dict[str, Measured]
     """Of the dense baseline, on the report split."""
+    control_metrics: dict[str, Measured] = Field(default_factory=dict)
+    """Of the dense control, on the report split; empty without one."""
     dense_stored_bytes: int
     dense_num_nonzero: int
     num_satisfying: int
@@ -136,8 +138,10 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
     passing = [_candidate(row, of_row) for row, of_row in zip(rows, checks) if all(one.margin >= 0 for one in of_row)]
     if not passing:
         raise ValueError(_why_none(rows, constraints, checks, baseline))
+    trained = control(frame)
     return Pick(**dict(passing[0]), study_directory=setting(frame, "directory"), model=setting(frame, "model"),
                 size=setting(frame, "size"), objective=objective, dense_metrics=_measured(baseline),
+                control_metrics={} if trained is None else _measured(trained),
                 dense_stored_bytes=int(baseline["stored_bytes"]), dense_num_nonzero=int(baseline["num_nonzero"]),
                 num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]))
 
@@ -163,22 +167,46 @@ def read_pick(path: str | AnyPath) -> Pick:
 
 
 def describe_pick(result: Pick) -> str:
-    """The pick for a terminal, without a final newline: what it is, its metrics beside the dense baseline's, every
-    constraint with its margin, and the runners-up."""
+    """The pick for a terminal, without a final newline: what it is, its metrics beside those of the dense baseline and the
+    dense control, every constraint with its margin, what it loses against the control, and the runners-up."""
     text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
             f"pruned {describe_config(pd.Series(result.config, dtype=object))}\n")
-    rows = [[name, with_stderr(*_pair(measured)), with_stderr(*_pair(result.dense_metrics.get(name)))]
+    others = {"dense": result.dense_metrics} | ({"control": result.control_metrics} if result.control_metrics else {})
+    rows = [[name, with_stderr(*_pair(measured)), *(with_stderr(*_pair(of_other.get(name))) for of_other in others.values())]
             for name, measured in result.metrics.items()]
-    text += aligned(["report split", "picked", "dense"], rows, left=("report split",))
+    text += aligned(["report split", "picked", *others], rows, left=("report split",))
     for check in result.checks:
         noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
         number = ",.0f" if check.constraint.metric is None else ".4g"
         text += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+    limited = [check.constraint.metric for check in result.checks if check.constraint.kind == "max_drop"]
+    for metric in dict.fromkeys(limited or [result.objective]):
+        text += _drop_against_control(result, metric)
     for other in result.runners_up:
         text += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
     return text.rstrip("\n")
+
+
+def drop(metric: str, candidate: Measured, reference: Measured) -> tuple[float, float | None]:
+    """(what `candidate` loses against `reference`, positive when worse, in the unit of max_drop; its standard error). The error
+    adds those of both as if independent; they share their items, so the true one is usually smaller."""
+    unit = 100 if higher_is_better(metric) else -1
+    stderr = None
+    if candidate.stderr is not None and reference.stderr is not None:
+        stderr = math.hypot(candidate.stderr, reference.stderr) * abs(unit)
+    return unit * (reference.value - candidate.value), stderr
+
+
+def _drop_against_control(result: Pick, metric: str | None) -> str:
+    """One line, or nothing where the control or the metric is missing."""
+    if metric not in result.control_metrics or metric not in result.metrics:
+        return ""
+    value, stderr = drop(metric, result.metrics[metric], result.control_metrics[metric])
+    noise = "" if stderr is None else f", standard error {stderr:.3g}"
+    return (f"drop against the dense control, which was fine-tuned as long without pruning: {metric} {value:.4g}"
+            f"{' points' if higher_is_better(metric) else ''}{noise}\n")
 
 
 def _sizes(candidate: Candidate) -> str:
@@ -209,8 +237,7 @@ def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str)
 def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     """The dense baseline and the pruned candidates that have report metrics; refuses where one is missing."""
     baseline = dense(frame)
-    pool = candidates(frame)
-    pool = pool[pool["status"] != "dense"]
+    pool = pruned(frame)
     if pool.empty:
         raise ValueError(f"{setting(frame, 'directory')}: no candidate has finished, so there is nothing to pick from; "
                          "run the sweep to its end")
@@ -228,14 +255,10 @@ def _check(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check
     if constraint.metric is None:
         value = float(row["stored_bytes" if constraint.kind == "max_bytes" else "num_nonzero"])
     else:
-        measured, error = _value(row, constraint.metric)
-        value, stderr = measured, error
+        measured = _value(row, constraint.metric)
+        value, stderr = measured.value, measured.stderr
         if constraint.kind == "max_drop":
-            dense_value, dense_error = _value(baseline, constraint.metric)
-            up = higher_is_better(constraint.metric)
-            value = 100 * (dense_value - measured) if up else measured - dense_value
-            if error is not None and dense_error is not None:
-                stderr = math.hypot(error, dense_error) * (100 if up else 1)
+            value, stderr = drop(constraint.metric, measured, _value(baseline, constraint.metric))
     value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
     margin = round(value - constraint.limit if constraint.kind == "min" else constraint.limit - value, 9)
     return Check(constraint=constraint, value=value, margin=margin, stderr=stderr,
@@ -243,17 +266,16 @@ def _check(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check
                  within_2_stderr=stderr is not None and abs(margin) < 2 * stderr)
 
 
-def _value(row: pd.Series, metric: str) -> tuple[float, float | None]:
-    stderr = float(row[f"report/{metric}_stderr"])
-    return float(row[f"report/{metric}"]), None if math.isnan(stderr) else stderr
+def _value(row: pd.Series, metric: str) -> Measured:
+    value, stderr = metric_pair(row, metric, "report")
+    return Measured(value=value, stderr=None if math.isnan(stderr) else stderr)
 
 
 def _measured(row: pd.Series) -> dict[str, Measured]:
     names = [str(name)[len("report/"):-len("_stderr")] for name in row.index
              if str(name).startswith("report/") and str(name).endswith("_stderr")]
     values = {name: _value(row, name) for name in names}
-    return {name: Measured(value=value, stderr=stderr) for name, (value, stderr) in values.items()
-            if not math.isnan(value)}
+    return {name: measured for name, measured in values.items() if not math.isnan(measured.value)}
 
 
 def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:

@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from analysis.candidates import SIZES, candidates, frontier, frontier_split, quality, quality_stderr, setting
+from analysis.candidates import SIZES, candidates, control_rows, frontier, frontier_split, quality, quality_stderr, setting
 from analysis.tables import describe_config, with_stderr
 from raysearch.config import higher_is_better
 from raysearch.units import human_bytes
@@ -30,9 +30,9 @@ def frontier_figure(frame: pd.DataFrame) -> go.Figure:
     """Size against the objective on one split at a time, with buttons for the size and, where both were scored, the split.
 
     It opens on the report split once a candidate is scored there; the selection split holds all candidates. Each has its
-    own frontier (a staircase, error bars of one standard error), its own dense baseline (a line with a band of one standard
-    error) and its own range of y; all other candidates are grey. The splits never share a picture: they hold different
-    items, and one may be easier by more than the candidates differ."""
+    own frontier (a staircase, error bars of one standard error), its own dense baseline and dense control (dotted lines, each
+    with a band of one standard error) and its own range of y; all other candidates are grey. The splits never share a picture:
+    they hold different items, and one may be easier by more than the candidates differ."""
     splits = ["report", "selection"] if frontier_split(frame) == "report" else ["selection"]
     sizes = sorted(SIZES, key=lambda size: size != setting(frame, "size"))
     drawn = {(split, size): _frontier_traces(frame, split, size) for split in splits for size in sizes}
@@ -56,7 +56,7 @@ def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
     """The objective on the selection split along the rounds of every trial, from the dense baseline on; one colour
     per trial, and at its last finished round a marker for its status. Buttons: against sparsity, or rounds."""
     objective = setting(frame, "objective")
-    rows = frame[quality(frame, "selection").notna()].sort_values(["trial", "round"])
+    rows = frame[quality(frame, "selection").notna() & (frame["status"] != "control")].sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
     start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
     numbers = sorted({int(trial) for trial in rows["trial"]})
@@ -118,8 +118,8 @@ def made_with(frame: pd.DataFrame) -> str:
 
 
 def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scatter]:
-    """Candidates beside the frontier, frontier, dense baseline: always these three, so that the traces of one size can
-    take the place of another's. Only what was scored on `split`; plotly leaves an empty one out of the legend."""
+    """Candidates beside the frontier, frontier, dense baseline, dense control: always these four, so that the traces of one
+    size can take the place of another's. Only what was scored on `split`; plotly leaves an empty one out of the legend."""
     pool = candidates(frame)
     pool = pool[quality(pool, split).notna()]
     front = frontier(frame, split, size)
@@ -128,21 +128,34 @@ def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scat
     staircase = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2, "shape": "hv"},
                  "marker": {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1.2}}}
     dots = {"mode": "markers", "marker": {"color": PALE, "size": 8 if len(beaten) <= 150 else 5}}
-    diamond = {"mode": "markers", "marker": {"color": INK, "size": 11, "symbol": "diamond"}}
+    trained = control_rows(frame)
+    trained = trained[quality(trained, split).notna()]
     return [_trace(beaten, split, size, "not on the frontier", PALE, dots),
             _trace(front, split, size, f"frontier ({split} split, ± 1 standard error)", BLUE, staircase),
-            _trace(pool[is_dense], split, size, "dense baseline", INK, diamond)]
+            _trace(pool[is_dense], split, size, "dense baseline", INK, _diamond(INK)),
+            _trace(trained, split, size, "dense control, trained as long", AMBER, _diamond(AMBER))]
+
+
+def _diamond(colour: str) -> dict[str, object]:
+    return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": "diamond"}}
 
 
 def _trace(rows: pd.DataFrame, split: str, size: str, name: str, colour: str, look: Mapping[str, object]) -> go.Scatter:
     objective = setting(rows, "objective")
-    hover = [_hover(row, f"{split}/{objective}", "dense baseline" if row["status"] == "dense" else
-                    f"trial {row['trial']}, round {row['round']} ({row['status']})") for _, row in rows.iterrows()]
+    hover = [_hover(row, f"{split}/{objective}", _title(row)) for _, row in rows.iterrows()]
     return go.Scatter(  # abs: the quality of a metric where lower is better is its negative
         x=rows[size].astype(float).tolist(), y=quality(rows, split).abs().tolist(), name=name, hovertext=hover,
         hoverinfo="text", error_y={"array": quality_stderr(rows, split).fillna(0).tolist(), "color": colour,
                                    "thickness": 1.2 if colour == BLUE else 0.6, "width": 3 if colour == BLUE else 0},
         **look)
+
+
+def _title(row: pd.Series) -> str:
+    if row["status"] == "dense":
+        return "dense baseline"
+    if row["status"] == "control":
+        return f"dense control, round {row['round']}"
+    return f"trial {row['trial']}, round {row['round']} ({row['status']})"
 
 
 def _hover(row: pd.Series, column: str, title: str) -> str:
@@ -170,19 +183,19 @@ def _view(frame: pd.DataFrame, split: str) -> dict[str, object]:
     objective = setting(frame, "objective")
     direction = "higher" if higher_is_better(objective) else "lower"
     return {"yaxis.title.text": f"{html.escape(objective)}<br>{split} split ({direction} is better)",
-            "shapes": _dense_band(frame, split), **_limited_y(frame, split)}
+            "shapes": [*_bands(frame[frame["status"] == "dense"], split, INK), *_bands(control_rows(frame), split, AMBER)],
+             **_limited_y(frame, split)}
 
 
-def _dense_band(frame: pd.DataFrame, split: str) -> list[dict[str, object]]:
-    """The dense baseline's value on `split` as a dotted line, one standard error around it as a band."""
-    baseline = frame[frame["status"] == "dense"]
+def _bands(rows: pd.DataFrame, split: str, colour: str) -> list[dict[str, object]]:
+    """The value of each row on `split` as a dotted line, one standard error around it as a band."""
     shapes: list[dict[str, object]] = []
-    for value, stderr in zip(quality(baseline, split).abs(), quality_stderr(baseline, split).fillna(0)):
+    for value, stderr in zip(quality(rows, split).abs(), quality_stderr(rows, split).fillna(0)):
         if not np.isnan(value):
             across = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
-            shapes.append({"type": "rect", "y0": value - stderr, "y1": value + stderr, "fillcolor": INK, "opacity": 0.07,
+            shapes.append({"type": "rect", "y0": value - stderr, "y1": value + stderr, "fillcolor": colour, "opacity": 0.07,
                            "line": {"width": 0}, **across})
-            shapes.append({"type": "line", "y0": value, "y1": value, "line": {"color": INK, "width": 1.2, "dash": "dot"},
+            shapes.append({"type": "line", "y0": value, "y1": value, "line": {"color": colour, "width": 1.2, "dash": "dot"},
                            **across})
     return shapes
 
@@ -193,12 +206,13 @@ def _size_title(size: str) -> str:
 
 def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
     """Layout that keeps a few ruined candidates from flattening the figure: where the values on `split` span more than
-    three times those of its frontiers (by each size) and dense baseline, the axis opens on these, and a note counts the
-    candidates outside."""
+    three times those of its frontiers (by each size), dense baseline and dense control, the axis opens on these, and a note
+    counts the candidates outside."""
     pool = candidates(frame)
     values = quality(pool, split).abs()
     on_frontier = {key for size in SIZES for key in frontier(frame, split, size)["key"]}
     matter = values[pool["key"].isin(on_frontier) | (pool["status"] == "dense")].dropna()
+    matter = pd.concat([matter, quality(control_rows(frame), split).abs().dropna()])
     if matter.empty or values.max() - values.min() <= 3 * (matter.max() - matter.min()):
         return {"yaxis.autorange": True, "annotations": []}
     pad = 0.15 * (matter.max() - matter.min()) or 0.05 * matter.max()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.candidates import dense, frontier, frontier_split, setting
+from analysis.candidates import control, frontier, frontier_split, pruned, setting
 from raysearch.units import human_bytes, human_count
 
 MAX_WIDTH = 140
@@ -22,7 +22,7 @@ def results_table(frame: pd.DataFrame, format: str = "table", frontier_only: boo
         raise ValueError(f"format must be table, json or csv, got {format!r}")
     front = frontier(frame)
     rows = front if frontier_only else frame
-    rows = rows.assign(on_frontier=rows["key"].isin(front["key"]))
+    rows = rows.assign(on_frontier=rows["key"].isin(front["key"]) & (rows["status"] != "control"))
     if format == "csv":
         return rows.to_csv(index=False)
     if format == "json":
@@ -50,10 +50,15 @@ def with_stderr(value: float, stderr: float) -> str:
     return f"{value:.{decimals}f}" if np.isnan(stderr) else f"{value:.{decimals}f} ± {stderr:.{decimals}f}"
 
 
+def metric_pair(row: pd.Series, metric: str, split: str) -> tuple[float, float]:
+    """A metric of a row and its standard error, for `with_stderr`; NaN where unknown."""
+    return float(row[f"{split}/{metric}"]), float(row[f"{split}/{metric}_stderr"])
+
+
 def describe_config(row: pd.Series) -> str:
     """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
     if pd.isna(row["schedule"]):
-        return "dense baseline"
+        return {"dense": "dense baseline", "control": "dense control"}.get(str(row.get("status")), "given as actions")
     if pd.notna(row["threshold"]):
         aim = f"threshold {row['threshold']:.3g}" + (" std" if row["threshold_unit"] == "std" else "")
     elif pd.notna(row["rate"]):
@@ -77,10 +82,14 @@ def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", "selection", "report",
               "seconds", "how"]
     cells = [_terminal_row(row, objective) for _, row in rows.iterrows()]
-    num_models = int((frame["key"].notna() & ~frame["is_alias"]).sum()) - (dense(frame) is not None)
+    num_models = len(pruned(frame))
     legend = (f"* on the frontier of the {frontier_split(frame)} split; = same model as an earlier row; selection and "
               f"report: {objective} ± stderr\n{num_models} candidates, {len(rows)} rows shown\n")
     lines = (aligned(header, cells, left=("status", "how")) + legend).splitlines()
+    if (trained := control(frame)) is not None:
+        scores = [f"{split} {with_stderr(*metric_pair(trained, objective, split))}" for split in ("selection", "report")
+                  if pd.notna(trained[f"{split}/{objective}"])]
+        lines.append(f"dense control (the longest trial's fine-tuning, without pruning): {', '.join(scores)}")
     if rows["dominated_by"].notna().any():
         lines.append("~ dominated: scoring stopped early, its selection is of some items only and not final")
     return "".join(f"{line if len(line) <= MAX_WIDTH else line[:MAX_WIDTH - 1] + '…'}\n" for line in lines)
@@ -94,8 +103,7 @@ def _terminal_row(row: pd.Series, objective: str) -> list[str]:
     how = describe_config(row)
     if pd.isna(row["key"]):
         return [mark, trial, "-", str(row["status"]), *[""] * 7, how]
-    scores = [with_stderr(*(float(row[f"{split}/{objective}{end}"]) for end in ("", "_stderr")))
-              for split in ("selection", "report")]
+    scores = [with_stderr(*metric_pair(row, objective, split)) for split in ("selection", "report")]
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]), *scores,
             f"{row['seconds']:.1f}", how]

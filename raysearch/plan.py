@@ -23,6 +23,7 @@ from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
 from raysearch.study.storage import AnyPath, location
 from raysearch.training.finetune import Diverged
+from raysearch.trial.actions import control_actions, longest
 from raysearch.trial.inputs import Inputs, check_objectives, read_inputs, resolve
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
@@ -164,15 +165,18 @@ def describe_plan(plan: Plan) -> str:
     starts = range(0, len(plan.trials), study.search.num_trials)
     studies = [plan.trials[start:start + study.search.num_trials] for start in starts]
     rounds = [distinct_rounds(plan.root_key, trials) for trials in studies]
+    with_control = [distinct_rounds(plan.root_key, [*trials, control_actions(longest(trials))]) if study.search.dense_control
+                    else distinct for trials, distinct in zip(studies, rounds)]
     dense_s = calibration.evaluate_s
     busy_h = [(dense_s + sum(rank_seconds(action, study, calibration) for action in distinct.values())) / 3600
-              for distinct in rounds]
+              for distinct in with_control]
     lengths = [len(actions) for actions in plan.trials]
     num_rounds = statistics.fmean(sum(map(len, trials)) for trials in studies)
     num_distinct = statistics.fmean(map(len, rounds))
     at_once = min(study.search.max_concurrent, study.search.num_trials)
     unit, per_rank = ("GPU", cluster.gpus_per_rank) if cluster.gpus_per_rank else ("CPU", cluster.cpus_per_rank)
-    disk_bytes = num_distinct * calibration.candidate_bytes
+    num_control = statistics.fmean(map(len, with_control)) - num_distinct
+    disk_bytes = (num_distinct + num_control) * calibration.candidate_bytes
     free = (f"of disk, {human_bytes(shutil.disk_usage(_existing(plan.directory)).free)} are free"
             if isinstance(plan.directory, Path) else "of objects")
     measured = f"measured on one rank here: {calibration.device}"
@@ -187,7 +191,8 @@ def describe_plan(plan: Plan) -> str:
         f"{at_once * cluster.num_ranks * cluster.cpus_per_rank:g} CPU; fewer where the cluster has fewer",
         f"rounds      {statistics.fmean(lengths):.1f} per trial ({min(lengths)} to {max(lengths)}, {len(lengths)} "
         "random draws)",
-        f"            {num_rounds:.0f} in all, of which {num_rounds - num_distinct:.1f} are shared prefixes, run once",
+        f"            {num_rounds:.0f} in all, of which {num_rounds - num_distinct:.1f} are shared prefixes, run once; "
+        f"{num_control:.1f} of the dense control beside them",
         measured,
         f"            step of {study.training.batch_tokens // cluster.num_ranks} tokens {calibration.step_s:.3f} s, prune "
         f"{calibration.prune_s:.3f} s, evaluation {calibration.evaluate_s:.2f} s "

@@ -5,11 +5,12 @@ import time
 from datetime import datetime
 from typing import Any
 
-from analysis.candidates import dense, frontier
+from analysis.candidates import dense, frontier, pruned
 from analysis.load import load
 from analysis.tables import with_stderr
 from raysearch.config import Frozen
 from raysearch.study.ledger import Ledger
+from raysearch.study.records import TrialRecord
 from raysearch.study.storage import AnyPath
 from raysearch.units import human_bytes, human_count
 
@@ -30,6 +31,18 @@ class FailedTrial(Frozen):
     number: int
     reason: str
     log_path: str | None
+
+
+class ControlStatus(Frozen):
+    """The newest dense control: the longest trial's fine-tuning without pruning."""
+
+    status: str
+    num_rounds_done: int
+    num_rounds: int
+    reason: str | None
+    value: float | None
+    """The objective on the selection split, after its last finished round."""
+    stderr: float | None
 
 
 class FrontierCandidate(Frozen):
@@ -64,6 +77,8 @@ class StudyStatus(Frozen):
     num_candidates: int
     """Finished rounds, without the dense baseline."""
     dense_value: float | None
+    control: ControlStatus | None
+    """None while none has begun."""
     frontier: tuple[FrontierCandidate, ...]
     """Smallest first."""
     silent_s: float
@@ -82,8 +97,9 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     now = time.time()
     trials = ledger.trials()
     written = {int(path.stem): path.stat().st_mtime for path in (ledger.directory / "trials").glob("[0-9]*.json")}
-    others = [*ledger.directory.glob("study.json"), *ledger.directory.glob("journal.log"),
-              *(ledger.directory / "rounds").glob("[!.]*/*.json")]
+    controls = ledger.controls()
+    others = [*(ledger.directory / "trials").glob("-[0-9]*.json"), *ledger.directory.glob("study.json"),
+              *ledger.directory.glob("journal.log"), *(ledger.directory / "rounds").glob("[!.]*/*.json")]
     return StudyStatus(
         directory=str(ledger.directory), space=record.space, model=record.study.model.path,
         objective=record.study.search.objective,
@@ -98,8 +114,9 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         failed=tuple(
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
-        num_candidates=int(frame["key"].nunique()) - (baseline is not None),
+        num_candidates=len(pruned(frame)),
         dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
+        control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
         silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)])))
 
@@ -121,6 +138,8 @@ def describe_status(status: StudyStatus) -> str:
     for trial in status.failed:
         log = f"; log in {trial.log_path}" if trial.log_path else ""
         lines.append(f"failed      trial {trial.number}: {trial.reason}{log}")
+    if status.control is not None:
+        lines.append(f"control     {_describe_control(status.control, status.objective)}")
     baseline = "not scored yet" if status.dense_value is None else f"{status.dense_value:.4f}"
     lines += [f"candidates  {status.num_candidates}",
               f"frontier    {status.objective} on the selection split, dense {baseline}"]
@@ -133,6 +152,23 @@ def describe_status(status: StudyStatus) -> str:
         lines.append(f"            and {len(status.frontier) - MAX_FRONTIER_LINES} more: "
                      f"raysearch results {shlex.quote(status.directory)} --frontier")
     return "\n".join([*lines, f"activity    {_ago(status.silent_s)}"])
+
+
+def _control(ledger: Ledger, control: TrialRecord, objective: str) -> ControlStatus:
+    metric = ledger.candidate(control.keys[-1]).metrics.get(objective) if control.keys else None
+    return ControlStatus(status=control.status, num_rounds_done=len(control.keys), num_rounds=len(control.actions),
+                         reason=control.reason, value=metric.value if metric else None,
+                         stderr=metric.stderr if metric else None)
+
+
+def _describe_control(control: ControlStatus, objective: str) -> str:
+    rounds = f"round {control.num_rounds_done}/{control.num_rounds} finished"
+    if control.status in ("failed", "stopped"):
+        return f"{control.status} after {rounds}: {control.reason or 'no reason recorded'}"
+    if control.value is None:
+        return rounds
+    value = with_stderr(control.value, float("nan") if control.stderr is None else control.stderr)
+    return f"{rounds}, {objective} {value} on the selection split, without pruning"
 
 
 def _candidate(row: dict[str, Any], objective: str) -> FrontierCandidate:

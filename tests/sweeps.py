@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SPACE = '''
 STUDY = {{"model": {{"path": {model!r}}}, "data": {{"corpus": {corpus!r}, "context_tokens": 64, "epoch_tokens": 1024}},
          "training": {{"batch_tokens": 256}}, "evaluation": {{"num_items": 6, "tasks": ("text", "last_word")}},
-         "search": {{"num_trials": {num_trials}, "max_concurrent": {max_concurrent}}},
+         "search": {{"num_trials": {num_trials}, "max_concurrent": {max_concurrent}, "dense_control": {dense_control}}},
          "cluster": {{"num_ranks": {num_ranks}, "zero_stage": {zero_stage}, "cpus_per_rank": {cpus_per_rank},
                      "round_limit_s": {round_limit_s}}}}}
 
@@ -32,8 +32,9 @@ def space(trial):
 
 
 def write_space(folder: Path, model: Path, corpus: Path, **settings: object) -> None:
+    """Without a dense control, which most tests of faults do not look at, unless the settings ask for one."""
     defaults = {"num_trials": 4, "max_concurrent": 2, "num_ranks": 1, "zero_stage": 0, "cpus_per_rank": 0.5,
-                "round_limit_s": 600.0}
+                "round_limit_s": 600.0, "dense_control": False}
     text = SPACE.format(model=str(model), corpus=str(corpus), **{**defaults, **settings})
     (folder / "space.py").write_text(text)
 
@@ -63,7 +64,9 @@ def check_whole(folder: Path, num_trials: int) -> Ledger:
     assert failed.number == 1
     assert "quality at chance" in failed.reason or "training loss became" in failed.reason
     rounds = ledger.rounds()
-    assert {key for trial in trials for key in trial.keys} | {ledger.study().root_key} == set(rounds)
+    assert {key for trial in [*trials, *ledger.controls()] for key in trial.keys} | {ledger.study().root_key} == set(rounds)
+    with_control = ledger.study().study.search.dense_control
+    assert {control.status for control in ledger.controls()} == ({"done"} if with_control else set())
     assert all(len(trial.keys) == 2 for trial in trials if trial.status == "done")
     study = optuna.load_study(study_name="raysearch", storage=JournalStorage(
         JournalFileBackend(str(ledger.directory / "journal.log"))))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raysearch.config import Action, Metric, TrialConfig, study_of
+from raysearch.search.control import due_control
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Provenance, RoundRecord, StudyRecord, TrialRecord, hash_json, round_key
 
@@ -68,14 +69,28 @@ class SyntheticStudy:
         return keys
 
     def finish(self, number: int, status: str = "done", num_finished: int | None = None, **changes: Any) -> list[str]:
-        """Plays the gang of a trial that was begun: writes its rounds, at its actions' sparsities, and its record."""
+        """Plays the gang of a trial or a control that was begun: writes its rounds, with its actions' sparsities, and its
+        record."""
         begun = self.ledger.trial(number)
         keys: list[str] = []
         for depth, action in enumerate(begun.actions[:num_finished], start=1):
             parent = keys[-1] if keys else ROOT
             keys.append(round_key(parent, action))
-            self._round(keys[-1], parent, action, depth, action.sparsity or 0.0, metrics(action.sparsity or 0.0, 0.0))
+            epochs, sparsity = action.finetune_tokens / 1000, action.sparsity or 0.0
+            self._round(keys[-1], parent, action, depth, sparsity, metrics(sparsity, 0.1 * epochs / (1 + epochs)))
         self.ledger.write_trial(begun.model_copy(update={"keys": tuple(keys), "status": status, **changes}))
+        return keys
+
+    def control(self, report: bool = True, **changes: Any) -> list[str]:
+        """The dense control of the trials so far, or its part that `changes` of `finish` say; returns its keys."""
+        due = due_control(self.ledger, self.ledger.study().study)
+        assert due is not None
+        self.ledger.write_trial(due)
+        keys = self.finish(due.number, **changes)
+        if report:
+            self.ledger.write_report_metrics(keys[-1], {
+                name: metric.model_copy(update={"value": metric.value + (0.01 if name == "text/bits_per_byte" else -0.01)})
+                for name, metric in self.ledger.candidate(keys[-1]).metrics.items()})
         return keys
 
     def _round(self, key: str, parent: str | None, action: Action | None, depth: int, sparsity: float,
@@ -93,9 +108,10 @@ class SyntheticStudy:
         path.write_text(record.model_dump_json())
 
 
-def twelve_trials(directory: Path) -> Path:
+def twelve_trials(directory: Path, controlled: bool = False) -> Path:
     """12 trials: 7 done, 2 failed (one before its first round), 2 stopped, 1 running; a shared prefix (trials 0 and
-    1), a duplicate (2 and 6), threshold mode (4), and report metrics on trials 1, 2, 3, 5 only."""
+    1), a duplicate (2 and 6), threshold mode (4), and report metrics on trials 1, 2, 3, 5 only. If `controlled`, with the
+    dense control, which is that of trial 3: 3 rounds of 3 epochs, so 2 - 0.075 bits per byte."""
     study = SyntheticStudy(directory)
     study.dense()
     linear = {"schedule": "linear", "finetune_epochs": 1.0}
@@ -114,4 +130,6 @@ def twelve_trials(directory: Path) -> Path:
     study.trial(10, [0.2, 0.4, 0.6], schedule="linear", scope="row", finetune_epochs=0.5, status="stopped",
                 num_finished=2, reason="time budget is spent")
     study.trial(11, [0.25, 0.5], schedule="linear", finetune_epochs=1.0, status="running", num_finished=1)
+    if controlled:
+        study.control()
     return directory

@@ -35,15 +35,18 @@ def test_a_rounds_price_is_its_ranks_busy_time() -> None:
 
 
 def test_the_text_adds_up(tmp_path: Path) -> None:
-    # two studies of two trials: 3 distinct rounds of 4, and 4 of 4; a round costs 12.5 s, the dense baseline 2 s
+    # two studies of two trials: 3 distinct rounds of 4, and 4 of 4, and a control of 2 rounds each; a round costs 12.5 s, the
+    # dense baseline 2 s
     text = describe_plan(plan(tmp_path, [trial(0.1, 0.3), trial(0.1, 0.5), trial(0.1, 0.2), trial(0.3, 0.4)]))
     assert "rounds      2.0 per trial (2 to 2, 4 random draws)\n" in text
-    assert "4 in all, of which 0.5 are shared prefixes" in text
+    assert "4 in all, of which 0.5 are shared prefixes, run once; 2.0 of the dense control beside them\n" in text
     assert "at most 2 trials: 0 GPU and 4 CPU" in text
-    low, high = (2 + 3 * 12.5) / 3600, (2 + 4 * 12.5) / 3600
+    low, high = (2 + 5 * 12.5) / 3600, (2 + 6 * 12.5) / 3600
     assert f"{(low + high) / 2:.3g} CPU-hours ({low:.3g} to {high:.3g})" in text
-    assert "3.5 MB of disk" in text
+    assert "5.5 MB of disk" in text
     assert "NOT on a GPU" not in text
+    without = describe_plan(plan(tmp_path, [trial(0.1, 0.3), trial(0.1, 0.5)], dense_control=False))
+    assert f"{(2 + 3 * 12.5) / 3600:.3g} CPU-hours" in without
 
 
 def test_a_study_for_gpus_that_was_measured_on_a_processor_says_so(tmp_path: Path) -> None:

@@ -78,3 +78,17 @@ def test_no_study(tmp_path: Path, make: bool, sentence: str) -> None:
         folder.mkdir()
     with pytest.raises(ValueError, match=sentence):
         study_status(folder)
+
+
+def test_a_control_has_its_line(tmp_path: Path) -> None:
+    directory = twelve_trials(tmp_path)
+    without = study_status(directory)
+    assert without.control is None
+    study = SyntheticStudy(tmp_path)  # on the same directory
+    study.control(report=False, num_finished=1, status="running")
+    line = "control     round 1/3 finished, text/bits_per_byte 1.925 ± 0.020 on the selection split, without pruning\n"
+    assert line in describe_status(study_status(directory))
+    study.control(report=False, num_finished=0, status="failed", reason="round 1: diverged")
+    status = study_status(directory)
+    assert "control     failed after round 0/3 finished: round 1: diverged\n" in describe_status(status)
+    assert (status.num_candidates, status.frontier, status.trials) == (without.num_candidates, without.frontier, without.trials)

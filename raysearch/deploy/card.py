@@ -16,11 +16,11 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
             for name, metric in sorted(metrics.items())]
     loader = ("AutoModelForCausalLM.from_pretrained(FOLDER)  # from transformers" if format == "dense"
               else "raysearch.load(FOLDER)  # import raysearch")
-    settings = json.dumps(trial.config.model_dump(exclude_none=True) if trial else {}, sort_keys=True)
+    settings = json.dumps(_settings(trial), sort_keys=True)
     return "\n".join([
         "---", "library_name: transformers", "tags: [pruned, raysearch]", "---", "",
         f"# {Path(study.study.model.path).name}, pruned to {record.sparsity:.1%} sparsity", "",
-        f"Candidate `{record.key}`, round {record.depth} of trial {trial.number if trial else '-'}, of a raysearch study "
+        f"Candidate `{record.key}`, round {record.depth} of {trial.name if trial else 'trial -'}, of a raysearch study "
         f"of `{study.study.model.path}` (space `{study.space}`).", "", "## Size", "",
         "| number | value |", "|---|---|",
         f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
@@ -34,6 +34,15 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
         "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
         format == "dense" else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
+
+
+def _settings(trial: TrialRecord | None) -> dict[str, object] | list[dict[str, object]]:
+    """What the trial was asked: its configuration, or its actions where it has none, as a dense control."""
+    if trial is None:
+        return {}
+    if trial.config is None:
+        return [action.model_dump(exclude_defaults=True) for action in trial.actions]
+    return trial.config.model_dump(exclude_none=True)
 
 
 def _cell(metric: Metric | None) -> str:

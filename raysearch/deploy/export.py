@@ -52,7 +52,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
             model.config.save_pretrained(folder)
             write_weights(folder / COMPRESSED, {name: to_store(parameter, parameter != 0 if name in prunable else None)
                                                 for name, parameter in model.named_parameters()})
-        trial = next((t for t in ledger.trials() if key in t.keys), None)
+        trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
                                                      ledger.report_metrics(study.root_key), format))
         files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}

@@ -4,7 +4,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from raysearch.config import Metric, Study
+from raysearch.search.control import last_control
 from raysearch.study.ledger import Ledger
+from raysearch.study.records import TrialRecord
 from raysearch.study.storage import AnyPath
 from raysearch.trial.rank import Job
 
@@ -31,20 +33,27 @@ class Progress:
 
     def round_done(self, job: Job) -> None:
         trial = self.ledger.trial(job["number"])
-        self._selection_line(f"trial {trial.number} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
+        self._selection_line(f"{trial.name} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
 
     def ended(self, job: Job, error: bool) -> None:
         if job["kind"] == "trial":
             trial = self.ledger.trial(job["number"])
             self.count["running"] -= 1
             self.count[trial.status] += trial.status != "running"
-            if trial.status == "failed":
-                self.echo(f"trial {trial.number} failed: {trial.reason}")
+            self._failed_line(trial)
+        elif job["kind"] == "control":
+            self._failed_line(self.ledger.trial(job["number"]))
         elif not error and job["kind"] == "dense":  # this job scores both splits
             self._selection_line("selection split, dense baseline", self.root_key)
             self._report_line("report split, dense baseline", self.root_key)
         elif not error:
-            self._report_line("report split", job["key"])
+            control = last_control(self.ledger)
+            of_control = control is not None and job["key"] == control.keys[-1]
+            self._report_line("report split, dense control" if of_control else "report split", job["key"])
+
+    def _failed_line(self, trial: TrialRecord) -> None:
+        if trial.status == "failed":
+            self.echo(f"{trial.name} failed: {trial.reason}")
 
     def _selection_line(self, what: str, key: str) -> None:
         self._line(what, key, self.ledger.candidate(key).metrics)
@@ -61,8 +70,8 @@ class Progress:
         left = ""
         if self._gangs_ready_s is None:
             self._gangs_ready_s = elapsed
-        elif ended > self._before:
-            to_do = max(0, self.study.search.num_trials - ended - self.count["running"] / 2)  # what runs is half done
+        elif self._before < ended < self.study.search.num_trials:  # of the trials: no guess at the dense control and the report
+            to_do = self.study.search.num_trials - ended - self.count["running"] / 2  # what runs is half done
             left = f", about {(elapsed - self._gangs_ready_s) / (ended - self._before) * to_do:.0f} s left"
         counts = ", ".join(f"{n} {status}" for status, n in self.count.items())
         self.echo(f"[{elapsed:4.0f} s] {what}: sparsity {candidate.sparsity:.3f} {quality} | trials: {counts} of "

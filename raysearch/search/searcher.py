@@ -8,6 +8,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from raysearch.config import Study, TrialConfig
+from raysearch.search.control import due_control, give_up_others, last_control
 from raysearch.search.journal import open_journal
 from raysearch.search.progress import Progress, last_line
 from raysearch.search.retention import frontier_keys
@@ -18,12 +19,12 @@ from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, config_hash
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import Inputs
-from raysearch.trial.rank import Job
+from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
 
 
 class StudySearcher(Searcher):
-    """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the report of the frontier.
+    """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the dense control and the report.
 
     Resuming is no special case: what the journal and the ledger hold is the whole state, and nothing of Tune is restored.
     """
@@ -39,6 +40,8 @@ class StudySearcher(Searcher):
         self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
         self._running: dict[str, Job] = {}
         self._reported: set[str] = set()
+        self._control_was_begun = False
+        """In this sweep, or left out for lack of time: one that fails is not tried again before the next sweep."""
         journal = open_journal(ledger, study, echo)
         recorded = {trial.number for trial in ledger.trials()}
         self._interrupted: list[int] = []
@@ -57,10 +60,12 @@ class StudySearcher(Searcher):
     def has_work(self) -> bool:
         """False when the study is finished and nothing needs to run."""
         return (bool(self._interrupted) or self.sampler.num_asked < self.study.search.num_trials
+                or due_control(self.ledger, self.study) is not None
                 or any(self.ledger.report_metrics(key) is None for key in self._to_report()))
 
     def _to_report(self) -> list[str]:
-        return [self.inputs.root_key, *frontier_keys(self.ledger, self.study)]
+        control = last_control(self.ledger)
+        return [self.inputs.root_key, *frontier_keys(self.ledger, self.study), *(control.keys[-1:] if control else ())]
 
     def suggest(self, trial_id: str) -> Job | str | None:
         job = self._next_job()
@@ -86,6 +91,10 @@ class StudySearcher(Searcher):
             return self._ask()
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
+        if not self._control_was_begun:
+            self._control_was_begun = True
+            if (control := self._control(out_of_time)) is not None:
+                return self._trial_job(control)
         for key in self._to_report():
             if key not in self._reported and self.ledger.report_metrics(key) is None:
                 self._reported.add(key)
@@ -101,20 +110,35 @@ class StudySearcher(Searcher):
         self.ledger.write_trial(record)
         return self._trial_job(record)
 
+    def _control(self, out_of_time: bool) -> TrialRecord | None:
+        """The dense control where one is due: as long as the longest trial, so no report comes before it, and like a trial it
+        does not begin after the time budget."""
+        control = due_control(self.ledger, self.study)
+        if control is not None and out_of_time:
+            self.progress.echo("no dense control: the time is up, and it takes as long as the longest trial; the same command "
+                               "with more time makes it")
+            return None
+        if control is not None:
+            give_up_others(self.ledger, control)
+            self.ledger.write_trial(control)
+        return control
+
     def _trial_job(self, trial: TrialRecord) -> Job:
-        return {"kind": "trial", "number": trial.number, "config_hash": config_hash(self.study, trial.actions)}
+        return {"kind": "control" if trial.is_control else "trial", "number": trial.number,
+                "config_hash": config_hash(self.study, trial.actions)}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """After every round but the last, which comes to `on_trial_complete`."""
         job = self._running[trial_id]
-        self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
+        if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
+            self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
         self.progress.round_done(job)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self._running.pop(trial_id, None)
         if job is None:
             return
-        if job["kind"] == "trial":
+        if job["kind"] in RECORDED:
             self._end(job["number"], error)
         elif error:
             self.dense_failed |= self.ledger.round(self.inputs.root_key) is None
@@ -133,6 +157,8 @@ class StudySearcher(Searcher):
                                  "\n".join(f"{rank}: {stack}" for rank, stack in stacks.items()))
         elif trial.status == "running":
             trial = self._failed(trial, "its process died twice, killed or out of memory; the log is in log_path", None)
+        if trial.is_control:
+            return
         for rank, key in ((None, self.inputs.root_key), *((number, key) for key in trial.keys[-1:])):
             if (candidate := self.ledger.round(key)) is not None:
                 self.sampler.observe(rank, candidate)

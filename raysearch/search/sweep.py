@@ -74,7 +74,9 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
         if attached:
             ledger.delete_leftovers()
-            echo(f"resuming {ledger.directory}: {len(ledger.trials())} trials, {len(ledger.rounds())} candidates so far")
+            trials = ledger.trials()
+            num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
+            echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
         searcher = StudySearcher(ledger, study, space, inputs, echo, given)
         if searcher.has_work():

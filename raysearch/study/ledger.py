@@ -10,6 +10,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     rounds/KEY/items.report.npz   what it scored on each item of that split; written before report.json
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
+    trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
     tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
@@ -205,8 +206,14 @@ class Ledger:
         persist(path, lambda: write_json(path, values))
 
     def trials(self) -> list[TrialRecord]:
+        """All trials by number; no controls."""
         paths = self._matching("trials", "[0-9]*.json")
         return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda trial: trial.number)
+
+    def controls(self) -> list[TrialRecord]:
+        """The dense controls, -2 first: an extended study may have had others before its last."""
+        paths = self._matching("trials", "-[0-9]*.json")
+        return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda control: -control.number)
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""
@@ -220,11 +227,11 @@ class Ledger:
         persist(path, lambda: write_json(path, trial.model_dump(mode="json")))
 
     def log_path(self, number: int, rank: int) -> AnyPath:
-        """Of a trial; -1 is every other job."""
+        """Of a trial or a control; -1 is every other job."""
         return self.directory / "trials" / f"{number:05d}.rank-{rank}.log"
 
     def stack_path(self, number: int, rank: int) -> AnyPath:
-        """Of a trial; -1 is every other job."""
+        """Of a trial or a control; -1 is every other job."""
         return self.directory / "trials" / f"{number:05d}.rank-{rank}.stack"
 
     def stacks(self, number: int) -> dict[str, str]:

@@ -85,11 +85,12 @@ class RoundRecord(Frozen):
 
 
 class TrialRecord(Frozen):
-    """What a trial was asked and what became of it."""
+    """What a trial was asked and what became of it. A dense control is one too, which the search never hears of."""
 
     number: int
+    """From 0; a control's from -2 downwards, since -1 is that of the other jobs' logs."""
     config: TrialConfig | None
-    """None where it was given as a list of actions."""
+    """None for a control, and where the trial was given as a list of actions."""
     actions: tuple[Action, ...]
     """Resolved before the trial ran."""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -109,6 +110,15 @@ class TrialRecord(Frozen):
     started_at: str
     ended_at: str | None = None
     seconds: float = 0.0
+
+    @property
+    def is_control(self) -> bool:
+        return self.number < -1
+
+    @property
+    def name(self) -> str:
+        """For lines that people read."""
+        return "control" if self.is_control else f"trial {self.number}"
 
 
 def objective_values(record: RoundRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:

@@ -1,4 +1,4 @@
-"""From a trial's configuration to its list of actions, before anything runs."""
+"""From a trial's configuration to its list of actions, before anything runs; and from there to the dense control's."""
 
 from collections.abc import Sequence
 
@@ -80,3 +80,19 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))
+
+
+def longest(trials: Sequence[Sequence[Action]]) -> Sequence[Action]:
+    """The list of actions that trains on most tokens in all; of equal ones the first; () where there is none."""
+    return max(trials, key=lambda actions: sum(action.finetune_tokens for action in actions), default=())
+
+
+def control_actions(actions: Sequence[Action]) -> tuple[Action, ...]:
+    """The fine-tuning of these rounds, on the same text, and nothing else: what the dense model gains from it alone.
+
+    () where nothing is fine-tuned: the control would be the dense model.
+    """
+    if not any(action.finetune_tokens for action in actions):
+        return ()
+    return tuple(Action(sparsity=0.0, **action.model_dump(include={"learning_rate", "finetune_tokens", "data_start_tokens",
+                                                                   "seed"})) for action in actions)

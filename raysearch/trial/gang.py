@@ -5,8 +5,9 @@ process group, engine and text outlive the job (`reuse_actors`), and the base we
 node: the next job starts by copying shards from there.
 
 A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
-runs the trial of that number in the ledger, after every rank has
-resolved it to "config_hash", the driver's, {"kind": "report", "key": k} scores a candidate on the report split.
+runs the trial of that number in the ledger, after every rank has resolved it to "config_hash", the driver's,
+{"kind": "control", "number": n} a dense control in the same way, {"kind": "report", "key": k} scores a candidate on the report
+split.
 """
 
 import threading
@@ -21,7 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from raysearch.config import Study
 from raysearch.study.provenance import utc_now
 from raysearch.training.engine import free_port
-from raysearch.trial.rank import Job, Rank
+from raysearch.trial.rank import RECORDED, Job, Rank
 from raysearch.trial.watchdog import exit_when_lost
 
 
@@ -75,7 +76,7 @@ class Gang(tune.Trainable):
     def _begin(self, job: Job) -> None:
         others = [peer.begin.remote(job) for peer in self.peers]
         hashes = [self.rank_0.begin(job), *ray.get(others)]
-        if job["kind"] == "trial" and (reason := disagreement(job, hashes)):
+        if job["kind"] in RECORDED and (reason := disagreement(job, hashes)):
             ledger = self.rank_0.worker.ledger
             ledger.write_trial(ledger.trial(job["number"]).model_copy(
                 update={"status": "failed", "reason": reason, "ended_at": utc_now()}))
@@ -85,7 +86,7 @@ class Gang(tune.Trainable):
 def disagreement(job: Job, hashes: Sequence[str | None]) -> str:
     """Which ranks (of the position in `hashes`) resolve the job to something else than the driver; "" when none does."""
     others = [f"rank {rank} ({found})" for rank, found in enumerate(hashes) if found != job["config_hash"]]
-    return (f"{', '.join(others)} resolves trial {job['number']} to another configuration than the driver "
+    return (f"{', '.join(others)} resolves {job['kind']} {job['number']} to another configuration than the driver "
             f"({job['config_hash']}); every node must run the same raysearch on the same files" if others else "")
 
 

@@ -25,6 +25,8 @@ from raysearch.trial.worker import Worker
 
 Job = dict[str, Any]
 """What the searcher suggests; gang.py says which there are."""
+RECORDED = ("trial", "control")
+"""Kinds of jobs that have a TrialRecord: lists of actions."""
 
 
 class Rank:
@@ -44,7 +46,7 @@ class Rank:
         self._results: Iterator[dict[str, Any]] = iter(())
 
     def begin(self, job: Job) -> str | None:
-        """Makes `job` the one that `step` works on; for a trial, the hash of what this rank resolves it to.
+        """Makes `job` the one that `step` works on; for a trial or a control, the hash of what this rank resolves it to.
 
         Touches nothing of the job: Tune may have started a gang for it that is not needed, as a warm one became free.
         """
@@ -52,10 +54,11 @@ class Rank:
         self._log_path, self._stack_path = ledger.log_path(number, rank), ledger.stack_path(number, rank)
         print_to(pull(self._log_path))
         self._results = self._run(job)
-        if job["kind"] != "trial":
+        if job["kind"] not in RECORDED:
             return None
-        study, config = self.worker.study, ledger.trial(number).config
-        return config_hash(study, resolve_actions(config, study, self.worker.inputs.num_train_tokens))
+        study, trial = self.worker.study, ledger.trial(number)
+        return config_hash(study, trial.actions if trial.config is None else
+                           resolve_actions(trial.config, study, self.worker.inputs.num_train_tokens))
 
     def step(self) -> dict[str, Any]:
         """The job's next result; "done" is True in its last."""
@@ -81,7 +84,7 @@ class Rank:
 
     def _run(self, job: Job) -> Iterator[dict[str, Any]]:
         ledger = self.worker.ledger
-        if job["kind"] == "trial":
+        if job["kind"] in RECORDED:
             log_path = str(ledger.log_path(job["number"], 0))
             for record in run_trial(self.worker, ledger.trial(job["number"]).model_copy(update={"log_path": log_path})):
                 key = record.keys[-1] if record.keys else None

@@ -21,9 +21,10 @@ from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker
 
 
-def run_round(worker: Worker, parent: RoundRecord, action: Action) -> RoundRecord:
+def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool = True) -> RoundRecord:
     """The candidate after `action` on `parent`: from the store when it is there, else computed and stored.
 
+    One that is not `raced` is scored in full also in a study with racing: a control, since others are measured against it.
     Raises Diverged, and then stores nothing.
     """
     key = round_key(parent.key, action)
@@ -32,7 +33,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action) -> RoundRecor
     train_loss, times = train_candidate(worker, parent, action)
     weighed = weigh(worker)
     with written_meanwhile(worker, key) as weights:
-        race, rival = worker.race(getattr(weighed, worker.study.search.size))
+        race, rival = worker.race(getattr(weighed, worker.study.search.size) if raced else None)
         started = time.perf_counter()
         evaluation = worker.evaluate("selection", race)
         check_quality(evaluation.metrics, worker.vocab_size)

@@ -1,4 +1,4 @@
-"""A trial: its actions one after the other, each a round, and a record that is written after each."""
+"""A trial, or a control: its actions one after the other, each a round, and a record that is written after each."""
 
 import time
 import traceback
@@ -35,7 +35,7 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
         if worker.engine.rank == 0:
             found = worker.ledger.trial(trial.number)
             if (found.started_at, found.status) != (trial.started_at, "running"):
-                raise Superseded(f"trial {trial.number} was begun here at {trial.started_at}, but its record is of another "
+                raise Superseded(f"{trial.name} was begun here at {trial.started_at}, but its record is of another "
                                  f"gang now ({found.status}, begun at {found.started_at}); nothing is written")
         write(**changes)
         return trial
@@ -44,7 +44,7 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
     try:
         candidate = dense_round(worker)
         for action in trial.actions:
-            candidate = run_round(worker, candidate, action)
+            candidate = run_round(worker, candidate, action, raced=not trial.is_control)
             yield update(keys=(*trial.keys, candidate.key))
         yield update(status="done", ended_at=utc_now())
     except Diverged as error:

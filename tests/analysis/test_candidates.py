@@ -10,9 +10,13 @@ from synthetic_study import NUM_PARAMETERS, ROOT, SyntheticStudy
 
 from analysis.candidates import (
     candidates,
+    control,
+    control_rows,
     dense,
     frontier,
     frontier_split,
+    losses,
+    pruned,
     quality,
     quality_stderr,
     relative_hypervolume,
@@ -95,3 +99,37 @@ def test_lost_attrs_are_one_sentence(frame: pd.DataFrame) -> None:
     with pytest.raises(ValueError, match=r"frame must carry attrs\['objective'\].*copy attrs after a concat or merge"):
         setting(pd.DataFrame(), "objective")
     assert setting(frame, "size") == "num_nonzero"
+
+
+def test_a_control_is_no_candidate(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    assert control(frame) is None
+    assert control_rows(frame).empty
+    assert (control(controlled)["round"], control(controlled)["trained_tokens"]) == (3, 9000)
+    assert candidates(controlled)["key"].tolist() == candidates(frame)["key"].tolist()
+    assert pruned(frame)["key"].tolist() == candidates(frame)["key"].tolist()[1:]
+    for split in ("selection", "report"):
+        assert frontier(controlled, split)["key"].tolist() == frontier(frame, split)["key"].tolist()
+        assert relative_hypervolume(controlled, split) == relative_hypervolume(frame, split)
+
+
+def test_the_control_is_that_of_the_longest_trial_or_none(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense()
+    study.trial(0, [0.2, 0.4], finetune_epochs=1.0)
+    study.control(report=False, num_finished=1, status="running")
+    assert control(load(tmp_path)) is None  # trained half as long
+    first = study.control()
+    assert frontier_split(load(tmp_path)) == "selection"  # the control alone is scored on the other
+    assert control(load(tmp_path))["key"] == first[-1]
+    study.trial(1, [0.2, 0.4, 0.6], finetune_epochs=1.0)
+    assert control(load(tmp_path)) is None  # a longer trial has outgrown it
+    second = study.control()
+    assert control(load(tmp_path).sample(frac=1, random_state=1))["key"] == second[-1]
+
+
+def test_losses_by_hand(controlled: pd.DataFrame) -> None:
+    rows = controlled[controlled["trial"] == 5].head(1)  # s .4, e 2: 2 + 1.2 * .064 - .2 / 3 + .015
+    value = 2 + 1.2 * 0.064 - 0.2 / 3 + 0.015
+    for reference, expected in ((dense(controlled), value - 2.01), (control(controlled), value - 1.935)):
+        (loss,), (stderr,) = losses(rows, reference, "report")
+        assert (loss, stderr) == pytest.approx((expected, 0.02 * math.sqrt(2)))

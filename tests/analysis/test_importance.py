@@ -62,3 +62,7 @@ def test_too_little_to_say(tmp_path: Path) -> None:
     study.trial(0, [0.05 * i for i in range(1, 13)])
     with pytest.raises(ValueError, match="got 12 of 1"):
         importance(load(tmp_path / "study"))
+
+
+def test_a_control_says_nothing_about_hyper_parameters(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(importance(controlled), importance(frame))

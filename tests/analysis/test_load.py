@@ -113,3 +113,42 @@ def test_analysis_needs_neither_torch_nor_ray_nor_optuna() -> None:
             "heavy = {'torch', 'ray', 'optuna', 'deepspeed', 'transformers', 'datasets', 'sklearn'}\n"
             "assert not heavy & set(sys.modules), heavy & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_controls_rounds_come_last_and_are_no_trials(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    rows = controlled[controlled["status"] == "control"]
+    assert rows.index.tolist() == list(range(len(frame), len(frame) + 3))
+    assert rows["trial"].isna().all()
+    assert rows["schedule"].isna().all()
+    assert rows["round"].tolist() == [1, 2, 3]
+    assert rows["trained_tokens"].tolist() == [3000, 6000, 9000]
+    assert rows["selection/text/bits_per_byte"].tolist() == pytest.approx([1.925] * 3)
+    assert rows["report/text/bits_per_byte"].tolist()[-1] == pytest.approx(1.935)
+    pd.testing.assert_frame_equal(controlled.head(len(frame)), frame, check_dtype=False)
+
+
+def test_tokens_are_counted_from_the_dense_model_on(frame: pd.DataFrame) -> None:
+    assert frame[frame["status"] == "dense"]["trained_tokens"].tolist() == [0]
+    assert frame[frame["trial"] == 1]["trained_tokens"].tolist() == [1000, 2000, 3000, 4000, 5000]
+
+
+def test_a_control_that_failed_in_its_first_round_keeps_its_row_and_a_trials_round_stays_the_trials(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.5], finetune_epochs=1.0)
+    study.trial(1, [0.0], finetune_epochs=1.0)  # does what a control does
+    study.control(report=False, num_finished=0, status="failed", reason="round 1: diverged")
+    assert load(tmp_path / "study")[["status", "reason"]].iloc[-1].tolist() == ["control", "round 1: diverged"]
+    study.control(report=False)
+    assert load(tmp_path / "study")[["status", "is_alias"]].values.tolist()[1:] == [
+        ["done", False], ["done", False], ["control", True]]
+
+
+def test_a_trial_without_a_configuration_is_loaded(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.5])
+    study.ledger.write_trial(study.ledger.trial(0).model_copy(update={"config": None}))
+    row = load(tmp_path / "study").iloc[1]
+    assert (row["trial"], row["status"], row["action_sparsity"]) == (0, "done", 0.5)
+    assert pd.isna(row["schedule"])

@@ -96,6 +96,53 @@ def test_headlines(frame: pd.DataFrame) -> None:
         "baseline, so this says that the baseline was not trained to its end, not that pruning helps."]
 
 
+def test_headlines_compare_with_the_control(controlled: pd.DataFrame) -> None:
+    sentences = headlines(controlled)
+    assert sentences[0] == (
+        "Smallest within one standard error of dense: sparsity 0.40 (trial 5 round 1), 680k non-zero parameters (68% of "
+        "dense), 2.82 MB stored (70%), text/bits_per_byte 2.025 ± 0.020, dense 2.010 ± 0.020, dense control 1.935 ± 0.020: a "
+        "drop of 0.015 ± 0.028 against dense and of 0.090 ± 0.028 against the control.")
+    assert sentences[2] == "No candidate is within one standard error of the dense control."
+    assert sentences[-2] == (
+        "The dense control, which has the longest trial's fine-tuning and is not pruned, is at text/bits_per_byte 1.935 ± "
+        "0.020, dense at 2.010 ± 0.020: fine-tuning alone gains 0.075 ± 0.028.")
+    assert sentences[-1] == "Better than the dense baseline by more than one standard error: 3; than the dense control: 0."
+    assert not any("trained them further" in sentence for sentence in sentences)
+
+
+def test_one_sentence_where_dense_and_control_have_the_same_neighbour(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.2, 0.8], report=True, finetune_epochs=1.0)
+    study.control()
+    sentences = headlines(load(tmp_path / "study"))
+    assert sentences[0].startswith("Smallest within one standard error of dense, and of the dense control: sparsity 0.20")
+    assert sum("control: sparsity" in sentence for sentence in sentences) == 1
+
+
+def test_what_was_not_fine_tuned_is_not_said_to_be_trained_further(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    (key,) = study.trial(0, [0.1], report=True)
+    frame = load(tmp_path / "study")
+    frame.loc[frame["key"] == key, "report/text/bits_per_byte"] = 1.5
+    assert headlines(frame)[-1] == "Better than the dense baseline by more than one standard error: 1."
+
+
+def test_the_page_shows_the_control(controlled_directory: Path, tmp_path: Path) -> None:
+    text = Page(write_page(controlled_directory, tmp_path / "r.html").read_text()).text
+    for words in ("In amber: the dense control", "1.935 ± 0.020", "without pruning and L1",
+                  "trials: 7 done, 2 stopped, 2 failed"):
+        assert words in text, words
+    study = SyntheticStudy(tmp_path / "study", dense_control=True)
+    study.dense()
+    study.trial(0, [0.5], finetune_epochs=1.0)
+    study.control(report=False, num_finished=0, status="failed", reason="round 1: diverged")
+    text = Page(write_page(tmp_path / "study").read_text()).text
+    assert "dense controlround 1: diverged" in text
+    assert "In amber" not in text
+
+
 def test_headlines_for_an_accuracy(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study", objective="last_word/acc")
     study.dense()

@@ -7,7 +7,7 @@ import pytest
 from synthetic_study import SyntheticStudy, twelve_trials
 
 from analysis.load import load
-from analysis.pick import Constraint, describe_pick, parse_constraints, pick, read_pick, write_pick
+from analysis.pick import Constraint, Measured, describe_pick, drop, parse_constraints, pick, read_pick, write_pick
 
 
 def test_parse_constraints() -> None:
@@ -146,3 +146,27 @@ def test_equal_studies_give_equal_picks(tmp_path: Path) -> None:
     one = pick(load(twelve_trials(tmp_path / "one")), limit)
     two = pick(load(twelve_trials(tmp_path / "two")).sample(frac=1, random_state=3), limit)
     assert one.model_copy(update={"study_directory": ""}) == two.model_copy(update={"study_directory": ""})
+
+
+def test_a_pick_stands_beside_dense_and_control(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    limit = parse_constraints("3MB", None, ["text/bits_per_byte=0.1"])
+    result = pick(controlled, limit)
+    assert result.checks == pick(frame, limit).checks  # max_drop stays against the dense model
+    assert result.control_metrics["text/bits_per_byte"].value == pytest.approx(1.935)
+    lines = describe_pick(result).splitlines()
+    assert lines[2].split() == ["report", "split", "picked", "dense", "control"]
+    assert lines[5].split()[1:] == ["2.025", "±", "0.020", "2.010", "±", "0.020", "1.935", "±", "0.020"]
+    assert lines[8] == ("drop against the dense control, which was fine-tuned as long without pruning: text/bits_per_byte "
+                        "0.09013, standard error 0.0283")
+    by_size = describe_pick(pick(controlled, parse_constraints("3MB")))
+    assert "without pruning: text/bits_per_byte " in by_size  # the objective, where no drop is limited
+    points = describe_pick(pick(controlled, parse_constraints(max_drop=["last_word/acc=8"])))
+    assert "without pruning: last_word/acc 9.575 points, standard error" in points  # 60.875 - 51.3
+    assert "control" not in describe_pick(pick(frame, limit))
+
+
+def test_a_drop_by_hand() -> None:
+    assert drop("last_word/acc", Measured(value=0.5, stderr=0.03), Measured(value=0.6, stderr=0.04)) == pytest.approx(
+        (10.0, 5.0))
+    assert drop("text/bits_per_byte", Measured(value=2.0, stderr=None), Measured(value=2.1, stderr=0.04)) == (
+        pytest.approx(-0.1), None)

@@ -136,3 +136,45 @@ def test_empty_studies_still_draw(tmp_path: Path) -> None:
         assert frontier_figure(frame).layout.annotations[-1].text == "no candidate scored yet"
         assert trajectory_figure(frame).layout.annotations[-1].text == "no candidate scored yet"
         study.trial(0, [0.5], status="failed", num_finished=0, reason="diverged")
+
+
+def test_the_control_has_a_line_a_band_and_a_diamond_of_the_split_that_is_shown(controlled: pd.DataFrame) -> None:
+    figure = frontier_figure(controlled)
+    for split, label, value in (("report", "report split", 1.935),
+                                ("selection", "selection split (what the search saw)", 1.925)):
+        press(figure, label)
+        band, line = figure.layout.shapes[2:]
+        assert (line.y0, line.y1, line.line.dash) == (pytest.approx(value), pytest.approx(value), "dot")
+        assert (band.y0, band.y1) == pytest.approx((value - 0.02, value + 0.02))
+        assert line.line.color != figure.layout.shapes[1].line.color
+        shown = visible(figure)["dense control, trained as long"]
+        assert (list(shown.x), list(shown.y)) == ([1_000_000], [pytest.approx(value)])
+        assert shown.marker.color == line.line.color
+        assert f"on the {split} split" in shown.hovertext[0]
+        assert "<b>dense control, round 3</b>" in shown.hovertext[0]
+    press(figure, "stored bytes")
+    assert list(visible(figure)["dense control, trained as long"].x) == [4_000_000]
+
+
+def test_without_a_control_there_is_no_second_line(frame: pd.DataFrame) -> None:
+    figure = frontier_figure(frame)
+    assert len(figure.layout.shapes) == 2
+    assert "dense control, trained as long" not in visible(figure)
+
+
+def test_a_control_is_no_trajectory(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    assert len(trajectory_figure(controlled).data) == len(trajectory_figure(frame).data)
+
+
+def test_the_view_of_ruined_candidates_holds_the_control(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.2, 0.5], report=True, finetune_epochs=1.0)
+    study.trial(1, [0.95], report=True)
+    study.control()
+    frame = load(tmp_path / "study")
+    frame.loc[frame["trial"] == 1, "report/text/bits_per_byte"] = 9.0
+    frame.loc[frame["status"] == "control", "report/text/bits_per_byte"] = 1.5
+    frame.loc[frame["trial"] == 1, "num_nonzero"] = 2_000_000
+    frame.loc[frame["trial"] == 1, "stored_bytes"] = 9_000_000
+    assert frontier_figure(frame).layout.yaxis.range[0] < 1.5

@@ -90,3 +90,25 @@ def test_a_raced_candidate_is_marked_and_never_on_the_frontier(frame: pd.DataFra
     text = results_table(raced)
     assert "~ dominated: scoring stopped early" in text
     assert "~ dominated" not in results_table(frame)
+
+
+def test_a_control_has_its_rows_and_a_line(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
+    lines = results_table(controlled).splitlines()
+    assert [line.split()[:3] for line in lines[-6:-3]] == [["-", str(number), "control"] for number in (1, 2, 3)]
+    assert lines[-2] == "19 candidates, 28 rows shown"
+    assert lines[-1] == ("dense control (the longest trial's fine-tuning, without pruning): selection 1.925 ± 0.020, report "
+                         "1.935 ± 0.020")
+    assert results_table(controlled, frontier_only=True).splitlines()[-1] == lines[-1]
+    assert results_table(controlled, "csv", frontier_only=True) == results_table(frame, "csv", frontier_only=True)
+    rows = json.loads(results_table(controlled, "json"))
+    assert [row["on_frontier"] for row in rows if row["status"] == "control"] == [False] * 3
+    assert describe_config(controlled.iloc[-1]) == "dense control"
+
+
+def test_a_trial_that_was_given_as_actions_says_so(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.5])
+    study.ledger.write_trial(study.ledger.trial(0).model_copy(update={"config": None}))
+    assert [line.split("  ")[-1] for line in results_table(load(tmp_path / "study")).splitlines()[1:3]] == [
+        "dense baseline", "given as actions"]

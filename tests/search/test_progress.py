@@ -79,3 +79,21 @@ def test_the_last_line_of_a_log(tmp_path: Path, text: str | None, said: str) -> 
     if text is not None:
         log.write_text(text)
     assert last_line(log) == f"{said} (log in {log})"
+
+
+def test_a_control_is_named_and_is_not_counted_as_a_trial(study: SyntheticStudy) -> None:
+    study.trial(0, [0.3, 0.5], finetune_epochs=1.0)
+    *_, last = study.control(status="running")
+    progress, lines = begun(study)
+    progress.started({"kind": "control", "number": -2})
+    progress.round_done({"kind": "control", "number": -2})
+    study.finish(-2)
+    progress.ended({"kind": "control", "number": -2}, error=False)
+    progress.ended({"kind": "report", "key": last}, error=False)
+    assert without_counts(lines) == [  # 2 - 0.1 * 1 / (1 + 1)
+        "control round 2/2: sparsity 0.000 text/bits_per_byte 1.9500",
+        "report split, dense control: sparsity 0.000 text/bits_per_byte 1.9600"]
+    assert all(line.endswith("| trials: 0 running, 1 done, 0 stopped, 0 failed of 5") for line in lines)
+    study.finish(-2, num_finished=0, status="failed", reason="round 1: diverged")
+    progress.ended({"kind": "control", "number": -2}, error=False)
+    assert lines[-1] == "control failed: round 1: diverged"

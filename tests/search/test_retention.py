@@ -9,11 +9,13 @@ import torch
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.kernels import device_name
 from raysearch.models.weights import read_weights
+from raysearch.search.control import due_control
 from raysearch.search.retention import delete_unneeded, frontier_keys
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import RoundRecord, StudyRecord, TrialRecord
 from raysearch.trial.round import dense_round, recover_weights, run_round
+from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
 
 ACTION = Action(sparsity=0.5, finetune_tokens=1024, learning_rate=1e-3)
@@ -89,3 +91,31 @@ def test_files_that_changed_are_named(ended: tuple[Worker, list[RoundRecord]], s
     say: Callable[[str], None] = print
     with pytest.raises(ValueError, match="the files of the model, the corpus or the tasks are not the study's; put those back"):
         recover_weights(worker.ledger, better.key, say)
+
+
+def test_a_control_is_on_no_frontier_and_the_last_ones_weights_stay_beside_it(ended: tuple[Worker, list[RoundRecord]],
+                                                                              study: Study) -> None:
+    worker, (better, _) = ended
+    write_trial(worker.ledger, "done", ACTION)
+    worker.ledger.write_trial(worker.ledger.trial(0).model_copy(update={"keys": (better.key,)}))
+    frontier = frontier_keys(worker.ledger, study)
+    due = due_control(worker.ledger, study)
+    worker.ledger.write_trial(due)
+    *_, control = run_trial(worker, due)
+    (key,) = control.keys
+    dense, trained = worker.ledger.study().root_key, worker.ledger.candidate(key)
+    assert trained.metrics["text/bits_per_byte"].value < min(
+        record.metrics["text/bits_per_byte"].value for record in worker.ledger.rounds().values() if record.key != key)
+    assert frontier_keys(worker.ledger, study) == frontier  # the best of all, were it a candidate
+    delete_unneeded(worker.ledger, study, "frontier", lambda line: None)
+    assert kept(worker.ledger) == {better.key, key} | ({key for key in frontier if key != dense})
+    delete_unneeded(worker.ledger, study, "none", lambda line: None)
+    assert kept(worker.ledger) == set()
+
+
+def test_an_unfinished_control_keeps_what_it_goes_on_from(ended: tuple[Worker, list[RoundRecord]], study: Study) -> None:
+    worker, (better, _) = ended
+    actions = (ACTION, ACTION.model_copy(update={"data_start_tokens": 1024}))
+    worker.ledger.write_trial(TrialRecord(number=-2, config=None, actions=actions, started_at=utc_now()))
+    delete_unneeded(worker.ledger, study, "none", lambda line: None)
+    assert kept(worker.ledger) == {better.key}

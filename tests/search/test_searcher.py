@@ -13,15 +13,28 @@ from raysearch.search.searcher import StudySearcher
 from raysearch.trial.inputs import Inputs
 
 INPUTS = Inputs(ROOT, 0, {}, None)
+TRAINS = Inputs(ROOT, 10**6, {}, None)
 
 
 def space(trial: optuna.Trial) -> dict[str, Any]:
     return {"schedule": "linear", "num_rounds": 2, "target_sparsity": trial.suggest_float("target_sparsity", 0.1, 0.9)}
 
 
-def searcher(study: SyntheticStudy, num_trials: int, said: list[str], given: list[TrialConfig] | None = None) -> StudySearcher:
-    settings = study.ledger.study().study.replaced(**{"num_trials": num_trials})
-    return StudySearcher(study.ledger, settings, space, INPUTS, said.append, given)
+def searcher(study: SyntheticStudy, num_trials: int, said: list[str], given: list[TrialConfig] | None = None,
+             **changes: Any) -> StudySearcher:
+    settings = study.ledger.study().study.replaced(**{"num_trials": num_trials, **changes})
+    inputs = TRAINS if any(config.finetune_epochs for config in given or []) else INPUTS
+    return StudySearcher(study.ledger, settings, space, inputs, said.append, given)
+
+
+def given(*num_rounds: int) -> list[TrialConfig]:
+    """Trials of so many rounds, each of 1 epoch of 1024 tokens (`epoch_tokens` of `trained`)."""
+    return [TrialConfig(schedule="linear", target_sparsity=0.1 * (number + 2), num_rounds=rounds, finetune_epochs=1.0)
+            for number, rounds in enumerate(num_rounds)]
+
+
+def trained(folder: Path, **settings: Any) -> SyntheticStudy:
+    return SyntheticStudy(folder, epoch_tokens=1024, batch_tokens=256, context_tokens=64, **settings)
 
 
 def run_to_the_end(made: StudySearcher, study: SyntheticStudy) -> list[str]:
@@ -32,7 +45,7 @@ def run_to_the_end(made: StudySearcher, study: SyntheticStudy) -> list[str]:
         kinds.append(job["kind"])
         if job["kind"] == "dense":
             study.dense()
-        elif job["kind"] == "trial":
+        elif job["kind"] in ("trial", "control"):
             keys = study.finish(job["number"], num_finished=1, status="running")
             made.on_trial_result(str(len(kinds) - 1), {"key": keys[-1]})
             study.finish(job["number"])
@@ -136,3 +149,72 @@ def test_no_trial_begins_after_the_time_budget(tmp_path: Path) -> None:
     made = StudySearcher(study.ledger, settings, space, INPUTS, said.append)
     assert made.suggest("0") == Searcher.FINISHED
     assert study.ledger.trials() == []
+
+
+def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_never_hears_of_it(tmp_path: Path) -> None:
+    study, said = trained(tmp_path / "study"), []
+    made = searcher(study, 3, said, given(2, 3, 3))
+    kinds = run_to_the_end(made, study)
+    assert kinds[:5] == ["dense", "trial", "trial", "trial", "control"]
+    assert set(kinds[5:]) == {"report"}
+    (control,) = study.ledger.controls()
+    assert (control.number, control.status) == (-2, "done")
+    assert [(action.sparsity, action.finetune_tokens, action.data_start_tokens) for action in control.actions] == [
+        (0.0, 1024, 0), (0.0, 1024, 1024), (0.0, 1024, 2048)]
+    assert "control round 1/3: sparsity 0.000 text/bits_per_byte" in "".join(said)
+    assert sum("report split, dense control: sparsity 0.000" in line for line in said) == 1
+    assert [trial.number for trial in made.sampler.optuna_study.trials] == [0, 1, 2]
+    reported = set(study.ledger.reports())
+    assert control.keys[-1] in reported
+    assert not reported & set(control.keys[:-1])  # no round of the control is on the frontier
+    assert not searcher(study, 3, said, given(2, 3, 3)).has_work()
+    assert run_to_the_end(searcher(study, 4, said, given(2, 3, 3, 3)), study).count("control") == 0  # none is longer
+    assert run_to_the_end(searcher(study, 5, said, given(2, 3, 3, 3, 4)), study)[:2] == ["trial", "control"]
+    assert [len(control.actions) for control in study.ledger.controls()] == [3, 4]
+
+
+def test_no_control_where_it_is_off_or_nothing_trains(tmp_path: Path) -> None:
+    study, said = trained(tmp_path / "study"), []
+    assert "control" not in run_to_the_end(searcher(study, 2, said, given(1, 2), dense_control=False), study)
+    assert searcher(study, 2, said, given(1, 2)).has_work()
+    untrained = SyntheticStudy(tmp_path / "untrained")
+    assert "control" not in run_to_the_end(searcher(untrained, 2, said), untrained)
+
+
+def test_a_killed_control_goes_on_and_a_failed_one_costs_a_line(tmp_path: Path) -> None:
+    study, said = trained(tmp_path / "study"), []
+    study.dense()
+    for job in ("0", "1"):
+        first = searcher(study, 2, said, given(1, 2))
+        assert first.suggest(job)["kind"] == "trial"
+        study.finish(int(job))
+        first.on_trial_complete(job, {"done": True})
+    left = first.suggest("2")
+    assert (left["kind"], left["number"]) == ("control", -2)
+    study.finish(-2, num_finished=1, status="running")  # and there the driver died
+    again = searcher(study, 2, said, given(1, 2))
+    assert again.has_work()
+    assert again.suggest("0") == left
+    assert len(study.ledger.trial(-2).keys) == 1
+    again.on_trial_complete("0", None, error=True)
+    failed = study.ledger.trial(-2)
+    assert (failed.status, said[-1]) == ("failed", f"control failed: {failed.reason}")
+    assert set(run_to_the_end(again, study)) == {"report"}
+    assert [trial.status for trial in study.ledger.trials()] == ["done", "done"]
+    assert searcher(study, 2, said, given(1, 2)).has_work()
+    assert run_to_the_end(searcher(study, 2, said, given(1, 2)), study) == ["control", "report"]
+    assert [control.status for control in study.ledger.controls()] == ["done"]
+
+
+def test_no_control_begins_after_the_time_budget(tmp_path: Path) -> None:
+    study, said = trained(tmp_path / "study"), []
+    study.dense()
+    made = searcher(study, 1, said, given(2), time_budget_s=1000.0)
+    made.suggest("0")
+    study.finish(0)
+    made.on_trial_complete("0", {"done": True})
+    made._deadline = 0.0  # long ago
+    assert set(run_to_the_end(made, study)) == {"report"}
+    (line,) = [line for line in said if line.startswith("no dense control: the time is up")]
+    assert study.ledger.controls() == []
+    assert searcher(study, 1, said, given(2)).has_work()

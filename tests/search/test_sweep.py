@@ -20,7 +20,7 @@ from raysearch.study.ledger import Ledger
 
 
 def test_killed_and_started_again_with_more_trials(tmp_path: Path, tiny_model: Path, stories: Path) -> None:
-    write_space(tmp_path, tiny_model, stories)
+    write_space(tmp_path, tiny_model, stories, dense_control=True)
     process = sweep(tmp_path)
     rounds = tmp_path / "study" / "rounds"
     deadline = time.monotonic() + 120
@@ -36,7 +36,11 @@ def test_killed_and_started_again_with_more_trials(tmp_path: Path, tiny_model: P
     code, out, err = finish(sweep(tmp_path, "--trials", "5"))
     assert code == 0, err
     assert "the journal's last line was torn" in out
-    check_whole(tmp_path, 5)
+    ledger = check_whole(tmp_path, 5)
+    (control,) = ledger.controls()
+    assert [ledger.candidate(key).sparsity for key in control.keys] == [0.0, 0.0]
+    assert "control round 1/2" in out
+    assert ledger.report_metrics(control.keys[-1]) is not None
     assert all(p.stat().st_mtime_ns == when for p, when in before.items())
 
 

@@ -164,3 +164,21 @@ def test_the_stacks_of_a_trial_are_found_by_rank(anywhere: AnyPath) -> None:
             file.write_text(text)
     assert ledger.stacks(3) == {"rank 0": "frames of 0", "rank 12": "frames of 12"}
     assert ledger.stacks(5) == {}
+
+
+def test_controls_stand_apart_from_trials(anywhere: AnyPath) -> None:
+    ledger = Ledger(anywhere)
+    trial = TrialRecord(number=0, config=TrialConfig(target_sparsity=0.5), actions=(Action(sparsity=0.5),), started_at="now")
+    controls = [TrialRecord(number=number, config=None, actions=(Action(sparsity=0.0, finetune_tokens=-number),),
+                            started_at="now") for number in (-2, -3, -10)]
+    for record in (controls[2], trial, controls[0], controls[1]):
+        ledger.write_trial(record)
+    for path in (ledger.log_path(-1, 0), ledger.log_path(-2, 0), ledger.stack_path(-2, 0)):
+        with new_file(path) as file:
+            file.write_text("not a record")
+    assert ledger.trials() == [trial]
+    assert ledger.controls() == controls
+    assert ledger.trial(-2) == controls[0]
+    assert (anywhere / "trials" / "-0002.json").is_file()
+    assert [record.name for record in (trial, controls[0])] == ["trial 0", "control"]
+    assert ledger.stacks(-2) == {"rank 0": "not a record"}

@@ -4,7 +4,7 @@ import pytest
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.study.records import round_key
-from raysearch.trial.actions import check_actions, resolve_actions
+from raysearch.trial.actions import check_actions, control_actions, longest, resolve_actions
 
 
 def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
@@ -78,3 +78,28 @@ def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dic
 def test_actions_that_train_need_text(study: Study) -> None:
     with pytest.raises(ValueError, match="needs text to train on, got no corpus"):
         check_actions([Action(sparsity=0.5, finetune_tokens=256)], study, 0, "line 1")
+
+
+def test_a_control_trains_as_its_trial_does_and_prunes_nothing(study: Study) -> None:
+    config = TrialConfig(schedule="linear", target_sparsity=0.6, num_rounds=2, finetune_epochs=0.5, l1_lambda=1e-4,
+                         learning_rate=1e-3, criterion="movement", scope="layer")
+    actions = resolve_actions(config, study.replaced(seed=3), 10**6)
+    assert control_actions(actions) == (
+        Action(sparsity=0.0, learning_rate=1e-3, finetune_tokens=512, data_start_tokens=0, seed=3),
+        Action(sparsity=0.0, learning_rate=1e-3, finetune_tokens=512, data_start_tokens=512, seed=3))
+    by_threshold = TrialConfig(threshold=0.5, threshold_unit="std", schedule="linear", num_rounds=2, finetune_epochs=0.5,
+                               learning_rate=1e-3)
+    assert control_actions(resolve_actions(by_threshold, study.replaced(seed=3), 10**6)) == control_actions(actions)
+
+
+def test_without_fine_tuning_there_is_no_control(study: Study) -> None:
+    assert control_actions(resolve_actions(TrialConfig(target_sparsity=0.5), study, 10**6)) == ()
+    assert control_actions(()) == ()
+
+
+def test_the_longest_trial_has_most_tokens_in_all() -> None:
+    short, long, as_long = ([Action(sparsity=sparsity, finetune_tokens=tokens)] * number
+                            for sparsity, tokens, number in ((0.1, 900, 1), (0.2, 500, 2), (0.3, 250, 4)))
+    assert longest([short, long, as_long]) == long
+    assert longest([short, as_long, long]) == as_long
+    assert longest([]) == ()

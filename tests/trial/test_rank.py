@@ -4,8 +4,9 @@ from pathlib import Path
 
 import ray
 
-from raysearch.config import study_of
+from raysearch.config import Action, study_of
 from raysearch.study.ledger import Ledger
+from raysearch.study.records import TrialRecord, config_hash
 from raysearch.training.engine import free_port
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.inputs import read_inputs, resolve
@@ -26,3 +27,10 @@ def test_a_gang_that_begins_leaves_the_stack_file_of_one_that_runs(tiny_model: P
         assert path.exists()
         assert ray.get(rank.step.remote())["done"]  # of the same job in both, as when two gangs score candidates
         assert not path.exists()
+    control = TrialRecord(number=-2, config=None, actions=(Action(sparsity=0.0, finetune_tokens=256, learning_rate=1e-3),),
+                          started_at="now")
+    Ledger(tmp_path).write_trial(control)  # what a rank resolves one to are its own actions
+    assert ray.get(rank.begin.remote({"kind": "control", "number": -2})) == config_hash(study, control.actions)
+    results = [ray.get(rank.step.remote()) for _ in range(2)]
+    assert [(result["status"], result["done"]) for result in results] == [("running", False), ("done", True)]
+    assert Ledger(tmp_path).log_path(-2, 0).is_file()

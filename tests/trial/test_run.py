@@ -4,7 +4,7 @@ import pytest
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.study.records import TrialRecord, round_key
-from raysearch.trial.actions import resolve_actions
+from raysearch.trial.actions import control_actions, resolve_actions
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.run import Superseded, run_trial
 from raysearch.trial.worker import Worker
@@ -41,3 +41,29 @@ def test_divergence_is_recorded_with_its_reason(worker: Worker, study: Study) ->
     assert last.reason.startswith("round 1: ")
     assert not worker.ledger.round_directory(round_key(worker.inputs.root_key, actions[0])).exists()
     assert run_round(worker, dense_round(worker), Action(sparsity=0.0)).sparsity == 0.0  # the engine is whole again
+
+
+def test_a_control_gains_what_training_alone_gives(apart: Worker, study: Study) -> None:
+    trained = resolve_actions(TrialConfig(target_sparsity=0.6, finetune_epochs=1.0, learning_rate=1e-3), study, 10**6)
+    *_, last = run_trial(apart, TrialRecord(number=-2, config=None, actions=control_actions(trained), started_at=""))
+    assert (last.status, len(last.keys)) == ("done", 1)
+    assert (apart.ledger.trials(), apart.ledger.controls()) == ([], [last])
+    dense, control = dense_round(apart), apart.ledger.candidate(last.keys[0])
+    assert control.sparsity == dense.sparsity
+    assert control.metrics["text/bits_per_byte"].value < dense.metrics["text/bits_per_byte"].value
+
+
+def test_a_control_is_scored_on_every_item_in_a_study_with_racing(apart: Worker, study: Study,
+                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learning rate that ruins the model: a trial's race against the dense baseline ends early, the control's does not."""
+    monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
+    monkeypatch.setattr(apart, "study", study.replaced(racing_level=0.5))
+    ruined = Action(sparsity=0.0, finetune_tokens=256, learning_rate=0.02)
+    also = ruined.model_copy(update={"finetune_tokens": 512})
+    dense = dense_round(apart)
+    *_, trial = run_trial(apart, TrialRecord(number=0, config=None, actions=(ruined,), started_at=""))
+    *_, control = run_trial(apart, TrialRecord(number=-2, config=None, actions=(also,), started_at=""))
+    assert apart.ledger.candidate(trial.keys[0]).dominated_by == dense.key
+    whole = apart.ledger.candidate(control.keys[0])
+    assert whole.dominated_by is None
+    assert whole.metrics["text/bits_per_byte"].num_items == dense.metrics["text/bits_per_byte"].num_items
