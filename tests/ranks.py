@@ -16,7 +16,8 @@ def run_ranks(script: str, world_size: int, arguments: list[str], timeout_s: flo
 
     shared = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "DS_ACCELERATOR": "cuda" if on_gpus else "cpu", "OMP_NUM_THREADS": "1",
-              "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "pruning"), os.environ.get("PYTHONPATH", "")])}
+              "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS), str(TESTS / "pruning"),
+                                             os.environ.get("PYTHONPATH", "")])}
     ranks = [subprocess.Popen([sys.executable, script, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
              for rank in range(world_size)]

@@ -90,7 +90,7 @@ class SyntheticStudy:
         if report:
             self.ledger.write_report_metrics(keys[-1], {
                 name: metric.model_copy(update={"value": metric.value + (0.01 if name == "text/bits_per_byte" else -0.01)})
-                for name, metric in self.ledger.candidate(keys[-1]).metrics.items()})
+                for name, metric in self.ledger.candidate(keys[-1]).metrics.items()}, {})
         return keys
 
     def _round(self, key: str, parent: str | None, action: Action | None, depth: int, sparsity: float,

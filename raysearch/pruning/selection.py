@@ -30,6 +30,7 @@ AllReduce = Callable[[Tensor], Tensor]
 _INFINITY = 0x7F800000  # bits of fp32's; larger magnitudes are NaN
 _CHUNK_CPU = 1 << 18  # 1 MB of bits stays in the L2 cache: 1.5 times faster than 2^22 (2026-11-23, 2 vCPU)
 _CHUNK_CUDA = 1 << 24  # 64 MB of bits
+_NEGATIVE_ZERO = -(1 << 31)  # as int32: the bits of -0.0
 _RESERVED = -1  # as int32: the bits of a NaN whose key is 0
 
 
@@ -59,8 +60,12 @@ def magnitude_keys(chunk: Tensor) -> Tensor:
 
 
 def score_keys(chunk: Tensor) -> Tensor:
-    """int64 keys of 32 bits: positive floats above negative ones, whose bits run the other way. -0.0 is 0.0."""
-    bits = (chunk + 0.0).view(torch.int32)
+    """int64 keys of 32 bits: positive floats above negative ones, whose bits run the other way. -0.0 is 0.0.
+
+    Integers only: any arithmetic on floats turns what is reserved into the GPU's one NaN.
+    """
+    bits = chunk.view(torch.int32)
+    bits = bits.masked_fill(bits == _NEGATIVE_ZERO, 0)
     return torch.where(bits < 0, ~bits.long() & 0xFFFFFFFF, bits.long() + 0x80000000)
 
 

@@ -152,6 +152,19 @@ def test_masks_on_cuda_equal_masks_on_cpu() -> None:
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_cuda, on_cpu, strict=True))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_prune", [0, 250_000, 300_100, 700_000, 1_000_000])
+def test_what_is_reserved_is_so_on_cuda(num_prune: int) -> None:
+    generator = torch.Generator().manual_seed(7)
+    scores = torch.randn(1_000_000, generator=generator).mul(64).round()  # ties
+    scores[:100], scores[100:200] = -0.0, -math.inf
+    eligible = torch.rand(1_000_000, generator=generator) < 0.7
+    on_cpu, on_cuda = (keep_masks([reserve_(scores.clone().to(device), eligible.to(device))], [0], num_prune, passes=SCORES)[0]
+                       for device in ("cpu", "cuda"))
+    assert torch.equal(on_cuda.cpu(), on_cpu)
+    assert num_prune < 300_100 or not (on_cpu & ~eligible).any()
+
+
 def test_nothing_to_prune_and_nothing_at_all() -> None:
     assert keep_masks([torch.tensor([3.0, 0.0])], [0], 0)[0].tolist() == [True, True]
     assert keep_masks([], [], 0) == []

@@ -35,7 +35,7 @@ def test_killed_and_started_again_with_more_trials(tmp_path: Path, tiny_model: P
         file.write(b'{"op_code": 4, "wor')  # as a writer dies
     code, out, err = finish(sweep(tmp_path, "--trials", "5"))
     assert code == 0, err
-    assert "the journal's last line was torn" in out
+    assert "the journal is damaged in line" in out
     ledger = check_whole(tmp_path, 5)
     (control,) = ledger.controls()
     assert [ledger.candidate(key).sparsity for key in control.keys] == [0.0, 0.0]
