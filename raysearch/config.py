@@ -272,6 +272,9 @@ class Study(Frozen):
         if self.training.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "
                              f"got {self.training.batch_tokens}")
+        if self.evaluation.racing_level is not None and len(self.search.objectives) > 2:
+            raise ValueError("racing_level needs one size and one quality in objectives, for a candidate that has lost by one "
+                             f"quality may win by another, got {', '.join(self.search.objectives)}")
         if num_ranks > 1 and 0 < self.cluster.gpus_per_rank < 1:
             raise ValueError("gpus_per_rank below 1 needs num_ranks 1 (NCCL refuses two ranks on one GPU), "
                              f"got {self.cluster.gpus_per_rank} and {self.cluster.num_ranks}")

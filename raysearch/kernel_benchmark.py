@@ -1,4 +1,4 @@
-"""Every backend against dense, and against torch's own sparse products, over a grid of layers: `raysearch worker-kernels`.
+"""Every backend against dense, and against torch's own sparse products, over a grid of layers: `raysearch bench-kernels`.
 
 Each number is the median over replays of CUDA graphs, dense and all candidates in turn, walking through copies of the
 weight that are larger than the L2 cache, on random data. Outputs are poisoned with NaN before they are checked against

@@ -121,6 +121,9 @@ class Ledger:
                        for section in now for name in sorted({*before[section], *now[section]})
                        if before[section].get(name) != now[section].get(name)]
             changed = changed or ["the files of the model, the corpus or the tasks"]
+        objectives, now_objectives = old.study.search.objectives, record.study.search.objectives
+        if record.study.evaluation.racing_level is not None and objectives != now_objectives:
+            changed.append(f"objectives ({', '.join(objectives)}, now {', '.join(now_objectives)}), by which candidates raced")
         if old.space_hash != record.space_hash:
             changed.append("the code of space()")
         if changed:

@@ -75,13 +75,15 @@ class Weighed:
     """By parameter."""
     num_nonzero: int
     stored_bytes: int
+    resident_bytes: int
 
 
 def weigh(worker: Worker) -> Weighed:
     engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.model.dtype]
     nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
-    return Weighed(nonzero, sum(nonzero.values()), sum(stored_bytes(total[name], kept[name], itemsize) for name in total))
+    return Weighed(nonzero, sum(nonzero.values()), sum(stored_bytes(total[name], kept[name], itemsize) for name in total),
+                   sum(total.values()) * itemsize)
 
 
 @contextlib.contextmanager
@@ -133,7 +135,7 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
                 model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
-                stored_bytes=weighed.stored_bytes, resident_bytes=num_parameters * EXPORT_ITEMSIZE[worker.study.model.dtype],
+                stored_bytes=weighed.stored_bytes, resident_bytes=weighed.resident_bytes,
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, provenance=provenance(

@@ -33,6 +33,10 @@ def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
     assert ledger.study().study.training.weight_decay == 0.0
     assert ledger.attach(study_record(num_trials=9, num_ranks=4, zero_stage=2))  # how fast and where may change
     assert ledger.study().study.cluster.num_ranks == 4
+    raced = study_record(racing_level=0.05, objectives=("stored_bytes", "text/bits_per_byte")).model_copy(
+        update={"root_key": ledger.study().root_key})
+    with pytest.raises(ValueError, match=r"differs in objectives \(num_nonzero, text/bits_per_byte, now stored_bytes"):
+        ledger.attach(raced)
     with pytest.raises(ValueError, match="differs in the files of the model, the corpus or the tasks"):
         ledger.attach(study_record().model_copy(update={"root_key": "another"}))
 

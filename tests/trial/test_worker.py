@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raysearch.config import Action, Study
+from raysearch.config import SIZES, Action, Study
 from raysearch.evaluation.racing import item_order
 from raysearch.search.retention import frontier_keys
 from raysearch.study.ledger import Ledger
+from raysearch.trial.candidate import weigh
 from raysearch.trial.inputs import read_inputs
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
@@ -17,7 +18,7 @@ from raysearch.trial.worker import Worker
 def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
         study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raysearch.evaluation.racing.FIRST_ITEMS", 2)
-    racing = study.replaced(**{"racing_level": 0.01})
+    racing = study.replaced(racing_level=0.01)
     inputs = read_inputs(racing)
     assert inputs.root_key != read_inputs(study).root_key
     worker = Worker(racing, Ledger(tmp_path), inputs)
@@ -39,6 +40,8 @@ def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
     assert rival.tolist() == whole[racing.search.objective].numerator[order].tolist()
     assert level == 0.01
     assert larger.key not in frontier_keys(worker.ledger, racing)
+    weighed = weigh(worker)
+    assert all(getattr(weighed, size) == getattr(larger, size) for size in SIZES)  # any of them may be raced by
 
 
 def test_a_rival_whose_items_are_gone_races_nobody(study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
