@@ -2,36 +2,21 @@
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_ranks
 from torch import Tensor
 
 CASES = [(stage, dtype) for stage in (0, 1, 2, 3) for dtype in ("float32", "bfloat16")]
 
 
-def run_ranks(world_size: int, arguments: list[str], timeout_s: float = 240) -> dict[str, dict]:
-    """Runs this file on `world_size` gloo ranks and returns rank 0's JSON."""
-    from raysearch.training.engine import free_port
-
-    shared = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-              "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-             for rank in range(world_size)]
-    outputs = [rank.communicate(timeout=timeout_s) for rank in ranks]
-    for rank, (_, errors) in zip(ranks, outputs):
-        assert rank.returncode == 0, errors[-3000:]
-    return json.loads(outputs[0][0].splitlines()[-1])
-
-
 @pytest.fixture(scope="module", params=[1, 2])
 def measured(request: pytest.FixtureRequest, tiny_model: Path) -> dict[str, dict]:
-    return run_ranks(request.param, [str(tiny_model)])
+    return run_ranks(__file__, request.param, [str(tiny_model)])
 
 
 @pytest.mark.parametrize(("stage", "dtype"), CASES)
@@ -54,7 +39,7 @@ def test_result_does_not_depend_on_the_stage(measured: dict) -> None:
 
 
 def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
-    one, two = (run_ranks(world_size, [str(tiny_model), "masks"]) for world_size in (1, 2))
+    one, two = (run_ranks(__file__, world_size, [str(tiny_model), "masks"]) for world_size in (1, 2))
     assert one == two
     assert len(one) == 2 * 4
 
