@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.candidates import control, frontier, frontier_split, pruned, setting
+from raysearch.config import TrialConfig
 from raysearch.units import human_bytes, human_count
 
 MAX_WIDTH = 140
@@ -70,6 +71,7 @@ def describe_config(row: pd.Series) -> str:
     parts = [f"{row['schedule']} {aim}".strip() + (f" in {row['num_rounds']}" if pd.notna(row["num_rounds"]) else "")]
     if pd.isna(row["threshold"]):
         parts.append(str(row["scope"]))
+    parts += [str(row[name]) for name in ("criterion", "pattern") if row[name] != TrialConfig.model_fields[name].default]
     if row["finetune_epochs"]:
         parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}")
     if row["l1_lambda"]:

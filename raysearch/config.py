@@ -92,7 +92,7 @@ class TrialConfig(Frozen):
     initial_sparsity: float = Field(0.0, ge=0, lt=1)
     """Sparsity at which the path starts, before round 1."""
     target_sparsity: float | None = Field(None, ge=0, lt=1)
-    """Sparsity among prunable weights after the last round."""
+    """Sparsity after the last round, among the pattern's weights: all that are prunable, where each stands by itself."""
     num_rounds: int | None = Field(None, ge=1)
     """Prune, fine-tune, evaluate this many times."""
     rate: float | None = Field(None, gt=0, lt=1)

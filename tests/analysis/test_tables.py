@@ -67,6 +67,8 @@ def test_words(frame: pd.DataFrame) -> None:
     assert told == ["cubic to 0.7 in 3, global, 3 ep, lr 0.0003, l1 0.0001", "one_shot threshold 0.5 std in 1",
                     "constant rate 0.4 in 3, global, 2 ep, lr 0.0003",
                     "exponential to 0.8 in 2, layer, 0.5 ep, lr 0.0003"]
+    moved = frame[frame["trial"] == 7].assign(criterion="movement", pattern="head").iloc[0]
+    assert describe_config(moved) == "exponential to 0.8 in 2, layer, movement, head, 0.5 ep, lr 0.0003"
     assert [human_bytes(n) for n in (512, 999_600, 3_420_000, 1.9e9)] == ["512 B", "1 MB", "3.42 MB", "1.9 GB"]
     assert [human_count(n) for n in (512, 24_100_000, 1.5e9)] == ["512", "24.1M", "1.5B"]
     nan = float("nan")
