@@ -13,7 +13,7 @@ the keys that share the digits before, find the k-th smallest exactly, denormals
 
     magnitudes   raw weights, fp32 or 16-bit (upcast here), are their own scores: the sign bit is ignored, so |w| is never
                  stored. Pruned weights score 0 and come first again: a mask for a higher sparsity never revives one.
-    scores       any fp32 numbers, larger is kept, they may be negative. What `reserve_` marks (weights that are pruned
+    scores       any fp32 numbers, larger is kept, they may be negative. What `reserved` marks (weights that are pruned
                  already and may not come back) is below every number, -inf too.
 """
 
@@ -95,10 +95,9 @@ MAGNITUDES = _torch_passes(magnitude_keys, (16, 15), 0, _INFINITY)
 SCORES = _torch_passes(score_keys, (16, 16), 0x007FFFFF, 0x80000000 + _INFINITY)
 
 
-def reserve_(scores: Tensor, eligible: Tensor) -> Tensor:
-    """Puts the scores [num] fp32 of what is not eligible below every number, in place."""
-    scores.view(torch.int32).masked_fill_(~eligible, _RESERVED)
-    return scores
+def reserved(scores: Tensor, eligible: Tensor) -> Tensor:
+    """A copy of the scores [num] fp32 in which what is not eligible is below every number."""
+    return torch.where(eligible, scores.view(torch.int32), _RESERVED).view(torch.float32)
 
 
 def keep_masks(

@@ -18,7 +18,7 @@ from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, units_of
-from raysearch.pruning.selection import SCORES, keep_masks, reserve_, row_masks, threshold_masks
+from raysearch.pruning.selection import SCORES, keep_masks, reserved, row_masks, threshold_masks
 from raysearch.training.engine import Engine, Shard
 
 Masks = list[Tensor | None]
@@ -106,15 +106,10 @@ class Pruner:
         return self._never_revived(shards, [parts[shard.name] for shard in shards], passes is SCORES)
 
     def _scores(self, shard: Shard) -> Tensor:
-        """fp32 [n], what is pruned for good below every number."""
-        optimizer, values = self.engine.optimizer, shard.values
-        latents = shard.of(optimizer.latents)
-        weights = values if latents is None else values + latents
-        scores = self.criterion.scores(weights, shard.of(optimizer.gathered))
-        if scores is weights or scores is shard.of(optimizer.gathered):
-            scores = scores.clone()
-        return reserve_(scores, self._eligible(shard)) if self.action.scope != "row" else scores.masked_fill_(
-            ~self._eligible(shard), -math.inf)
+        """fp32 [n], a copy: what is pruned for good below every number."""
+        scores = self.criterion.scores(self._weights(shard), shard.of(self.engine.optimizer.gathered))
+        eligible = self._eligible(shard)
+        return scores.masked_fill(~eligible, -math.inf) if self.action.scope == "row" else reserved(scores, eligible)
 
     def _eligible(self, shard: Shard) -> Tensor:
         """What may be kept: all but what was pruned before the round. A weight that left its mask in this round has a value

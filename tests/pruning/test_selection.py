@@ -19,7 +19,7 @@ from raysearch.pruning.selection import (
     SCORES,
     Passes,
     keep_masks,
-    reserve_,
+    reserved,
     row_masks,
     threshold_masks,
 )
@@ -110,8 +110,10 @@ def test_masks_equal_brute_force_on_any_world_size(
 def test_what_is_reserved_goes_first_whatever_the_scores(scores: list[float], data: st.DataObject) -> None:
     eligible = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(scores), max_size=len(scores))))
     num_prune = data.draw(st.integers(int((~eligible).sum()), len(scores)))
-    reserved = reserve_(torch.tensor(scores, dtype=torch.float32), eligible)
-    mask = keep_masks([reserved], [0], num_prune, passes=SCORES)[0]
+    given_scores = torch.tensor(scores, dtype=torch.float32)
+    scored = reserved(given_scores, eligible)
+    assert torch.equal(given_scores, torch.tensor(scores, dtype=torch.float32))  # what a criterion gathers goes on from there
+    mask = keep_masks([scored], [0], num_prune, passes=SCORES)[0]
     assert not (mask & ~eligible).any()
     kept = torch.tensor(scores, dtype=torch.float32)[mask]
     pruned = torch.tensor(scores, dtype=torch.float32)[eligible & ~mask]
@@ -159,7 +161,7 @@ def test_what_is_reserved_is_so_on_cuda(num_prune: int) -> None:
     scores = torch.randn(1_000_000, generator=generator).mul(64).round()  # ties
     scores[:100], scores[100:200] = -0.0, -math.inf
     eligible = torch.rand(1_000_000, generator=generator) < 0.7
-    on_cpu, on_cuda = (keep_masks([reserve_(scores.clone().to(device), eligible.to(device))], [0], num_prune, passes=SCORES)[0]
+    on_cpu, on_cuda = (keep_masks([reserved(scores.to(device), eligible.to(device))], [0], num_prune, passes=SCORES)[0]
                        for device in ("cpu", "cuda"))
     assert torch.equal(on_cuda.cpu(), on_cpu)
     assert num_prune < 300_100 or not (on_cpu & ~eligible).any()
