@@ -242,6 +242,7 @@ class Engine:
         """Writes whole weights (by parameter name, any float dtype) into the shards. The mask of a sparse one is its bitmap;
         of a prunable one that is dense it is what is not zero; others have none. Sparse ones are expanded on the engine's
         device, one at a time."""
+        self.optimizer.hold_masks()  # those of a round that diverged would be added to the new weights
         masks: list[Tensor | None] = []
         whole: dict[str, tuple[Tensor, Tensor | None]] = {}
         for shard in self.shards:
@@ -264,6 +265,7 @@ class Engine:
     @torch.no_grad()
     def load_base(self) -> None:
         """Copies this rank's shards of the dense model back: how a warm gang starts its next trial."""
+        self.optimizer.hold_masks()
         for shard, values in zip(self.shards, self._base):
             shard.values.copy_(values.to(self.device))
         self.set_masks(self._dense_masks())
@@ -308,7 +310,7 @@ class Engine:
     @torch.no_grad()
     def settle_masks(self) -> None:
         """Masks stop moving; a kept prunable weight that training brought to exactly 0 leaves its mask. No weight changes."""
-        self.optimizer.gather, self.optimizer.gathered, self.optimizer.latents = None, {}, {}
+        self.optimizer.hold_masks()
         for shard in self.prunable_shards:
             mask = shard.of(self.optimizer.masks)
             assert mask is not None, "prunable weights always have a mask"

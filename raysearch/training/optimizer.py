@@ -66,6 +66,10 @@ class SparseAdamW(torch.optim.AdamW):
             for value in state.values():
                 if torch.is_tensor(value):
                     value.zero_()
+        self.hold_masks()
+
+    def hold_masks(self) -> None:
+        """Masks move no more: what was gathered, and what lies behind them, is gone."""
         self.gather, self.gathered, self.latents = None, {}, {}
 
     def forget_moments(self, master: Tensor, where: Tensor) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from raysearch.config import Action
 from raysearch.study.records import RoundRecord
+from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate, run_round
 from raysearch.trial.worker import Worker
 
@@ -96,6 +97,24 @@ def test_masked_heads_are_heads_that_were_cut_by_hand(measured: dict, tiny_model
             attention.c_proj.weight[head * size:(head + 1) * size] = 0
     assert torch.allclose(torch.tensor(case["logits"]), model(tokens).logits[:, -1, :20], atol=1e-5)
     assert len(case["pruned"]) == 2  # half of two heads in each of two layers
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_round_that_diverged_leaves_nothing_behind_its_masks(worker: Worker, depth: int) -> None:
+    record = dense_round(worker)
+    if depth:
+        record = run_round(worker, record, Action(sparsity=0.3))
+    load_candidate(worker, record)
+    before = {name: worker.engine.gather(name) for name in worker.engine.shapes}
+    worker.loaded_key = None
+    pruner = Pruner(worker.engine, Action(criterion="movement", sparsity=0.8, mask_interval_steps=1), 2)
+    worker.engine.restart(0.0)
+    pruner.begin()
+    worker.engine.train_step(torch.arange(32 * worker.engine.sequences_per_rank).view(-1, 32) % 50, 0.001)
+    pruner.after_step(1)  # and then the loss is NaN, and `end` never comes
+    load_candidate(worker, record)
+    for name, weights in before.items():
+        assert torch.equal(worker.engine.gather(name), weights), name
 
 
 def test_scopes_cut_where_they_say(worker: Worker) -> None:
