@@ -12,7 +12,7 @@ import importlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -72,7 +72,11 @@ class Shard:
     def of(self, state: Mapping[Tensor, Tensor]) -> Tensor | None:
         """The shard's part [n] of what is kept beside the masters; None where nothing is kept for its master."""
         whole = state.get(self.master)
-        return None if whole is None else whole.view(-1)[self.offset:self.offset + self.values.numel()]
+        return None if whole is None else self.part(whole)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """The shard's part [n], a view, of a tensor in its master's layout."""
+        return whole.view(-1)[self.offset:self.offset + self.values.numel()]
 
 
 class Engine:
@@ -291,7 +295,7 @@ class Engine:
             values = master.detach()
             keep = torch.zeros_like(values, dtype=torch.bool)  # padding is pruned: it must stay 0
             for shard, mask in given:
-                part = keep.view(-1)[shard.offset:shard.offset + shard.values.numel()]
+                part = shard.part(keep)
                 part.copy_(mask) if mask is not None else part.fill_(True)
             latent = self.optimizer.latents.get(master)
             if latent is not None:
@@ -301,7 +305,7 @@ class Engine:
             values.masked_fill_(~keep, 0)
             for shard, mask in given:
                 if mask is not None and shard.name in self.prunable_names:
-                    keep.view(-1)[shard.offset:shard.offset + shard.values.numel()] &= shard.values != 0
+                    shard.part(keep).logical_and_(shard.values != 0)
             if latent is not None and master in before:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
@@ -354,17 +358,20 @@ class Engine:
     @torch.no_grad()
     def nonzero_counts(self) -> dict[str, int]:
         """Non-zero weights of every parameter, over all ranks."""
-        counts = torch.zeros(len(self.parameters), dtype=torch.int64, device=self.device)
-        for shard in self.shards:
-            counts[shard.index] += torch.count_nonzero(shard.values)
-        return dict(zip(self.parameters, self.all_reduce(counts).tolist()))
+        return self._counts(torch.count_nonzero(shard.values) for shard in self.shards)
 
     @torch.no_grad()
     def kept_counts(self) -> dict[str, int]:
         """Weights that the masks keep of every parameter, over all ranks; all of one without a mask."""
+        masks = (shard.of(self.optimizer.masks) for shard in self.shards)
+        return self._counts(shard.values.numel() if mask is None else torch.count_nonzero(mask)
+                            for shard, mask in zip(self.shards, masks))
+
+    def _counts(self, of_shards: Iterable[Tensor | int]) -> dict[str, int]:
+        """Counts of each of `shards`, added up by parameter over all ranks."""
         counts = torch.zeros(len(self.parameters), dtype=torch.int64, device=self.device)
-        for shard, mask in zip(self.shards, self.masks()):
-            counts[shard.index] += shard.values.numel() if mask is None else torch.count_nonzero(mask)
+        for shard, count in zip(self.shards, of_shards):
+            counts[shard.index] += count
         return dict(zip(self.parameters, self.all_reduce(counts).tolist()))
 
     # ---- training ----

@@ -18,7 +18,7 @@ from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, units_of
-from raysearch.pruning.selection import SCORES, keep_masks, reserved, row_masks, threshold_masks
+from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, row_masks, threshold_masks
 from raysearch.training.engine import Engine, Shard
 
 Masks = list[Tensor | None]
@@ -68,23 +68,27 @@ class Pruner:
 
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
+        shards = self.engine.prunable_shards
+        if self.criterion is CRITERIA["magnitude"]:  # selection reads |w| off the weights; a pruned one is 0 and comes first
+            values = [shard.values for shard in shards]
+            if sparsity is None:
+                return threshold_masks(values, self._thresholds(shards))
+            return self._selected(values, selection_passes(self.engine.device), sparsity)
+        scores = [self._scores(shard) for shard in shards]
+        if sparsity is None:
+            return [score >= cut for score, cut in zip(scores, self._thresholds(shards))]
+        keep = self._selected(scores, SCORES, sparsity)  # where fewer are to go than are gone, all that are gone stay so
+        return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)]
+
+    def _selected(self, scores: Sequence[Tensor], passes: Passes, sparsity: float) -> list[Tensor]:
+        """Masks of the prunable shards that keep the highest scores of each comparison group."""
         engine, action = self.engine, self.action
         shards = engine.prunable_shards
-        if self.criterion is CRITERIA["magnitude"]:  # selection reads |w| off the weights; a pruned one is 0 and comes first
-            if sparsity is None:
-                return threshold_masks([shard.values for shard in shards], self._thresholds(shards))
-            scores, passes = [shard.values for shard in shards], selection_passes(engine.device)
-        else:
-            scores, passes = [self._scores(shard) for shard in shards], SCORES
-            if sparsity is None:
-                return [score >= cut for score, cut in zip(scores, self._thresholds(shards))]
-        assert sparsity is not None
         rank, world_size = engine.shard_rank
         if action.scope == "global":
             num_prune = num_to_prune(sparsity, sum(math.prod(p.shape) for p in engine.prunables))
-            keep = keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
+            return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
-            return self._never_revived(shards, keep, passes is SCORES)
         parts: dict[str, Tensor] = {}
         here = {shard.name: (shard, score) for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:
@@ -103,12 +107,11 @@ class Pruner:
             if shard is not None:
                 flat = (mask.T if prunable.transposed else mask).reshape(-1)
                 parts[prunable.name] = flat[shard.start:shard.start + len(score)]
-        return self._never_revived(shards, [parts[shard.name] for shard in shards], passes is SCORES)
+        return [parts[shard.name] for shard in shards]
 
     def _scores(self, shard: Shard) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""
-        scores = self.criterion.scores(self._weights(shard), shard.of(self.engine.optimizer.gathered))
-        eligible = self._eligible(shard)
+        scores, eligible = self._criterion_scores(shard), self._eligible(shard)
         return scores.masked_fill(~eligible, -math.inf) if self.action.scope == "row" else reserved(scores, eligible)
 
     def _eligible(self, shard: Shard) -> Tensor:
@@ -116,10 +119,6 @@ class Pruner:
         behind it; one that was pruned before has none."""
         latents = shard.of(self.engine.optimizer.latents)
         return shard.values != 0 if latents is None else (shard.values != 0) | (latents != 0)
-
-    def _never_revived(self, shards: Sequence[Shard], keep: list[Tensor], check: bool) -> list[Tensor]:
-        """Where fewer weights are to go than are gone, all that are gone stay so."""
-        return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)] if check else keep
 
     def _thresholds(self, shards: Sequence[Shard]) -> list[float]:
         """The cut of each shard: a threshold is the budget whose selection is a comparison."""
@@ -171,8 +170,7 @@ class Pruner:
             for part in units.parts:
                 if part.name == shard.name and not part.goes_along:
                     eligible = self._eligible(shard)
-                    weights = self.criterion.scores(self._weights(shard), shard.of(engine.optimizer.gathered))
-                    scores = torch.where(eligible, weights, 0)
+                    scores = torch.where(eligible, self._criterion_scores(shard), 0)
                     unit = units_of(part, shard.start, shard.start + shard.values.numel(), engine.device)
                     where = torch.where(unit < 0, num_units, unit)
                     table[0].scatter_add_(0, where, torch.ones_like(where))
@@ -189,9 +187,11 @@ class Pruner:
         sums = engine.all_reduce(sums)[:num_units].cpu()
         return sums.double() / scale / sizes.clamp(min=1), sizes, alive > 0
 
-    def _weights(self, shard: Shard) -> Tensor:
+    def _criterion_scores(self, shard: Shard) -> Tensor:
+        """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
         latents = shard.of(self.engine.optimizer.latents)
-        return shard.values if latents is None else shard.values + latents
+        weights = shard.values if latents is None else shard.values + latents
+        return self.criterion.scores(weights, shard.of(self.engine.optimizer.gathered))
 
     def _kept(self) -> tuple[int, int]:
         """Weights of the pattern that are not pruned, and all of them."""
