@@ -15,6 +15,7 @@ import torch
 import transformers
 from commands import run  # noqa: F401  a fixture for all folders
 from s3 import anywhere, refusing_store, s3, store  # noqa: F401
+from tiny_models import story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -41,17 +42,6 @@ def save_tiny_gpt2(folder: Path, *, width: int = 32, num_layers: int = 2, seed: 
                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
-
-
-def story(number: int) -> str:
-    """A different little story of about 900 characters for every number."""
-    animals, colours = ["dog", "cat", "fox", "hen", "cow"], ["red", "old", "big", "sad", "wet", "low", "hot"]
-    lines = []
-    for n in range(number, number + 6):
-        a, b, c = animals[n % 5], animals[(n // 5 + 1) % 5], colours[n % 7]
-        lines.append(f"The {c} {a} of house {n} saw the {b} near the river. It ran over the hill, and the {b} followed the {a} "
-                     f"home to house {n}. In the evening they slept near the fire, for the {c} night was cold.")
-    return " ".join(lines)
 
 
 def train(folder: Path, text: str, num_steps: int = 150) -> None:

@@ -94,7 +94,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
 
 
-def run_tune(ledger: Ledger, study: Study, searcher: "StudySearcher", loggers: list[tune.Callback]) -> bool:
+def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: list[tune.Callback]) -> bool:
     """Runs Tune until the searcher has finished; True when it was interrupted before."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
