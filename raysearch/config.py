@@ -249,6 +249,11 @@ class ClusterSettings(Frozen):
     round_limit_s: float = Field(3600.0, gt=0)
     """A round that takes longer is taken for stuck: its gang is ended and started again, once, and then its trial fails
     with the stack of every rank."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=2)] = "auto"
+    """Tokens of one rank that are in memory at a time: a step's gradients are added up over them. `auto`: the most that fit,
+    by placement.py. Halved where memory runs out nevertheless, which the study remembers."""
+    compile: Literal["auto"] | bool = "auto"
+    """Train through torch.compile. `auto`: on a GPU where there is a C compiler."""
     gpus_per_rank: float = Field(0.0, ge=0)
     cpus_per_rank: float = Field(1.0, gt=0)
 
@@ -272,6 +277,11 @@ class Study(Frozen):
         if self.training.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "
                              f"got {self.training.batch_tokens}")
+        micro = self.cluster.micro_batch_tokens
+        if micro != "auto" and (micro % self.data.context_tokens or self.training.batch_tokens // num_ranks % micro):
+            raise ValueError(f"micro_batch_tokens must be a multiple of context_tokens = {self.data.context_tokens} that "
+                             f"divides the {self.training.batch_tokens // num_ranks} tokens of a rank (batch_tokens / "
+                             f"num_ranks), got {micro}")
         if self.evaluation.racing_level is not None and len(self.search.objectives) > 2:
             raise ValueError("racing_level needs one size and one quality in objectives, for a candidate that has lost by one "
                              f"quality may win by another, got {', '.join(self.search.objectives)}")

@@ -29,7 +29,7 @@ LAYERS = (  # from top to bottom; a module imports from its own floor and from t
 FLOOR = {room: -floor for floor, rooms in enumerate(LAYERS) for room in rooms.split()}
 COMMANDS = {*LAYERS[0].split(), *LAYERS[1].split()}
 DOORS = {  # heavy dependency -> the only places that import it
-    "deepspeed": {"raysearch/training/engine.py"},
+    "deepspeed": {"raysearch/training/zero.py"},
     "optuna": {"raysearch/search/"},
     "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/rank.py", "raysearch/trial/watchdog.py",
             "raysearch/trial/base_weights.py", "raysearch/cluster/", "raysearch/training/pretrain.py"},

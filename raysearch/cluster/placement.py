@@ -1,16 +1,16 @@
-"""The smallest gang that holds a model: ranks per trial and ZeRO stage from bytes, before anything is allocated.
+"""The smallest gang that holds a model, and its largest micro-batch: from bytes, before anything is allocated.
 
 Bytes of one rank of n, for P parameters of b bytes each (Rajbhandari et al. 2020, section 3, the mask and what DeepSpeed
 0.19.8 allocates besides added):
 
     weights            b P        stage 3: b P / n, and what is gathered at a time
-    gradients          b P        stages 2 and 3: / n
+    gradients          4 P        stage 1: b P; stages 2 and 3: 4 P / n
     fp32 master        4 P        stages 1 to 3: / n; none at stage 0 in fp32, where the weights are the masters
     Adam moments       8 P        stages 1 to 3: / n
     mask               P          stages 1 to 3: / n (an upper bound: only prunable weights have one)
     and the larger of
-      activations and logits      of the rank's share of the batch, during the backward pass
-      fp32 gradients     4 P      during the optimizer's step; as the master; none at stage 0 in fp32
+      activations and logits      of a micro-batch, as the backward pass begins
+      other gradients             as it ends: b P at stage 0, unless in fp32; 4 P / n during the steps of stages 1 and 3
 """
 
 from collections.abc import Iterator
@@ -25,8 +25,14 @@ GATHERED_PARAMETERS = 1_000_000_000
 ACTIVATION_BYTES = 34
 """Per hidden unit, token and layer with 16-bit activations (Korthikanti et al. 2022, eq. 2), without the term of the
 attention matrix, which flash attention never stores; twice as much in fp32."""
-LOGIT_BYTES = 12
-"""Per token and vocabulary entry: logits, their fp32 copy, and the gradients of both."""
+LOGITS_AT_ONCE = 1 << 28
+"""As many are held at once: 0.5 GB in bf16. Larger parts are no faster (4,096 positions of 50,257 logits against all 16,384:
+402,400 and 403,300 tokens/s with a 124 M model, H200, 2026-11-27), smaller ones fill the GPU less."""
+LOGIT_BYTES = {"float32": 16, "bfloat16": 4}
+"""Of one: itself and its gradient; in fp32, which is not compiled, also what lies between."""
+MOST_MICRO_TOKENS = 65_536
+"""More are no faster. On an H200 (2026-11-27) 30 M parameters train at 1,278,000, 1,661,000 and 1,736,000 tokens/s with 16,384,
+32,768 and 65,536 tokens at a time, 124 M at 421,900, 450,900 and at most 4 % more."""
 USABLE = 0.92
 """Of a GPU's memory; the rest is for the CUDA context, NCCL's buffers and fragmentation."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -40,26 +46,39 @@ class Placement:
     """Plain lines: why this one, and why none that is smaller."""
 
 
-def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, rank_tokens: int) -> dict[str, float]:
+def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, micro_batch_tokens: int) -> dict[str, float]:
     """Bytes of one rank by purpose, at the moment when they are most."""
     itemsize = ITEMSIZE[dtype]
     total, share = size.num_parameters, size.num_parameters / num_ranks
     optimizer = share if zero_stage else total
-    has_master = zero_stage > 0 or dtype != "float32"
     always = {
         "weights": itemsize * (share if zero_stage == 3 else total),
         "gathered weights": itemsize * min(total, GATHERED_PARAMETERS) if zero_stage == 3 else 0,
-        "gradients": itemsize * (share if zero_stage >= 2 else total),
-        "fp32 master": 4 * optimizer * has_master,
+        "gradients": {0: 4 * total, 1: itemsize * total}.get(zero_stage, 4 * share),
+        "fp32 master": 4 * optimizer * (zero_stage > 0 or dtype != "float32"),
         "Adam moments": 8 * optimizer,
         "mask": optimizer,
     }
-    activations = ACTIVATION_BYTES * itemsize / 2 * size.hidden_size * size.num_layers * rank_tokens
-    logits = LOGIT_BYTES * size.vocab_size * rank_tokens
-    step = 4 * (min(share, GATHERED_PARAMETERS) if zero_stage == 3 else optimizer) * has_master
-    passing = {"fp32 gradients of the step": step} if step > activations + logits else {
-        "activations": activations, "logits": logits}
+    activations = ACTIVATION_BYTES * itemsize / 2 * size.hidden_size * size.num_layers * micro_batch_tokens
+    logits = (LOGIT_BYTES[dtype] * min(size.vocab_size * micro_batch_tokens, LOGITS_AT_ONCE)
+              + (4 + itemsize) * size.vocab_size * size.hidden_size)  # and the head's gradient
+    late = {0: itemsize * total * (dtype != "float32"), 1: 4 * share, 2: 0.0,
+            3: 4 * min(share, GATHERED_PARAMETERS)}[zero_stage]
+    passing = {"other gradients": late} if late > activations + logits else {"activations": activations, "logits": logits}
     return {purpose: float(num_bytes) for purpose, num_bytes in {**always, **passing}.items() if num_bytes}
+
+
+def micro_batch(size: ModelSize, study: Study, num_ranks: int, zero_stage: int, budget: float) -> int:
+    """Tokens of the largest micro-batch that fits `budget` bytes, or of one sequence where none does."""
+    if study.cluster.micro_batch_tokens != "auto":
+        return study.cluster.micro_batch_tokens
+    num_sequences = study.training.batch_tokens // num_ranks // study.data.context_tokens
+    for number in range(num_sequences, 1, -1):
+        tokens = number * study.data.context_tokens
+        if num_sequences % number == 0 and tokens <= MOST_MICRO_TOKENS and budget >= sum(rank_bytes(
+                size, num_ranks=num_ranks, zero_stage=zero_stage, dtype=study.model.dtype, micro_batch_tokens=tokens).values()):
+            return tokens
+    return study.data.context_tokens
 
 
 def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Placement:
@@ -68,22 +87,23 @@ def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Place
     budget = USABLE * gpu_bytes * min(1.0, study.cluster.gpus_per_rank)
     refused: list[str] = []
     for num_ranks, stage in _choices(study, num_gpus):
-        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.model.dtype,
-                          rank_tokens=study.training.batch_tokens // num_ranks)
+        tokens = micro_batch(size, study, num_ranks, stage, budget)
+        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.model.dtype, micro_batch_tokens=tokens)
         what = f"{num_ranks} rank{'s' * (num_ranks > 1)} at ZeRO-{stage}"
         if sum(need.values()) <= budget:
             terms = " + ".join(f"{purpose} {_gb(num_bytes)}" for purpose, num_bytes in need.items())
             lines = [f"{what}: {_gb(sum(need.values()))} of the {_gb(budget)} GB that each may use "
-                     f"({USABLE:.0%} of {study.cluster.gpus_per_rank:g} GPU of {_gb(gpu_bytes)} GB)", f"  = {terms}",
-                     f"  for {size.num_parameters / 1e6:,.1f} M parameters in {study.model.dtype} and "
-                     f"{study.training.batch_tokens // num_ranks} tokens per rank; estimated, evaluation not counted"]
+                     f"({USABLE:.0%} of {study.cluster.gpus_per_rank:g} GPU of {_gb(gpu_bytes)} GB)", f"  = {terms} GB",
+                     f"  for {size.num_parameters / 1e6:,.1f} M parameters in {study.model.dtype}, "
+                     f"{study.training.batch_tokens // num_ranks} tokens per rank and step, {tokens} at a time; estimated, "
+                     "evaluation not counted"]
             lines += [f"  too large: {', '.join(refused)}"] if refused else []
             return Placement(num_ranks, stage, "\n".join(lines))
         refused.append(f"{what} {_gb(sum(need.values()))} GB")
     most = f"; {refused[-1]} of {_gb(budget)} GB usable" if refused else ""
     raise ValueError(f"num_ranks and zero_stage: nothing fits {num_gpus} GPUs of {_gb(gpu_bytes)} GB for "
-                     f"{size.num_parameters / 1e6:,.0f} M parameters in {study.model.dtype}{most}; lower batch_tokens "
-                     f"({study.training.batch_tokens}), or use more or larger GPUs")
+                     f"{size.num_parameters / 1e6:,.0f} M parameters in {study.model.dtype}{most}; use more or larger GPUs, "
+                     f"or a shorter context_tokens ({study.data.context_tokens})")
 
 
 def _choices(study: Study, num_gpus: int) -> Iterator[tuple[int, Literal[0, 1, 2, 3]]]:

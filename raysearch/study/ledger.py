@@ -14,6 +14,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
     tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
+    micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
@@ -100,6 +101,22 @@ class Ledger:
             return False, ""
         except BlockingIOError:
             return True, name
+
+    def micro_batch_tokens(self, gang: str) -> int | None:
+        """What `remember_micro_batch` wrote; None where nothing is known."""
+        try:
+            return int(json.loads((self.directory / "micro_batches.json").read_text())[gang])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remember_micro_batch(self, gang: str, tokens: int) -> None:
+        """For gangs of this description that start from now on."""
+        path = self.directory / "micro_batches.json"
+        try:
+            known = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError):
+            known = {}
+        write_json(path, known | {gang: tokens})
 
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from raysearch import __version__
 from raysearch.study.records import Provenance
@@ -18,7 +19,7 @@ def utc_now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def provenance(device: str, **gang: int) -> Provenance:
+def provenance(device: str, **gang: Any) -> Provenance:
     """`device`: the name of what computed, as people know it (kernels.device_name), since this module knows no torch."""
     return Provenance(created_at=utc_now(), git_commit=git_commit(), versions=versions(), device=device,
                       hostname=platform.node(), **gang)

@@ -28,6 +28,8 @@ class Provenance(Frozen):
     hostname: str
     num_ranks: int | None = None
     zero_stage: int | None = None
+    micro_batch_tokens: int | None = None
+    compiled: bool | None = None
     num_threads: int | None = None
     """Of each rank. Equal bits are promised on the same device with the same gang and threads; None of a driver."""
 

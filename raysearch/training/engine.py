@@ -1,21 +1,19 @@
-"""The one door to deepspeed: sharded training that keeps masks, with nothing gathered.
+"""Sharded training that keeps masks, with nothing gathered.
 
 Masks, and whatever else belongs to single weights, live beside the fp32 masters, in their layout; the optimizer's step
 applies them (optimizer.py). Outside that step one invariant holds for every method and every ZeRO stage: a pruned weight is
-0 in the master, in the module and in the file.
-
-Private names of DeepSpeed are used in the part "masters" only; pyproject.toml pins the version, and
-tests/training/test_engine.py holds the invariant for every stage.
+0 in the master, in the module and in the file. Where the masters lie is the layout's affair: `replicated.py` at stage 0,
+`zero.py` (DeepSpeed) at the others.
 """
 
-import importlib
-import logging
+import functools
+import importlib.util
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from types import ModuleType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,31 +24,52 @@ from transformers import PreTrainedModel
 from raysearch.kernels import SparseWeight
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
 from raysearch.training.loss import Loss, next_token_loss, take_loss
-from raysearch.training.optimizer import Gather, SparseAdamW
+from raysearch.training.optimizer import Gather
+from raysearch.training.replicated import Replicated
+from raysearch.training.zero import Sharded
 
 T = TypeVar("T")
 
 CLIP_NORM = 1.0
-"""Of all gradients together, those of pruned weights included."""
-
-
-def import_deepspeed() -> ModuleType:
-    """DeepSpeed, quiet, and without the shared-memory op that it would compile (and fail without a compiler)."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    import deepspeed
-
-    backend = importlib.import_module("deepspeed.comm.torch")  # the attribute of that name is torch itself
-    backend.build_shm_op = lambda: None
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    return deepspeed
+"""Of all gradients together, those of pruned weights included: clipped by the norm of what is kept, books-30m trained worse
+(docs/log.md, 2026-11-27)."""
 
 
 def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])
+
+
+def device_type() -> str:
+    """What this process trains on."""
+    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
+
+
+def can_compile() -> bool:
+    """Whether torch.compile works here and pays: on a GPU, with Triton and a C compiler for its launchers."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
+    return (device_type() == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers)))
+
+
+def memory_bytes() -> float:
+    """Of the device that this process trains on: of its GPU, or the half of the host's that others leave."""
+    if device_type() == "cuda":
+        return float(torch.cuda.get_device_properties(0).total_memory)
+    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _join(timeout_s: float) -> torch.device:
+    """Joins the ranks of the environment, or makes a world of one, which needs no port; this rank's device."""
+    is_cuda = device_type() == "cuda"
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
+    device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
+    if is_cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
+    return device
 
 
 @dataclass(frozen=True)
@@ -65,7 +84,7 @@ class Shard:
     values: Tensor
     """[n] fp32, a view into the master: writing here writes the weight (`Engine.sync` carries it on)."""
     master: Tensor
-    """The flat fp32 tensor of one of DeepSpeed's groups in which the shard lies."""
+    """The flat fp32 tensor of one of the layout's groups in which the shard lies."""
     offset: int
     """Of the shard in its master."""
 
@@ -80,7 +99,7 @@ class Shard:
 
 
 class Engine:
-    """A causal LM under DeepSpeed, as shards of fp32 master weights that can be read, written, masked and trained.
+    """A causal LM as shards of fp32 master weights that can be read, written, masked and trained.
 
     The ranks are those of torch.distributed's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), one
     rank where there is none. All methods are collective: every rank calls them in the same order.
@@ -91,52 +110,49 @@ class Engine:
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
-                 base: Mapping[str, Tensor] | None = None) -> None:
-        deepspeed = import_deepspeed()
-        cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-        if "RANK" not in os.environ and not dist.is_initialized():  # a world of one needs no port and no environment
-            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for this one
-            dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
-        deepspeed.init_distributed("nccl" if cuda else "gloo", verbose=False, timeout=timedelta(seconds=timeout_s))
+                 base: Mapping[str, Tensor] | None = None, micro_batch_tokens: int | None = None,
+                 compiled: bool = False) -> None:
+        self.device = _join(timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.zero_stage = zero_stage
+        self.zero_stage, self.is_compiled = zero_stage, compiled
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size
-        settings = {
-            "train_micro_batch_size_per_gpu": self.sequences_per_rank,
-            "gradient_clipping": CLIP_NORM,
-            "zero_optimization": {"stage": zero_stage, "round_robin_gradients": False},
-            "bf16": {"enabled": dtype == "bfloat16"},
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        }
-        if zero_stage == 3:  # from_pretrained then loads every parameter straight into its partitions
-            from transformers.integrations import HfDeepSpeedConfig
+        self.micro_sequences = (micro_batch_tokens or batch_tokens // self.world_size) // context_tokens
 
-            self._hf_config = HfDeepSpeedConfig(settings)
-        model: PreTrainedModel = load_model(model_path, getattr(torch, dtype))
-        if dtype == "bfloat16" and not cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            multiply_in_fp32(model)
-        take_loss(model)
-        self.prunables: list[Prunable] = prunable_parameters(model, prunable)
-        names = {p.name for p in self.prunables}
-        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
-        self.shapes = {name: parameter_shape(p) for name, p in self.parameters.items()}
-        groups = {
-            "prunable": ([p for n, p in self.parameters.items() if n in names], weight_decay),
-            "matrices": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) > 1],
-                         weight_decay),
-            "vectors": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) < 2], 0.0),
-        }
-        self.optimizer = SparseAdamW(
-            [{"name": name, "params": params, "weight_decay": decay} for name, (params, decay) in groups.items() if params],
-            lr=0.0, betas=(0.9, 0.95), fused=True)
-        self.deepspeed_engine, self._ds_optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=self.optimizer, config=settings)
-        self.model: PreTrainedModel = self.deepspeed_engine.module
-        self.device = self.deepspeed_engine.device
-        self.prunable_names = names
+        def load() -> PreTrainedModel:
+            model = load_model(model_path, getattr(torch, dtype))
+            if dtype == "bfloat16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+                multiply_in_fp32(model)
+            take_loss(model, compiled, is_partitioned=zero_stage == 3)
+            self.prunables: list[Prunable] = prunable_parameters(model, prunable)
+            self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
+            self.shapes = {name: parameter_shape(p) for name, p in self.parameters.items()}
+            return model
+
+        def groups(model: PreTrainedModel) -> list[dict[str, Any]]:
+            names = {p.name for p in self.prunables}
+            parts = {
+                "prunable": ([p for n, p in self.parameters.items() if n in names], weight_decay),
+                "matrices": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) > 1],
+                             weight_decay),
+                "vectors": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) < 2], 0.0),
+            }
+            return [{"name": name, "params": params, "weight_decay": decay}
+                    for name, (params, decay) in parts.items() if params]
+
+        adamw = {"lr": 0.0, "betas": (0.9, 0.95), "fused": True}
+        self._layout: Replicated | Sharded
+        if zero_stage == 0:
+            model = load()
+            self._layout = Replicated(model, groups(model), CLIP_NORM, self.device, **adamw)
+        else:
+            # DeepSpeed's stage 1 would add up micro-batches in bf16
+            is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank
+            self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
+                                   **adamw)
+        self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
+        self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()
-        self.prunable_shards = [shard for shard in self.shards if shard.name in names]
+        self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
         self._positions: dict[Tensor, list[int]] = {}
         for position, shard in enumerate(self.shards):
             self._positions.setdefault(shard.master, []).append(position)
@@ -144,79 +160,15 @@ class Engine:
                            for master, positions in self._positions.items()}
         self._base = [base[shard.name].reshape(-1)[shard.start:shard.start + shard.values.numel()] if base
                       else shard.values.to("cpu", getattr(torch, dtype), copy=True) for shard in self.shards]
-        self.optimizer.clipped_by = self._clipped_by
-        if self._ds_optimizer is self.optimizer:  # stage 0 in fp32: DeepSpeed's engine clips, and forgets the norm
-            self.deepspeed_engine.clip_fp32_gradients = self._clip
         self.set_masks(self._dense_masks())
-
-    # ---- masters: the adapter to DeepSpeed's private layout ----
-
-    def _masters(self) -> list[tuple[Tensor, Tensor | None, list[nn.Parameter]]]:
-        """(fp32 master, the flat low-precision buffer it mirrors or None, the parameters in it) per sub-group."""
-        optimizer = self._ds_optimizer
-        if self.zero_stage == 3:
-            return list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat,
-                            optimizer.fp16_groups))
-        if self.zero_stage in (1, 2):
-            return list(zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat,
-                            optimizer.bit16_groups))
-        low = [p for group in getattr(optimizer, "fp16_groups", []) for p in group]
-        high = [p for group in getattr(optimizer, "fp32_groups", []) for p in group]
-        if low:  # stage 0 in bf16: one fp32 copy per parameter
-            return [(master, None, [p]) for p, master in zip(low, high)]
-        return [(p, None, [p]) for p in self.parameters.values()]
 
     def _shards(self) -> list[Shard]:
         name_of = {id(p): name for name, p in self.parameters.items()}
         index_of = {name: index for index, name in enumerate(self.parameters)}
-        shards = []
-        for master, low, parameters in self._masters():
-            flat = master.detach().view(-1)
-            for parameter in parameters:
-                name = name_of[id(parameter)]
-                total = torch.Size(self.shapes[name]).numel()
-                if low is None:
-                    offset, start, length = 0, 0, total
-                elif self.zero_stage == 3:
-                    partition = parameter.ds_tensor
-                    offset = (partition.data_ptr() - low.data_ptr()) // low.itemsize
-                    start = self.rank * partition.numel()
-                    length = min(partition.numel(), total - start)  # the last rank's slice may be padded
-                else:
-                    offset = (parameter.data_ptr() - low.data_ptr()) // low.itemsize - self.rank * flat.numel()
-                    start = max(0, -offset)
-                    offset = max(0, offset)
-                    length = min(total - start, flat.numel() - offset)
-                if length > 0:
-                    shards.append(Shard(name, index_of[name], start, flat[offset:offset + length], master, offset))
+        shards = [Shard(name_of[id(parameter)], index_of[name_of[id(parameter)]], start,
+                        master.detach().view(-1)[offset:offset + length], master, offset)
+                  for master, parameter, start, length, offset in self._layout.pieces()]
         return sorted(shards, key=lambda shard: shard.index)
-
-    def sync(self) -> None:
-        """Carries the fp32 masters to the module's weights, on all ranks."""
-        optimizer = self._ds_optimizer
-        if self.zero_stage == 3:
-            optimizer._partition_all_parameters()
-            for group in range(len(optimizer.fp16_groups)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:
-                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-        elif self.zero_stage in (1, 2):
-            optimizer.update_lp_params()
-        else:
-            with torch.no_grad():
-                for master, _, (parameter,) in self._masters():
-                    parameter.copy_(master)
-
-    def _clip(self) -> None:
-        """As DeepSpeed's engine clips, with the norm kept."""
-        from deepspeed.runtime.utils import clip_grad_norm_
-
-        self._norm = clip_grad_norm_(self.model.parameters(), max_norm=CLIP_NORM, mpu=self.deepspeed_engine.mpu)
-
-    def _clipped_by(self) -> float:
-        """What DeepSpeed divided this step's gradients by. Its optimizers set their norm before the first group's step."""
-        norm = self._norm if self._ds_optimizer is self.optimizer else self._ds_optimizer._global_grad_norm
-        return max(1.0, (float(norm) + 1e-6) / CLIP_NORM)
 
     # ---- weights and masks ----
 
@@ -309,7 +261,7 @@ class Engine:
             if latent is not None and master in before:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
-        self.sync()
+        self._layout.sync()
 
     @torch.no_grad()
     def settle_masks(self) -> None:
@@ -378,13 +330,13 @@ class Engine:
 
     def save_checkpoint(self, folder: str, step: int) -> None:
         """Weights, moments and the number of steps done, each rank its own part."""
-        self.deepspeed_engine.save_checkpoint(folder, tag="checkpoint", client_state={"step": step})
+        self._layout.save_checkpoint(folder, step)
 
     def load_checkpoint(self, folder: str) -> int:
         """Back to what `save_checkpoint` wrote; the number of steps done."""
-        _, state = self.deepspeed_engine.load_checkpoint(folder, tag="checkpoint")
+        step = self._layout.load_checkpoint(folder)
         self.set_masks(self._dense_masks())
-        return int(state["step"])
+        return step
 
     def restart(self, l1_lambda: float) -> None:
         """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are."""
@@ -392,15 +344,27 @@ class Engine:
         self.optimizer.l1_lambda = l1_lambda
 
     def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
-        """One optimizer step on this rank's `tokens` [sequences, context]; this rank's loss."""
+        """One optimizer step on this rank's `tokens` [sequences, context], `micro_sequences` at a time, whose gradients are
+        added up in fp32; this rank's loss."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        tokens = tokens.to(self.device)
-        value = self.deepspeed_engine(input_ids=tokens, loss=loss)
-        self.deepspeed_engine.backward(value)
-        self.deepspeed_engine.step()
-        return value.detach()
+        if self.device.type == "cuda":  # copied while the step before computes
+            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
+        return self._layout.train_step([functools.partial(self._layout.forward, input_ids=part, loss=loss)
+                                        for part in tokens.split(self.micro_sequences)])
+
+    def halve_micro_batch(self) -> int | None:
+        """After memory ran out in a step: half as many sequences at a time from now on, or as divide the rank's; how many, and
+        None where it was one."""
+        if self.micro_sequences == 1:
+            return None
+        self.micro_sequences = next(n for n in range(self.micro_sequences // 2, 0, -1) if self.sequences_per_rank % n == 0)
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return self.micro_sequences
 
     def mean(self, value: Tensor) -> float:
         """Mean over the ranks of one number."""

@@ -1,43 +1,156 @@
 """The loss is a function that the module's forward takes, so that DeepSpeed's hooks and a compiled graph cover it.
 
-Legend: B sequences, T tokens of each, D hidden size, V vocabulary.
+Legend: B sequences, T tokens of each, N = B * T positions, D hidden size, V vocabulary.
 """
 
+import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
+import torch
+import torch._functorch.config
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.loss.loss_utils import ForCausalLMLoss
 
+from raysearch.cluster.placement import LOGITS_AT_ONCE
 from raysearch.models.architectures import architecture
 
-Head = Callable[[Tensor], Tensor]
-"""hidden [..., D] -> logits [..., V], with whatever bias, scale or cap the family has."""
+Head = Callable[..., Tensor]
+"""head(hidden [..., D]) -> logits [..., V], with whatever bias, scale or cap the family has; head(hidden [N, D], targets [N])
+-> the mean cross-entropy, with not all logits at once."""
 Loss = Callable[[Tensor, Head, Tensor], Tensor]
 """(hidden [B, T, D], head, tokens [B, T]) -> a scalar, nats per token."""
 
+IGNORED = -100
+"""The target of a position that does not count."""
+ALIGNED = 64
+"""Logits of a row, in a product on a GPU: 50,257 of them run on kernels two generations old."""
+
 
 def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each token but the first, by transformers' own operations, on all logits at once."""
-    logits = head(hidden)
-    return ForCausalLMLoss(logits, tokens, vocab_size=logits.shape[-1])
+    """Mean cross-entropy of each token but the first."""
+    targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+    return head(hidden.flatten(0, 1), targets.flatten())
 
 
-def take_loss(model: PreTrainedModel) -> None:
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, fp32 [], of the logits hidden [N, D] @ weight [V, D]^T + bias [V] at the targets int64 [N] that are
+    not IGNORED. Both gradients are made in the forward pass, of a part of the positions after the other, so that no logits are
+    kept or computed twice (Hsu et al. 2024, Liger Kernel, section 3.2; here the compiler fuses what lies between the products).
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        num_classes, dtype = weight.shape[0], hidden.dtype
+        if hidden.is_cuda:
+            weight = F.pad(weight, (0, 0, 0, -num_classes % ALIGNED))
+        elif dtype != torch.float32:  # a CPU's products in bf16 may take 130 times as long
+            hidden, weight = hidden.float(), weight.float()
+        counts = targets != IGNORED
+        num_counted = counts.sum()
+        targets = targets.clamp(min=0)
+        classes = torch.arange(weight.shape[0], device=weight.device)
+        hidden_grad = torch.empty_like(hidden)
+        weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        bias_grad = None if bias is None else torch.zeros(num_classes, dtype=torch.float32, device=weight.device)
+        total = torch.zeros((), dtype=torch.float32, device=weight.device)
+        size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for x, x_grad, target, is_counted in zip(*(t.split(size) for t in (hidden, hidden_grad, targets, counts))):
+            logits = (x @ weight.T).float()
+            if bias is not None:
+                logits = logits + F.pad(bias.float(), (0, weight.shape[0] - num_classes))
+            if weight.shape[0] > num_classes:
+                logits = logits.masked_fill(classes >= num_classes, -torch.inf)
+            log_sum = logits.logsumexp(-1)
+            total = total + ((log_sum - logits.gather(1, target[:, None])[:, 0]) * is_counted).sum()
+            scale = (is_counted / num_counted)[:, None]
+            grad = ((logits - log_sum[:, None]).exp() - (classes == target[:, None]).float()) * scale
+            if bias_grad is not None:
+                bias_grad += grad.sum(0)[:num_classes]
+            grad = grad.to(x.dtype)
+            x_grad.copy_(grad @ weight)
+            weight_grad += grad.T @ x
+        weight_grad = weight_grad[:num_classes].to(dtype)
+        ctx.save_for_backward(hidden_grad.to(dtype), weight_grad, None if bias_grad is None else bias_grad.to(dtype))
+        return total / num_counted
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        (gradient,) = gradients
+        hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
+        return (hidden_grad * gradient.to(hidden_grad.dtype), weight_grad * gradient.to(weight_grad.dtype),
+                None if bias_grad is None else bias_grad * gradient.to(bias_grad.dtype), None)
+
+
+def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bool = False) -> None:
     """From now on the model's forward takes `loss`, and then returns loss(hidden, head, tokens); without it, what it always
-    returned. Where the table of architectures does not say that the logits are head(base model), hidden are the logits."""
+    returned. Where the table of architectures does not say that the logits are head(base model), hidden are the logits.
+
+    `compiled`: forward and loss are one graph; where the weights are partitioned (ZeRO-3), each block is one, and the head, so
+    that DeepSpeed gathers between graphs.
+    """
+    if compiled:  # the cache's key holds the bodies of the function that _LinearCrossEntropy is: a changed one is a miss
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+        _check_cache()
     forward = model.forward
     known = architecture(model)
-    has_plain_head = known is not None and known.shares_prefixes
+    embeddings = model.get_output_embeddings()
+    has_plain_head = known is not None and known.shares_prefixes and isinstance(embeddings, nn.Linear)
+    graph: Callable[..., Any] = torch.compile if compiled and not is_partitioned else lambda function: function
+    part: Callable[..., Any] = torch.compile if compiled and is_partitioned else lambda function: function
+    if has_plain_head:
+        logits_of, cross_entropy = embeddings.forward, part(linear_cross_entropy)
+
+        def head(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+            if targets is None:
+                return logits_of(hidden)
+            return cross_entropy(hidden, embeddings.weight, embeddings.bias, targets)
+
+        embeddings.forward = head
+    if compiled and is_partitioned and known is not None:
+        for block in model.get_submodule(known.blocks):
+            block.forward = _compiled_in_training(block)
+
+    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any]) -> Tensor:
+        if has_plain_head:
+            return loss(model.base_model(tokens, **named, use_cache=False).last_hidden_state, embeddings, tokens)
+        return loss(forward(tokens, **named).logits, _cross_entropy_of_logits, tokens)
+
+    loss_of = graph(loss_of)
 
     def with_loss(*inputs: Any, loss: Loss | None = None, **named: Any) -> Any:
         if loss is None:
             return forward(*inputs, **named)
-        tokens = named["input_ids"]
-        if not has_plain_head:
-            return loss(forward(**named).logits, lambda logits: logits, tokens)
-        hidden = model.base_model(**named, use_cache=False).last_hidden_state
-        return loss(hidden, model.get_output_embeddings(), tokens)
+        return loss_of(loss, named.pop("input_ids"), named)
 
     model.forward = with_loss
+
+
+def _check_cache() -> None:
+    """What a compiler cannot write into its cache, it would raise in the middle of a step."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    folder = cache_dir()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="raysearch-compiled-")
+        print(f"{folder}: compiled code cannot be kept there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder that "
+              "the next gang finds", flush=True)
+
+
+def _cross_entropy_of_logits(logits: Tensor, targets: Tensor | None = None) -> Tensor:
+    """The head of a model whose hidden states are its logits already."""
+    return logits if targets is None else F.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+
+
+def _compiled_in_training(block: nn.Module) -> Callable[..., Any]:
+    """Evaluation, whose shapes change, stays eager."""
+    eager, compiled = block.forward, torch.compile(block.forward)
+    return lambda *inputs, **named: (compiled if block.training else eager)(*inputs, **named)

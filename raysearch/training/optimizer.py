@@ -15,7 +15,11 @@ from raysearch.pruning.proximal import soft_threshold_
 Gather = Callable[[Tensor, Tensor, Tensor], object]
 """(gathered, weights, gradients), all [n] fp32: adds to the first in place (pruning.criteria)."""
 
-_CHUNK_CPU, _CHUNK_CUDA = 1 << 20, 1 << 26
+
+def _chunk(tensor: Tensor) -> int:
+    """Elements that are worked on at a time."""
+    return 1 << 26 if tensor.is_cuda else 1 << 20
+
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -41,8 +45,8 @@ class SparseAdamW(torch.optim.AdamW):
         self.latents: dict[Tensor, Tensor] = {}
         """What lies behind the masks while they may still change: the weights as they were when they were pruned, and zero
         where the mask keeps. They pass AdamW unchanged, for their gradient is masked."""
-        self.clipped_by: Callable[[], float] = lambda: 1.0
-        """What this step's gradients were divided by to clip them."""
+        self.clip_factor: float | Tensor = 1.0
+        """What this step's gradients were multiplied with to clip them."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -82,12 +86,11 @@ class SparseAdamW(torch.optim.AdamW):
         """Gathers from the gradient, in parts so that the sum of weights and latents is never held whole; then masks it."""
         assert self.gather is not None
         assert master.grad is not None
-        factor = self.clipped_by()
         flat = [tensor.view(-1) for tensor in (self.gathered[master], master, master.grad, self.latents[master])]
-        chunk = _CHUNK_CUDA if master.is_cuda else _CHUNK_CPU
+        chunk = _chunk(master)
         for start in range(0, master.numel(), chunk):
             gathered, weights, gradients, latents = (tensor[start:start + chunk] for tensor in flat)
-            self.gather(gathered, weights + latents, gradients * factor)
+            self.gather(gathered, weights + latents, gradients / self.clip_factor)
         if master in self.masks:
             master.grad.mul_(self.masks[master])
 

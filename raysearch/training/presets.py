@@ -15,7 +15,7 @@ class Preset:
     context_tokens: int
     vocab_size: int
     batch_tokens: int
-    """Tokens of one optimizer step over all ranks; activations must fit without accumulation."""
+    """Tokens of one optimizer step over all ranks."""
     num_steps: int
     learning_rate: float
     """Peak, after a linear warm-up and before a half cosine down to a tenth."""

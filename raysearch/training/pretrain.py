@@ -26,13 +26,16 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from raysearch.cluster.placement import USABLE, micro_batch
+from raysearch.config import study_of
 from raysearch.kernels.device import device_name
+from raysearch.models.model import model_size
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
 from raysearch.study.storage import location
 from raysearch.training.data import Blocks, load_documents, pack, split_documents, train_tokenizer
-from raysearch.training.engine import Engine
+from raysearch.training.engine import Engine, can_compile, memory_bytes
 from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
 
@@ -249,9 +252,14 @@ def train_loop(job: dict[str, Any]) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(job["num_threads"])
     random_model = _random_model(work / "random", shape, job["seed"])
+    study = study_of(path=str(random_model), dtype=job["dtype"], batch_tokens=job["batch_tokens"],
+                     context_tokens=shape.context_tokens)
+    num_workers = dist.get_world_size()
+    micro_batch_tokens = micro_batch(model_size(str(random_model)), study, num_workers, job["zero_stage"],
+                                     USABLE * memory_bytes() / (1 if job["dtype"] == "bfloat16" else num_workers))
     engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
-                    batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens,
-                    weight_decay=shape.weight_decay)
+                    batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens, weight_decay=shape.weight_decay,
+                    micro_batch_tokens=micro_batch_tokens, compiled=can_compile())
     first_step = _load_checkpoint(engine)
     clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
                    job["checkpoint_every_s"])

@@ -140,6 +140,7 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, provenance=provenance(
                     device_name(str(engine.device)), num_ranks=engine.world_size, zero_stage=engine.zero_stage,
+                    micro_batch_tokens=engine.micro_sequences * worker.study.data.context_tokens, compiled=engine.is_compiled,
                     num_threads=torch.get_num_threads()))
             if evaluation:
                 write_items(folder / worker.ledger.items_path(key, "selection").name, evaluation.items)

@@ -9,6 +9,8 @@ import os
 import time
 from collections.abc import Callable
 
+import torch
+
 from raysearch.config import Action, Metric
 from raysearch.models.weights import read_sparse
 from raysearch.study.ledger import Ledger
@@ -108,7 +110,18 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
 
 
 def train_candidate(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
-    """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after)."""
+    """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after). Where
+    memory runs out it starts again with smaller micro-batches, unless those are of one sequence."""
+    while True:
+        try:
+            return _train(worker, parent, action)
+        except torch.OutOfMemoryError as error:
+            failed = error.with_traceback(None)  # its frames hold what was in memory
+        if not worker.halve_micro_batch():
+            raise failed
+
+
+def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
     load_candidate(worker, parent)
     worker.loaded_key = None
     engine, times = worker.engine, [time.perf_counter()]

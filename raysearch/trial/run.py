@@ -58,6 +58,6 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
 def advice(error: Exception) -> str:
     """What to do about an error of a trial, where we know."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
-        return ("; the trial needs more memory than there is: lower batch_tokens, or shard it over more ranks with "
-                "num_ranks and zero_stage")
+        return ("; the trial needs more memory than there is: shorten context_tokens, or shard it over more ranks "
+                "with num_ranks and zero_stage")
     return ""

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from raysearch.cluster.placement import USABLE, micro_batch
 from raysearch.config import Study, higher_is_better
 from raysearch.evaluation import (
     Evaluation,
@@ -14,11 +15,12 @@ from raysearch.evaluation import (
     evaluate,
 )
 from raysearch.evaluation.racing import in_item_order, is_dominated, item_losses
-from raysearch.models.model import load_tokenizer
+from raysearch.kernels.device import device_name
+from raysearch.models.model import load_tokenizer, model_size
 from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
-from raysearch.training.engine import Engine
+from raysearch.training.engine import Engine, can_compile, device_type, memory_bytes
 from raysearch.trial.inputs import Inputs
 
 START_LIMIT_S = 600.0
@@ -33,16 +35,39 @@ class Worker:
 
     def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
+        self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
+        remembered = ledger.micro_batch_tokens(self.gang)
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
-            weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base)
+            weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base,
+            micro_batch_tokens=remembered or self._micro_batch_tokens(),
+            compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
         tokenizer = load_tokenizer(study.model.path)
         self.vocab_size = int(self.engine.model.config.vocab_size)
         self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
                              gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
+
+    def _micro_batch_tokens(self) -> int:
+        cluster = self.study.cluster
+        assert isinstance(cluster.num_ranks, int), "placed"
+        assert isinstance(cluster.zero_stage, int), "placed"
+        share = min(1.0, cluster.gpus_per_rank) if cluster.gpus_per_rank else 1 / cluster.num_ranks
+        return micro_batch(model_size(self.study.model.path), self.study, cluster.num_ranks, cluster.zero_stage,
+                           USABLE * memory_bytes() * share)
+
+    def halve_micro_batch(self) -> bool:
+        """After memory ran out in a step: whether the round may be tried again in this process. The study remembers half the
+        size, with which a gang of several ranks starts again: one rank alone cannot tell the others."""
+        halved = self.engine.halve_micro_batch()
+        if halved is None:
+            return False
+        tokens = halved * self.study.data.context_tokens
+        self.ledger.remember_micro_batch(self.gang, tokens)
+        print(f"memory ran out; from now on {tokens} tokens at a time", flush=True)
+        return self.engine.world_size == 1
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
         """Of the engine's current weights, on "selection" or "report"."""

@@ -159,7 +159,7 @@ def test_a_trial_out_of_memory_fails_with_advice(tmp_path: Path, tiny_model: Pat
     code, out, err = finish(sweep(tmp_path))
     assert code == 0, out + err
     failed = check(tmp_path, 3, {1: "can't allocate memory"}).trial(1)
-    assert failed.reason.endswith("lower batch_tokens, or shard it over more ranks with num_ranks and zero_stage")
+    assert failed.reason.endswith("shorten context_tokens, or shard it over more ranks with num_ranks and zero_stage")
 
 
 HUNGRY = """

@@ -38,6 +38,14 @@ def test_result_does_not_depend_on_the_stage(measured: dict) -> None:
         assert other == pytest.approx(losses[0], abs=2e-5)
 
 
+@pytest.mark.parametrize(("stage", "dtype"), CASES)
+def test_micro_batches_give_the_step_of_the_whole(measured: dict, stage: int, dtype: str) -> None:
+    case = measured[f"{stage}/{dtype}"]
+    if "micro" not in case:
+        pytest.skip("of two ranks")
+    assert case["micro"] == pytest.approx(case["whole"], rel=1e-6 if dtype == "float32" else 2e-3)
+
+
 def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
     one, two = (run_ranks(__file__, world_size, [str(tiny_model), "masks"]) for world_size in (1, 2))
     assert one == two
@@ -94,8 +102,23 @@ def measure(model: str, stage: int, dtype: str, base: Mapping[str, Tensor] | Non
     engine.train_step(mine, 3e-3)
     case["after_reload"] = zeros()
     engine.load_base()
+    if engine.world_size == 2:
+        cut = Engine(model, prunable="matrices", zero_stage=stage, dtype=dtype, batch_tokens=128, context_tokens=32,
+                     weight_decay=0.1, base=base, micro_batch_tokens=32)
+        case["whole"], case["micro"] = steps_of(engine), steps_of(cut)
+        engine.load_base()
     case["base_is_exact"] = all(torch.equal(engine.gather(name), dense[name]) for name in dense)
     return case
+
+
+def steps_of(engine: Any) -> list[float]:
+    """Losses of four steps, of which the last three depend on the gradients."""
+    import torch
+
+    engine.restart(0.0)
+    tokens = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(1))
+    mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+    return [engine.mean(engine.train_step(mine, 1e-3)) for _ in range(4)]
 
 
 def on_all_shards(engine: Any, masks: list[Tensor]) -> list[Tensor | None]:

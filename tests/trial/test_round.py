@@ -1,5 +1,7 @@
 """Rounds on a real engine, in this process."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +84,34 @@ def test_a_round_depends_on_nothing_but_parent_and_action(worker: Worker, study:
     assert again.key == straight.key
     assert again.metrics == straight.metrics
     assert all(torch.equal(w, wanted[name]) for name, w in weights_of(elsewhere).items())
+
+
+def test_a_round_that_runs_out_of_memory_is_tried_with_half_as_much(apart: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    action = Action(sparsity=0.3, finetune_tokens=3 * TOKENS, learning_rate=1e-3, seed=3)
+    dense = dense_round(apart)
+    wanted = run_round(apart, dense, action)
+    weights = weights_of(apart)
+    assert wanted.provenance.micro_batch_tokens == 4 * apart.study.data.context_tokens
+    forward, calls = apart.engine._layout.forward, itertools.count(1)
+
+    def full(**inputs: object) -> torch.Tensor:
+        if inputs["input_ids"].shape[0] > 1 and next(calls) >= 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(**inputs)
+
+    monkeypatch.setattr(apart.engine._layout, "forward", full)
+    shutil.rmtree(apart.ledger.round_directory(wanted.key))
+    again = run_round(apart, dense, action)
+    assert next(calls) > 7
+    assert again.provenance.micro_batch_tokens == apart.study.data.context_tokens
+    assert (again.num_nonzero, again.train_loss) == (wanted.num_nonzero, pytest.approx(wanted.train_loss, rel=1e-5))
+    for name, weight in weights_of(apart).items():
+        if weight.dim() == 2:  # the gradient of a key's bias is nothing but rounding, which Adam makes large
+            assert torch.allclose(weight, weights[name], rtol=1e-3, atol=1e-4), name
+    assert Worker(apart.study, apart.ledger, apart.inputs).engine.micro_sequences == 1  # the study remembers
+    monkeypatch.setattr(apart.engine._layout, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
+    with pytest.raises(torch.OutOfMemoryError):  # a sequence by itself
+        run_round(apart, dense, action.model_copy(update={"seed": 4}))
 
 
 def test_a_finished_round_is_not_computed_again(worker: Worker) -> None:

@@ -1,0 +1,182 @@
+"""Tokens per second of the engine against the loops that people write by hand, in turn in one process run.
+
+    python benchmarks/training.py [--models 30m,124m,950m] [--batches 16384,65536] [--ways engine0,compiled,eager]
+    torchrun --nproc_per_node=2 benchmarks/training.py --ways engine0,engine1,engine2,engine3,ddp,fsdp --models 124m
+
+GPT-2 shapes with random weights, bf16, fused AdamW, gradients clipped. `eager` and `compiled` are the Hugging Face model in
+fp32 under autocast, on all of a rank's tokens at once; `ddp` and `fsdp` (FSDP2, bf16 parameters, compiled blocks) are that
+over ranks. `engineN` is ours at ZeRO stage N, with micro-batches as placement.py plans them. Needs GPUs. One JSON line.
+"""
+
+import argparse
+import datetime
+import gc
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from raysearch.cluster.placement import USABLE, micro_batch, rank_bytes
+from raysearch.config import study_of
+from raysearch.models.model import model_size
+from raysearch.training.engine import CLIP_NORM, Engine, memory_bytes
+
+SHAPES = {"30m": (8, 512, 8, 512, 8192), "124m": (12, 768, 12, 1024, 50_257), "950m": (26, 1664, 26, 1024, 50_257)}
+"""Layers, width, heads, context, vocabulary."""
+LEARNING_RATE = 1e-4
+Step = Callable[[], Any]
+
+
+def config(name: str) -> GPT2Config:
+    layers, width, heads, context, vocab = SHAPES[name]
+    return GPT2Config(vocab_size=vocab, n_positions=context, n_embd=width, n_layer=layers, n_head=heads, resid_pdrop=0.0,
+                      embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+
+
+def flops_per_token(name: str, num_parameters: int) -> float:
+    """Of forward and backward, with causal attention (Chowdhery et al. 2022, appendix B, halved)."""
+    layers, width, _, context, _ = SHAPES[name]
+    return 6 * num_parameters + 6 * layers * width * context
+
+
+class WithLoss(nn.Module):
+    """The loss inside the module, where DDP's hooks and the compiler see all of it."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits = self.model.lm_head(self.model.transformer(input_ids=tokens).last_hidden_state[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def by_hand(name: str, way: str, tokens: Tensor) -> Step:
+    model = GPT2LMHeadModel(config(name)).cuda().train()
+    if way == "fsdp":
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        for block in model.transformer.h:
+            block.compile()
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    whole: Any = WithLoss(model)
+    if way == "ddp":
+        whole = nn.parallel.DistributedDataParallel(whole, device_ids=[torch.cuda.current_device()],
+                                                    gradient_as_bucket_view=True)
+    loss_of = torch.compile(whole) if way in ("compiled", "ddp") else whole
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=way != "fsdp"):
+            loss = loss_of(tokens.cuda())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def engine(folder: Path, stage: int, batch_tokens: int, context_tokens: int, tokens: Tensor, row: dict[str, Any]) -> Step:
+    num_ranks = dist.get_world_size()
+    study = study_of(path=str(folder), dtype="bfloat16", batch_tokens=batch_tokens, context_tokens=context_tokens)
+    size = model_size(str(folder))
+    micro = micro_batch(size, study, num_ranks, stage, USABLE * memory_bytes())
+    ours = Engine(str(folder), prunable="matrices", zero_stage=stage, dtype="bfloat16", batch_tokens=batch_tokens,
+                  context_tokens=context_tokens, weight_decay=0.0, micro_batch_tokens=micro, compiled=True)
+    row |= {"micro_batch_tokens": micro, "predicted_gb": round(sum(rank_bytes(
+        size, num_ranks=num_ranks, zero_stage=stage, dtype="bfloat16", micro_batch_tokens=micro).values()) / 1e9, 2)}
+    compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    def step() -> None:
+        ours.train_step(tokens, LEARNING_RATE)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > compiled_before, "the step ran eagerly"
+
+    return step
+
+
+def tokens_per_s(step: Step, batch_tokens: int, seconds: float) -> float:
+    """The median over five turns of `seconds` / 5."""
+    rates: list[float] = []
+    number = 1
+    while len(rates) < 5:
+        dist.barrier()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(number):
+            step()
+        torch.cuda.synchronize()
+        took = torch.tensor(time.perf_counter() - started, device="cuda")
+        dist.all_reduce(took, op=dist.ReduceOp.MAX)
+        if float(took) < seconds / 5:
+            number = max(number + 1, int(number * 1.1 * seconds / 5 / float(took)))
+        else:
+            rates.append(batch_tokens * number / float(took))
+    return statistics.median(rates)
+
+
+def case(name: str, batch_tokens: int, way: str, folder: Path, seconds: float) -> dict[str, Any]:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
+    context, vocab = SHAPES[name][3:]
+    row: dict[str, Any] = {"model": name, "batch_tokens": batch_tokens, "way": way}
+    torch.manual_seed(dist.get_rank())
+    tokens = torch.randint(0, vocab, (batch_tokens // context // dist.get_world_size(), context))
+    try:
+        step = (engine(folder / name, int(way[-1]), batch_tokens, context, tokens, row) if way.startswith("engine")
+                else by_hand(name, way, tokens))
+        started = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        row["first_step_s"] = round(time.perf_counter() - started, 1)
+        rate = tokens_per_s(step, batch_tokens, seconds)
+    except torch.OutOfMemoryError:
+        return row | {"error": "out of memory"}
+    num_parameters = model_size(str(folder / name)).num_parameters
+    return row | {"tokens_per_s": round(rate), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+                  "tflops_per_gpu": round(rate * flops_per_token(name, num_parameters) / 1e12 / dist.get_world_size(), 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="30m,124m,950m")
+    parser.add_argument("--batches", default="16384,65536")
+    parser.add_argument("--ways", default="engine0,compiled,eager")
+    parser.add_argument("--seconds", type=float, default=5.0)
+    options = parser.parse_args()
+    torch.cuda.set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
+    alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group("nccl", **alone)
+    with tempfile.TemporaryDirectory() as own:
+        shared = [own]  # save_pretrained writes on rank 0 alone, once there is a process group
+        dist.broadcast_object_list(shared)
+        folder, rows = Path(shared[0]), []
+        for name in options.models.split(","):
+            if dist.get_rank() == 0:
+                torch.manual_seed(0)
+                GPT2LMHeadModel(config(name)).to(torch.bfloat16).save_pretrained(folder / name)
+            dist.barrier()
+            rows += [case(name, int(batch), way, folder, options.seconds)
+                     for batch in options.batches.split(",") for way in options.ways.split(",")]
+        dist.barrier()
+    if dist.get_rank() == 0:
+        print(json.dumps({"benchmark": "training", "num_gpus": dist.get_world_size(), "device": torch.cuda.get_device_name(),
+                          "torch": torch.__version__, "date": datetime.date.today().isoformat(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
