@@ -52,6 +52,14 @@ def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
     assert len(one) == 2 * 4
 
 
+def test_no_later_trial_compiles_anything(tiny_model: Path) -> None:
+    for stage, case in run_ranks(__file__, 1, [str(tiny_model), "graphs"]).items():
+        assert case["num_graphs"] == {"0": 1, "3": 2}[stage], stage  # forward and loss; a block, for all of them, and the head
+        assert case["num_breaks"] == 0, stage
+        assert case["num_later"] == 0, stage
+        assert case["compiled"] == pytest.approx(case["eager"], rel=1e-5), stage
+
+
 def measure(model: str, stage: int, dtype: str, base: Mapping[str, Tensor] | None) -> dict:
     import torch
 
@@ -121,6 +129,36 @@ def steps_of(engine: Any) -> list[float]:
     return [engine.mean(engine.train_step(mine, 1e-3)) for _ in range(4)]
 
 
+def graphs(model: str) -> dict:
+    """What is compiled in a trial's steps, and in the next one's; traced as on a GPU, without generating code."""
+    import functools
+
+    import torch
+    from torch._dynamo.utils import counters
+
+    from raysearch.training.engine import Engine
+
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    found = {}
+    for stage in (0, 3):  # stage 3 last: it changes how models are loaded
+        engines = {is_compiled: Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128,
+                                       context_tokens=32, weight_decay=0.1, micro_batch_tokens=64, compiled=is_compiled)
+                   for is_compiled in (False, True)}
+        counters.clear()
+        case: dict[str, Any] = {"eager": steps_of(engines[False]), "compiled": steps_of(engines[True])}
+        case |= {"num_graphs": counters["stats"]["unique_graphs"], "num_breaks": sum(counters["graph_break"].values())}
+        engine = engines[True]
+        engine.load_base()
+        keep = [torch.rand(shard.values.shape) < 0.5 for shard in engine.prunable_shards]
+        engine.set_masks(on_all_shards(engine, keep))
+        steps_of(engine)
+        engine.model.eval()
+        with torch.no_grad():
+            engine.model(input_ids=torch.zeros(1, 7, dtype=torch.int64))
+        found[stage] = case | {"num_later": counters["stats"]["unique_graphs"] - case["num_graphs"]}
+    return found
+
+
 def on_all_shards(engine: Any, masks: list[Tensor]) -> list[Tensor | None]:
     """Masks of the prunable shards, in order, and none for the others."""
     of_prunable = iter(masks)
@@ -155,6 +193,8 @@ def masks(model: str) -> dict:
 if __name__ == "__main__":
     if sys.argv[2:] == ["masks"]:
         result = masks(sys.argv[1])
+    elif sys.argv[2:] == ["graphs"]:
+        result = graphs(sys.argv[1])
     else:
         import torch
 
