@@ -44,7 +44,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     if backend == "auto" and (num_sparse := sum(map(is_sparse, (layer for *_, layer in linear_layers(model))))):
         sizes = worth_timing(model, forward_sizes(scorer, tasks, num_fewshot=num_fewshot))
         if sizes:
-            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes))
+            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes, say=say))
         say(in_words(kernels, num_sparse))
     metrics = evaluate(scorer, tasks, num_fewshot=num_fewshot, samples_path=samples).metrics
     results: dict[str, dict[str, Any]] = {}
