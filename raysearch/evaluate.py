@@ -11,7 +11,7 @@ import torch
 from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
-from raysearch.models.model import load_tokenizer
+from raysearch.models.model import load_tokenizer, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
 from raysearch.training.data import check_tokenizer, load_documents, split_documents
 
@@ -38,7 +38,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
         tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], from_corpus, limit=limit) + tasks
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     tokenizer = load_tokenizer(model_path)
-    check_tokenizer(tokenizer, model.config.vocab_size)
+    check_tokenizer(tokenizer, vocab_size(model.config))
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
     kernels: dict[int, dict[str, Any]] = {}
     if backend == "auto" and (num_sparse := sum(map(is_sparse, (layer for *_, layer in linear_layers(model))))):

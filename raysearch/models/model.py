@@ -118,7 +118,7 @@ def _loaded(path: str, dtype: torch.dtype, from_pretrained: Callable[..., Any]) 
         model, report = from_pretrained(dtype=dtype, trust_remote_code=False, output_loading_info=True,
                                         ignore_mismatched_sizes=True)
     except Exception as error:  # transformers raises many kinds for a damaged folder
-        raise ValueError(f"model {path}: cannot be loaded ({_first_line(error)}); "
+        raise ValueError(f"model {path}: cannot be loaded ({first_line(error)}); "
                          "the folder must hold a causal language model in safetensors") from error
     parts = [("missing", sorted(report["missing_keys"])),
              ("left over", sorted(name for name in report["unexpected_keys"] if not OLD_BUFFERS.search(name))),
@@ -163,7 +163,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # as above
-        raise ValueError(f"model {path}: its tokenizer cannot be loaded ({_first_line(error)}); "
+        raise ValueError(f"model {path}: its tokenizer cannot be loaded ({first_line(error)}); "
                          "save the tokenizer into the same folder") from error
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ValueError(f"model {path}: its tokenizer has no tokens, or its files are missing; save the tokenizer into the "
@@ -201,7 +201,7 @@ def load_config(path: str) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a configuration is code, and each family's raises its own
-        raise ValueError(f"model {path}: its config.json cannot be read ({_first_line(error)})") from error
+        raise ValueError(f"model {path}: its config.json cannot be read ({first_line(error)})") from error
 
 
 def context_limit(config: PretrainedConfig) -> float:
@@ -261,5 +261,6 @@ def _experts(module: Any) -> Iterator[tuple[nn.Parameter, bool]]:
                 yield parameter, getattr(module, "is_transposed", type(module).__name__ in EXPERTS_IN_OUT)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library's exception says, short enough for a sentence of ours."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
