@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from raysearch.deploy.export import COMPRESSED
 from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
-from raysearch.models.model import load_tokenizer, vocab_size
+from raysearch.models.model import dtype_note, load_tokenizer, stored_dtype, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
 from raysearch.training.data import check_tokenizer, load_documents, split_documents
 
@@ -36,6 +37,8 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
         tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], from_corpus, limit=limit) + tasks
+    if not (Path(model_path) / COMPRESSED).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
+        say(note)
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     tokenizer = load_tokenizer(model_path)
     check_tokenizer(tokenizer, vocab_size(model.config))

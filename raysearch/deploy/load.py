@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.deploy.export import COMPRESSED
@@ -35,7 +35,7 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     if described["format"] == "dense":
         return load_model(str(folder), getattr(torch, stored_dtype(str(folder))))
     weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
-    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
+    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor) and weight.is_floating_point())
     model = from_config(load_config(str(folder)), dtype)
     for name, parent, attribute, module in linear_layers(model):
         weight = weights.get(f"{name}.weight")
@@ -49,6 +49,11 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
             whole = weight.to_dense() if isinstance(weight, SparseWeight) else weight
             whole = whole.view_as(parameter)  # of experts all matrices stand below each other
             setattr(model.get_submodule(parent), attribute, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    for name, buffer in model.named_buffers():
+        if isinstance(stored := weights.get(name), Tensor):
+            buffer.copy_(stored)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")

@@ -1,73 +1,14 @@
 """The conformance suite of the table of architectures: every family's parts lie where its line says."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers as hf
+from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.models.architectures import ARCHITECTURES, architecture, attention_heads, shape
 from raysearch.models.compact import compact
-
-VOCAB, WIDTH, HEADS, UNITS = 96, 32, 4, 128
-WIDE = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": HEADS,
-        "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-OLD = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": HEADS, "bos_token_id": 0,
-       "eos_token_id": 0}
-GROUPED = {**WIDE, "intermediate_size": UNITS, "num_key_value_heads": 2}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "gpt2": lambda: hf.GPT2Config(**OLD),
-    "gpt_neo": lambda: hf.GPTNeoConfig(
-        vocab_size=VOCAB, hidden_size=WIDTH, num_layers=2, num_heads=HEADS, max_position_embeddings=64, intermediate_size=UNITS,
-        attention_types=[[["global", "local"], 1]], window_size=8, bos_token_id=0, eos_token_id=0),
-    "gptj": lambda: hf.GPTJConfig(**OLD, rotary_dim=4),
-    "gpt_neox": lambda: hf.GPTNeoXConfig(**WIDE, intermediate_size=UNITS, rotary_pct=0.5),
-    "opt": lambda: hf.OPTConfig(**WIDE, ffn_dim=UNITS, word_embed_proj_dim=WIDTH),
-    "xglm": lambda: hf.XGLMConfig(vocab_size=VOCAB, d_model=WIDTH, ffn_dim=UNITS, num_layers=2, attention_heads=HEADS,
-                                  max_position_embeddings=64),
-    "phi": lambda: hf.PhiConfig(**WIDE, intermediate_size=UNITS),
-    "llama": lambda: hf.LlamaConfig(**GROUPED),
-    "mistral": lambda: hf.MistralConfig(**GROUPED, sliding_window=None),
-    "qwen2": lambda: hf.Qwen2Config(**GROUPED),
-    "qwen3": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
-    "gemma": lambda: hf.GemmaConfig(**GROUPED, head_dim=8),
-    "gemma2": lambda: hf.Gemma2Config(**GROUPED, head_dim=8),
-    "gemma3_text": lambda: hf.Gemma3TextConfig(**GROUPED, head_dim=8),
-    "stablelm": lambda: hf.StableLmConfig(**GROUPED),
-    "cohere": lambda: hf.CohereConfig(**GROUPED),
-    "granite": lambda: hf.GraniteConfig(**GROUPED),
-    "olmo": lambda: hf.OlmoConfig(**GROUPED),
-    "starcoder2": lambda: hf.Starcoder2Config(**GROUPED),
-    "bloom": lambda: hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=HEADS),
-    "falcon": lambda: hf.FalconConfig(**WIDE),
-    "gpt_bigcode": lambda: hf.GPTBigCodeConfig(**OLD),
-}
-VARIANTS = {
-    "falcon 40b": lambda: hf.FalconConfig(**WIDE, new_decoder_architecture=True, num_kv_heads=2),
-    "falcon with slopes": lambda: hf.FalconConfig(**WIDE, alibi=True, multi_query=False),
-    "falcon of one query a head": lambda: hf.FalconConfig(**WIDE, multi_query=False, bias=True),
-    "gpt_bigcode of one query a head": lambda: hf.GPTBigCodeConfig(**OLD, multi_query=False),
-    "gemma with one key-value head": lambda: hf.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=8),
-}
-CASES = CONFIGS | VARIANTS
-TWO_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "cohere", "granite", "olmo",
-             "starcoder2", "falcon 40b"}
-"""Two key-value heads, each with two queries."""
-STRANGERS = {
-    "olmo2": lambda: hf.Olmo2Config(**GROUPED),
-    "mamba": lambda: hf.MambaConfig(vocab_size=VOCAB, hidden_size=WIDTH, num_hidden_layers=2, state_size=8),
-}
-
-
-def random_model(config: Any) -> Any:
-    """fp32, with weights and biases large enough that nothing is lost by chance."""
-    torch.manual_seed(0)
-    model = hf.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, 0.3 if parameter.ndim == 1 else 0.0, 0.2)
-    return model
 
 
 def rows(linear: Any) -> torch.Tensor:
@@ -81,7 +22,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_every_line_of_the_table_is_tested() -> None:
-    assert set(CONFIGS) == set(ARCHITECTURES)
+    assert set(KNOWN) == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("family", CASES)
@@ -140,7 +81,7 @@ def test_a_family_that_is_not_known_is_left_as_it_is(family: str) -> None:
 
 def test_a_model_whose_logits_would_change_is_left_as_it_is() -> None:
     """A family may change its code; here the model's activation is not what the table's name of it says."""
-    model = random_model(CONFIGS["gpt2"]())
+    model = random_model(KNOWN["gpt2"]())
     for block in model.transformer.h:
         rows(block.mlp.c_fc)[:70] = 0  # constant units, whose value is the activation of their bias
         forward = block.mlp.forward

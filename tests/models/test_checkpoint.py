@@ -4,11 +4,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import KNOWN, random_model
 from safetensors.torch import load_file, save_file
-from test_architectures import CONFIGS, logits, random_model
 
 from raysearch.models.checkpoint import weight_files
 from raysearch.models.model import dtype_note, fingerprint, load_model, stored_dtype
@@ -16,9 +17,14 @@ from raysearch.models.model import dtype_note, fingerprint, load_model, stored_d
 Weights = dict[str, torch.Tensor]
 
 
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(torch.arange(24).view(2, 12)).logits
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    random_model(CONFIGS["gpt2"]()).save_pretrained(tmp_path)
+    random_model(KNOWN["gpt2"]()).save_pretrained(tmp_path)
     return tmp_path
 
 
@@ -38,7 +44,7 @@ def within_blocks(wrapper: str) -> Callable[[str], str]:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt"])
 def test_names_that_wrappers_left_are_mended(family: str, rename: Callable[[str], str], tmp_path: Path) -> None:
     """Llama's own names begin with `model.` too, and its head lies beside it."""
-    model = random_model(CONFIGS[family]())
+    model = random_model(KNOWN[family]())
     model.save_pretrained(tmp_path)
     before = set(load_file(tmp_path / "model.safetensors"))
     rewrite(tmp_path, lambda weights: {rename(name): weight for name, weight in weights.items()})
