@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -133,13 +134,25 @@ def test_a_trial_that_diverges_is_one_sentence_and_another_may_follow(run: Run, 
     assert code == 0, err
 
 
+def test_partitioned_weights_are_exported_in_the_same_process(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3, and from names that a wrapper left, which transformers' own report does not tell there."""
+    model = shutil.copytree(tiny_model, tmp_path / "compiled")
+    weights = load_file(model / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    for number, command in enumerate(((tiny_model, "--zero-stage", 0), (model, "--zero-stage", 3))):
+        code, _, err = run("prune", *command, "--out", f"out{number}", "--sparsity", 0.5)
+        assert code == 0, err
+    whole, partitioned = (load_file(tmp_path / f"out{number}" / "model" / "model.safetensors") for number in range(2))
+    assert whole.keys() == partitioned.keys()
+    assert all(torch.equal(whole[name], partitioned[name]) for name in whole)
+
+
 def test_another_type_of_weights_is_said(run: Run, tiny_model: Path, tmp_path: Path) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "half")
     AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(model)
     code, out, err = run("prune", model, "--out", "out", "--sparsity", 0.5)
     assert code == 0, err
-    assert out.splitlines()[0] == ("the model's weights are stored in float16; they are read, pruned, scored and exported in "
-                                   "float32")
+    assert out.splitlines()[0] == "the model's weights are stored in float16; here, and in an export, they are float32"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -187,12 +187,12 @@ def stored_dtype(path: str) -> str:
 
 
 def dtype_note(path: str, dtype: str) -> str | None:
-    """A sentence where the folder's weights are of other types than `dtype`, in which they are pruned and exported."""
+    """A sentence where the folder's weights are of other types than `dtype`, in which they are used and exported."""
     counts = dtypes(stored_tensors(model_folder(path)).values())
     others = [NAMES.get(name, name) for name, _ in counts.most_common() if NAMES.get(name, name) != dtype]
     if not others:
         return None
-    return f"the model's weights are stored in {' and '.join(others)}; they are read, pruned, scored and exported in {dtype}"
+    return f"the model's weights are stored in {' and '.join(others)}; here, and in an export, they are {dtype}"
 
 
 def load_config(path: str) -> PretrainedConfig:

@@ -109,11 +109,13 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
+        partitioning: object = None
         if zero_stage == 3:  # from_pretrained then loads every parameter straight into its partitions
             from transformers.integrations import HfDeepSpeedConfig
 
-            self._hf_config = HfDeepSpeedConfig(settings)
+            partitioning = HfDeepSpeedConfig(settings)
         model: PreTrainedModel = load_model(model_path, getattr(torch, dtype))
+        del partitioning  # while it lives every model is partitioned, also one that is loaded to be exported
         if dtype == "bfloat16" and not cuda and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             multiply_in_fp32(model)
         take_loss(model)

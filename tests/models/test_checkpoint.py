@@ -125,7 +125,7 @@ def test_what_lies_beside_the_weights_is_not_read(folder: Path) -> None:
 
 @pytest.mark.parametrize(("dtype", "found", "note"), [
     (torch.float32, "float32", None), (torch.bfloat16, "bfloat16", None),
-    (torch.float16, "float32", "the model's weights are stored in float16; they are read, pruned, scored and exported in fl"),
+    (torch.float16, "float32", "the model's weights are stored in float16; here, and in an export, they are float32"),
     (torch.float64, "float32", "the model's weights are stored in float64; "),
 ])
 def test_another_type_is_said(folder: Path, dtype: torch.dtype, found: str, note: str | None) -> None:
