@@ -20,7 +20,7 @@ from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
 
 DEFAULT_CONTEXT_TOKENS = 128
-FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, NotImplementedError, AssertionError)
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 """What torch, and the code of a model family that is not made for this, may raise; a disk's OSError is none of it."""
 
 

@@ -39,8 +39,7 @@ class Evaluation:
     """Of every metric that lm-eval makes of sums over items; in the order of the task, or in `item_order` when it was
     stopped."""
     perplexities: dict[str, float]
-    """By task that scores text: per token of all that was scored, right or wrong answers; a uniform guess over the vocabulary
-    reaches its size. Infinite where that is no number."""
+    """By task that scores text: per token, of each item its likeliest answer; a uniform guess reaches the vocabulary's size."""
     was_stopped: bool
     """The race was lost: only the objective's task was scored, and only its first items."""
 
@@ -172,14 +171,18 @@ def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samp
 
 
 def _perplexity(scorer: Any, requests: Sequence[Instance]) -> float | None:
-    """Per token of what the requests score; None where they generate."""
+    """Per token of what the requests score, of each item its likeliest answer; None where they generate."""
     if not requests or requests[0].request_type == "generate_until":
         return None
     special = None if requests[0].request_type == "loglikelihood_rolling" else False  # a whole text has its own
-    logprobs = [request.resps[0][0] if isinstance(request.resps[0], tuple) else request.resps[0] for request in requests]
-    num_tokens = sum(len(scorer.tok_encode(request.args[-1], add_special_tokens=special)) for request in requests)
-    nats = -sum(logprobs) / max(1, num_tokens)
-    return math.exp(nats) if nats < LARGEST_EXPONENT else math.inf
+    likeliest: dict[int, tuple[float, float, int]] = {}  # item -> nats per token, nats, tokens
+    for request in requests:
+        response, num_tokens = request.resps[0], len(scorer.tok_encode(request.args[-1], add_special_tokens=special))
+        nats = -(response[0] if isinstance(response, tuple) else response)
+        answer = (nats / max(1, num_tokens), nats, num_tokens)
+        likeliest[request.doc_id] = min(answer, likeliest.get(request.doc_id, answer))
+    mean = sum(nats for _, nats, _ in likeliest.values()) / max(1, sum(num for *_, num in likeliest.values()))
+    return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
 
 
 def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:

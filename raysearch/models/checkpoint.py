@@ -109,8 +109,8 @@ def read_renamed(tensors: dict[str, Stored], names: dict[str, str]) -> dict[str,
 
 
 def first_non_finite(model: nn.Module) -> str | None:
-    """The first parameter or buffer that holds a NaN or an infinity, with what it holds; None where all are finite."""
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    """The first tensor of a file that holds a NaN or an infinity, with what it holds; None where all are finite."""
+    for name, tensor in model.state_dict().items():  # without tables made anew, in which an infinity may be meant
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             low, high = tensor.detach().aminmax()  # both are NaN where one value is
             if not (low.isfinite() and high.isfinite()):

@@ -128,6 +128,24 @@ def _loaded(path: str, dtype: torch.dtype, from_pretrained: Callable[..., Any]) 
                                 for what, names in parts if names)
 
 
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """ValueError of one sentence unless tokens alone give logits, none of which depends on a later token: Hugging Face also
+    loads BERT and XLNet as causal models, and their scores would look too good. Collective where the model is."""
+    size = vocab_size(model.config)
+    tokens = torch.arange(8, device=model.device)[None] % size
+    try:
+        first, second = (model(input_ids=each, use_cache=False).logits[0, :-1].float()
+                         for each in (tokens, tokens.index_fill(1, tokens.new_tensor([7]), 8 % size)))
+    except Exception as error:  # each family's code raises its own
+        raise ValueError(f"{type(model).__name__} gives no logits for tokens alone ({first_line(error)}); give a causal "
+                         "language model") from error
+    tolerance = 1e-5 if model.dtype.itemsize > 2 else 0.02  # of what rounds otherwise; equal in every bit for most families
+    if (first - second).abs().max() > tolerance * first.abs().max():
+        raise ValueError(f"{type(model).__name__} looks ahead: its logits for a token depend on later ones, so it is no causal "
+                         "language model; give one, or set is_decoder in its config.json")
+
+
 def multiply_in_fp32(model: nn.Module) -> None:
     """From now on the linear layers compute as tensor cores do, bf16 in and out and fp32 between, by way of fp32 products: for
     CPUs without bf16 arithmetic, where torch's own take up to 130 times as long (Conv1D of 512 x 2048, 2026-11-25)."""

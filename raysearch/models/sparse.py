@@ -191,7 +191,8 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
             forward(num_tokens)
         return with_layers
 
-    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS)
+    known = architecture(model)  # other families are scored without graphs too
+    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS, as_graphs=known is not None and known.shares_prefixes)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
     run(0)()  # the dense layers again, until _install decides
     return max(1.0, ratio)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from raysearch.config import Action, Metric, is_maximised
 from raysearch.evaluation import Evaluation
+from raysearch.models.model import check_causal
 from raysearch.models.weights import read_sparse
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
@@ -52,6 +53,8 @@ def dense_round(worker: Worker) -> RoundRecord:
     worker.loaded_key = key
     started = time.perf_counter()
     try:
+        if worker.inputs.tasks["selection"]:
+            check_causal(worker.engine.model.eval())
         evaluation = worker.evaluate("selection", worker.race(None)[0])
         check_quality(evaluation, worker.study.search.objectives, worker.vocab_size)
     except Diverged as error:

@@ -1,12 +1,14 @@
 """Every family of Hugging Face's: pruned, fine-tuned, exported in every format, loaded, scored as the dense model is."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
 from families import CASES, KNOWN, STRANGERS, random_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raysearch
 from raysearch.deploy.export import export
@@ -72,3 +74,37 @@ def test_pruned_heads_are_cut_out_of_the_export(family: str, tiny_model: Path, t
     cut, whole, tokens = raysearch.load(folder), raysearch.load(folder), torch.arange(24).view(2, 12)
     assert compact(cut).num_heads > 0
     assert torch.allclose(cut(tokens).logits, whole(tokens).logits, rtol=0, atol=1e-5 * float(whole(tokens).logits.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ISSUE)
+def test_a_family_goes_through_the_command_line(run: Run, family: str, tiny_model: Path, stories: Path, tmp_path: Path,
+                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trained for a moment, since what is no better than chance is refused."""
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
+    folder = saved(family, tiny_model, tmp_path / "model")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config((CASES | STRANGERS)[family]())
+    tokens = torch.tensor(AutoTokenizer.from_pretrained(folder)(stories.read_text())["input_ids"])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for start in range(0, 60 * 256, 256):
+        batch = tokens[start:start + 256].view(8, 32)
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    settings = ("--corpus", stories, "--tasks", "text,last_word,choice", "--eval-items", 4, "--context-tokens", 64,
+                "--batch-tokens", 256, "--finetune-epochs", 0.01)
+    for command in (("prune", folder, "--out", "out", "--sparsity", 0.5, *settings), ("results", "out"),
+                    ("pick", "out", "--max-drop", "text/bits_per_byte=9"),
+                    ("export", "out/pick.json", "--out", "dense"), ("kernels", "dense", "--tokens", "1,64"),
+                    ("export", "out/pick.json", "--out", "small", "--format", "compressed")):
+        code, _, err = run(*command)
+        assert code == 0, (command, err)
+    scores = []
+    for exported, backend in (("dense", "dense"), ("dense", "auto"), ("small", "auto")):
+        code, out, err = run("evaluate", exported, "--tasks", "text,last_word", "--corpus", stories, "--limit", 4, "--backend",
+                             backend, "--json")
+        assert code == 0, err
+        scores.append(json.loads(out)["results"]["text"]["bits_per_byte"])
+    assert scores[1:] == pytest.approx([scores[0]] * 2, rel=1e-4)

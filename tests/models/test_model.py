@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     BloomConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -24,11 +25,13 @@ from transformers import (
     PretrainedConfig,
     Qwen2MoeConfig,
     RwkvConfig,
+    XLNetConfig,
 )
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.models.model import (
     ModelSize,
+    check_causal,
     context_limit,
     fingerprint,
     load_config,
@@ -165,3 +168,23 @@ def test_experts_are_pruned_like_other_matrices(config: type[PretrainedConfig], 
     rows = up.rows(whole.view(-1))
     assert torch.equal(rows[:32], whole[0].T if is_transposed else whole[0])  # of 32 inputs: an output of the first expert each
     assert torch.equal(up.stored(rows), whole.view(-1))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """Hugging Face loads them as causal models, and their perplexity would look like one."""
+    for config in (BertConfig(**SMALL), XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=32)):
+        with pytest.raises(ValueError, match=r"looks ahead: its logits for a token depend on later ones, so it is no causal"):
+            check_causal(AutoModelForCausalLM.from_config(config).eval())
+    for config in (BertConfig(**SMALL, is_decoder=True), *(family(**EXPERTS) for family in (MixtralConfig, MambaConfig))):
+        check_causal(AutoModelForCausalLM.from_config(config).eval())
+        check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+
+
+def test_a_model_that_tokens_alone_do_not_run_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    model.model.layers[0].mlp = torch.nn.Linear(7, 7)
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM gives no logits for tokens alone \(.*; give a causal"):
+        check_causal(model.eval())
