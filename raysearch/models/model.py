@@ -109,6 +109,9 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel
                          "give the config.json that belongs to them, or save the whole model again")
     if (fault := first_non_finite(model)) is not None:
         raise ValueError(f"model {path}: {fault}; its training diverged, so take an earlier checkpoint")
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False  # also where config.json says they are one, and the file holds two
     return model.eval()
 
 

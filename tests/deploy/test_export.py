@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raysearch
@@ -108,3 +109,18 @@ def test_a_model_without_a_tokenizer_is_exported_without_one(run: Run, tiny_mode
         assert (code, err.count("\n")) == (2, 1), err
         assert "its tokenizer has no tokens, or its files are missing; save the tokenizer into the same folder" in err
     assert not (tmp_path / "text").exists()
+
+
+def test_a_head_that_is_not_the_embedding_stays_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """config.json says that they are tied, and the checkpoint holds two."""
+    model = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].flip(0).contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
+    ledger = Ledger(tmp_path / "out")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    tokens = torch.arange(24)[None]
+    plain = AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(plain.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(raysearch.load(small, backend="dense")(tokens).logits, plain(tokens).logits)
