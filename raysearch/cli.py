@@ -293,7 +293,8 @@ def kernels(
 
     if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
         raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
-    result = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")])
+    result = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")],
+                                    say=echo)
     header = ["layer", "shape", "pattern", "sparsity", "tokens", "backend", "dense us", "sparse us", "ratio", "share of time"]
     dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in result.layers) for count in result.model_ratio}
     rows = [[layer.name, f"{layer.shape[0]}x{layer.shape[1]}", layer.pattern, f"{layer.sparsity:.3f}", str(count),

@@ -168,7 +168,8 @@ class ModelSettings(Frozen):
     prunable: Literal["matrices", "all"] = "matrices"
     """`matrices`: attention and MLP; `all` adds the embeddings (once, when tied)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own."""
+    """Of the module's weights, in training, evaluation and export; masters are fp32. `auto` is the checkpoint's own;
+    fp16 and fp64 become fp32, and that is said."""
 
 
 class DataSettings(Frozen):

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from raysearch.deploy.export import COMPRESSED
 from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
-from raysearch.models.model import load_tokenizer
+from raysearch.models.model import check_causal, dtype_note, first_line, load_tokenizer, stored_dtype, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
 from raysearch.training.data import check_tokenizer, load_documents, split_documents
 
@@ -36,17 +37,23 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
         tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], from_corpus, limit=limit) + tasks
+    if not (Path(model_path) / COMPRESSED).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
+        say(note)
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
+    check_causal(model)
     tokenizer = load_tokenizer(model_path)
-    check_tokenizer(tokenizer, model.config.vocab_size)
+    check_tokenizer(tokenizer, vocab_size(model.config))
     scorer = Scorer(model, tokenizer, batch_tokens=batch_tokens, progress=progress)
     kernels: dict[int, dict[str, Any]] = {}
     if backend == "auto" and (num_sparse := sum(map(is_sparse, (layer for *_, layer in linear_layers(model))))):
         sizes = worth_timing(model, forward_sizes(scorer, tasks, num_fewshot=num_fewshot))
         if sizes:
-            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes))
+            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes, say=say))
         say(in_words(kernels, num_sparse))
-    metrics = evaluate(scorer, tasks, num_fewshot=num_fewshot, samples_path=samples).metrics
+    try:
+        metrics = evaluate(scorer, tasks, num_fewshot=num_fewshot, samples_path=samples).metrics
+    except RuntimeError as error:  # torch's, for a family that counts its positions in another way, or without memory
+        raise ValueError(f"model {model_path}: cannot be scored ({first_line(error)})") from error
     results: dict[str, dict[str, Any]] = {}
     for name, metric in metrics.items():
         task, _, key = name.rpartition("/")

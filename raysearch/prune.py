@@ -1,5 +1,6 @@
 """One trial in this process, without Ray: the same rounds, the same ledger."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,17 +9,19 @@ from raysearch.config import TrialConfig, parse, study_of
 from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
 from raysearch.kernels.device import device_name
-from raysearch.models.model import context_limit, load_config
+from raysearch.models.model import context_limit, dtype_note, first_line, load_config
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
-from raysearch.trial.round import report_round
+from raysearch.trial.round import dense_round, report_round
 from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
 
 DEFAULT_CONTEXT_TOKENS = 128
+FAULTS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
+"""What torch, and the code of a model family that is not made for this, may raise; a disk's OSError is none of it."""
 
 
 def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: Path,
@@ -32,6 +35,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     config = parse(TrialConfig, config_fields, "prune")
     if config.finetune_epochs and study.data.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
+    if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
+        echo(note)
     inputs = read_inputs(study)
     if study.evaluation.tasks:  # nothing is searched, but results and report have to show something
         study = study.replaced(objectives=("num_nonzero", metric_names(inputs.tasks["selection"])[0]))
@@ -39,19 +44,29 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     ledger = Ledger(out)
     record = StudyRecord(study=study, space="prune", space_hash="", root_key=inputs.root_key,
                          provenance=provenance(device_name("cpu")))
+    worker = Worker(study, ledger, inputs)
     with ledger.lock():
-        ledger.attach(record)
-        worker = Worker(study, ledger, inputs)
+        is_known = ledger.attach(record)
+        try:
+            dense_round(worker)
+        except FAULTS as error:
+            if not is_known:  # the folder held nothing else, and with a mended model it is another study
+                shutil.rmtree(ledger.directory, ignore_errors=True)
+            raise ValueError(f"model {study.model.path}: cannot be scored ({first_line(error)})") from error
         trials = ledger.trials()
         number = next((trial.number for trial in trials if trial.actions == actions), len(trials))
         trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
-        for latest in run_trial(worker, trial):
-            trial = latest
-            if trial.status == "running":
-                done = ledger.candidate(trial.keys[-1])
-                quality = ", ".join(f"{name} {metric.value:.4f}" for name, metric in done.metrics.items())
-                echo(f"round {len(trial.keys)}/{len(actions)}: sparsity {done.sparsity:.4f}, {done.num_nonzero:,} non-zero "
-                     f"of {done.num_parameters:,} {quality}")
+        try:
+            for latest in run_trial(worker, trial):
+                trial = latest
+                if trial.status == "running":
+                    done = ledger.candidate(trial.keys[-1])
+                    quality = ", ".join(f"{name} {metric.value:.4f}" for name, metric in done.metrics.items())
+                    echo(f"round {len(trial.keys)}/{len(actions)}: sparsity {done.sparsity:.4f}, {done.num_nonzero:,} non-zero "
+                         f"of {done.num_parameters:,} {quality}")
+        except FAULTS as error:
+            raise ValueError(f"the trial failed in {ledger.trial(number).reason} (its traceback is in the record of trial "
+                             f"{number}, {ledger.directory / 'trials'})") from error
         if trial.status == "failed":
             raise ValueError(f"the trial failed in {trial.reason}")
         last = ledger.candidate(trial.keys[-1])

@@ -5,11 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 
@@ -70,6 +72,87 @@ def test_prune_with_fine_tuning_is_found_again(run: Run, tiny_model: Path, stori
     code, out, err = run("evaluate", "deploy", "--tasks", "text", "--corpus", stories, "--json")
     assert code == 0, err
     assert json.loads(out)["results"]["text"]["num_items"] > 0
+
+
+def spoilt(folder: Path, change: Callable[[torch.nn.Module], object]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        change(model.transformer)
+    model.save_pretrained(folder)
+
+
+def replaced(file: Path, old: str, new: str) -> None:
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(("damage", "sentence"), [
+    (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors is damaged or cut short"),
+    (lambda folder: os.truncate(folder / "model.safetensors", 0), "model.safetensors is empty"),
+    (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
+    (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors file in it"),
+    (lambda folder: (folder / "config.json").write_text("<html>"), "its config.json cannot be read"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer"),
+    (lambda folder: spoilt(folder, lambda body: body.h[1].mlp.c_fc.weight[0].fill_(torch.nan)), "holds 128 of 4096"),
+    (lambda folder: replaced(folder / "config.json", '"n_layer": 2', '"n_layer": 1'), "left over (transformer.h.1."),
+    (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.normal_(0, 30)), "the dense model: quality at chance"),
+    (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.fill_(3e38)), "the dense model: "),
+], ids=["truncated", "empty", "pointer", "gone", "config", "tokenizer", "NaN", "layer", "chance", "overflow"])
+def test_a_model_that_cannot_be_served_is_one_sentence_and_leaves_nothing(
+        run: Run, tiny_model: Path, stories: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
+    """And the same command works once the model is mended."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    damage(model)
+    command = ["prune", model, "--out", "out", "--sparsity", 0.5, "--corpus", stories, "--eval-items", 3]
+    code, out, err = run(*command)
+    assert (code, err.count("\n"), out) == (2, 1, ""), err
+    assert sentence in err
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(model)
+    shutil.copytree(tiny_model, model)
+    code, _, err = run(*command)
+    assert code == 0, err
+
+
+def test_a_refused_folder_stays_as_it_was(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    code, _, err = run("prune", tiny_model, "--out", "mine", "--sparsity", 0.5)
+    assert (code, "holds something else (thesis.tex)" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_trial_that_diverges_is_one_sentence_and_another_may_follow(run: Run, tiny_model: Path, stories: Path,
+                                                                      tmp_path: Path) -> None:
+    """One step: its loss is fine, the weights after it are not."""
+    command = ["prune", tiny_model, "--out", "out", "--sparsity", 0.5, "--corpus", stories, "--eval-items", 3,
+               "--context-tokens", 64, "--batch-tokens", 1024, "--finetune-epochs", 0.01]
+    code, _, err = run(*command, "--learning-rate", 1e30)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert "the trial failed in round 1: the log-probability of item 0 of task text is nan" in err
+    code, _, err = run(*command, "--learning-rate", 1e-3)
+    assert code == 0, err
+
+
+def test_partitioned_weights_are_exported_in_the_same_process(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3, and from names that a wrapper left, which transformers' own report does not tell there."""
+    model = shutil.copytree(tiny_model, tmp_path / "compiled")
+    weights = load_file(model / "model.safetensors")
+    save_file({f"_orig_mod.{name}": weight for name, weight in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    for number, command in enumerate(((tiny_model, "--zero-stage", 0), (model, "--zero-stage", 3))):
+        code, _, err = run("prune", *command, "--out", f"out{number}", "--sparsity", 0.5)
+        assert code == 0, err
+    whole, partitioned = (load_file(tmp_path / f"out{number}" / "model" / "model.safetensors") for number in range(2))
+    assert whole.keys() == partitioned.keys()
+    assert all(torch.equal(whole[name], partitioned[name]) for name in whole)
+
+
+def test_another_type_of_weights_is_said(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float16).save_pretrained(model)
+    code, out, err = run("prune", model, "--out", "out", "--sparsity", 0.5)
+    assert code == 0, err
+    assert out.splitlines()[0] == "the model's weights are stored in float16; here, and in an export, they are float32"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -9,14 +9,19 @@ import shutil
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from raysearch.deploy.card import model_card
-from raysearch.models.model import load_model, load_tokenizer, prunable_parameters
+from raysearch.models.model import load_model, prunable_parameters
 from raysearch.models.weights import read_weights, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.ledger import Ledger
 from raysearch.study.storage import as_file, location
 
+KEPT = ("*token*.json", "*vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja",
+        "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
+"""What belongs to a model beside its weights and config.json: tokenizer, chat templates, settings of generation, terms."""
 COMPRESSED = "compressed.safetensors"
 
 
@@ -44,20 +49,36 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     if num_nonzero != record.num_nonzero:
         raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.model.dtype} but "
                          f"{record.num_nonzero} in its record; its weights do not survive the rounding, so it is not exported")
+    if (Path(study.study.model.path) / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; it is copied
     with new_directory(out) as folder:
-        load_tokenizer(study.study.model.path).save_pretrained(folder)
         if format == "dense":
             model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-            write_weights(folder / COMPRESSED, {name: to_store(parameter, parameter != 0 if name in prunable else None)
-                                                for name, parameter in model.named_parameters()})
+            write_weights(folder / COMPRESSED, {name: to_store(tensor, tensor != 0 if name in prunable else None)
+                                                for name, tensor in own_tensors(model).items()})
+        copy_companions(Path(study.study.model.path), folder)
         trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
                                                      ledger.report_metrics(study.root_key), format))
-        files = {file.name: file_sha256(file) for file in sorted(folder.iterdir())}
+        files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
         write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format,
                                                "record": record.model_dump(mode="json"), "sha256": files})
         if out.exists():  # the earlier export stays until the new one is whole
             shutil.rmtree(out)
     return out
+
+
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of the model holds: parameters, tied ones once, and the buffers that are no tables made anew."""
+    stored = model.state_dict().keys()
+    return {**dict(model.named_parameters()), **{name: buffer for name, buffer in model.named_buffers() if name in stored}}
+
+
+def copy_companions(model: Path, folder: Path) -> None:
+    """As they are: a tokenizer that is loaded and saved may come out as another one."""
+    for file in {file for pattern in KEPT for file in model.glob(pattern) if file.is_file()}:
+        target = folder / file.relative_to(model)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)

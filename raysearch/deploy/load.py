@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.deploy.export import COMPRESSED
 from raysearch.kernels import SparseWeight
-from raysearch.models.model import from_config, load_model, stored_dtype
+from raysearch.models.model import from_config, load_config, load_model, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse
 from raysearch.study.files import file_sha256
@@ -33,10 +33,10 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
         if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
     if described["format"] == "dense":
-        return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
+        return load_model(str(folder), getattr(torch, stored_dtype(str(folder))))
     weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
-    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor))
-    model = from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
+    dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor) and weight.is_floating_point())
+    model = from_config(load_config(str(folder)), dtype)
     for name, parent, attribute, module in linear_layers(model):
         weight = weights.get(f"{name}.weight")
         if backend == "sparse" and isinstance(weight, SparseWeight):
@@ -47,7 +47,13 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
         parent, _, attribute = name.rpartition(".")
         if (weight := weights.get(name)) is not None:  # else it is tied to another
             whole = weight.to_dense() if isinstance(weight, SparseWeight) else weight
+            whole = whole.view_as(parameter)  # of experts all matrices stand below each other
             setattr(model.get_submodule(parent), attribute, torch.nn.Parameter(whole, requires_grad=parameter.requires_grad))
+    for name, buffer in model.named_buffers():
+        if isinstance(stored := weights.get(name), Tensor):
+            buffer.copy_(stored)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from lm_eval.api.task import Task
 from raysearch.config import Metric
 from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
-from raysearch.evaluation.statistics import FORMS, aggregate, estimate, to_items
+from raysearch.evaluation.statistics import FORMS, LARGEST_EXPONENT, aggregate, estimate, to_items
 from raysearch.evaluation.tasks import check_limit, item_cluster, item_identity
 from raysearch.study.items import Items
+from raysearch.training.finetune import Diverged
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
@@ -36,6 +38,8 @@ class Evaluation:
     items: dict[str, Items]
     """Of every metric that lm-eval makes of sums over items; in the order of the task, or in `item_order` when it was
     stopped."""
+    perplexities: dict[str, float]
+    """By task that scores text: per token, of each item its likeliest answer; a uniform guess reaches the vocabulary's size."""
     was_stopped: bool
     """The race was lost: only the objective's task was scored, and only its first items."""
 
@@ -60,7 +64,7 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
     samples_path: JSON lines {"task", "item_id", "metrics"} with lm-eval's per-item values. Tasks of whole text get
     token_perplexity as well. Touches no global random state, and prepares the prompts of a task only once: keep the
     task objects for the next call. With a `race` it may stop early. ValueError for a limit below 1, more shots than the task
-    has examples, or a race for a metric that is not made of sums over items.
+    has examples, or a race for a metric that is not made of sums over items; Diverged where a number is not finite.
     """
     check_limit(limit)
     prepared = [_requests(task, limit, num_fewshot) for task in tasks]
@@ -136,9 +140,12 @@ def aggregation_of(task: Any, metric: str) -> Callable[[Any], float]:
 def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samples_path: Path | None) -> Evaluation:
     metrics: dict[str, Metric] = {}
     items: dict[str, Items] = {}
+    perplexities: dict[str, float] = {}
     samples: list[str] = []
     for task, requests in answered:
         name, by_item = task.config.task, _by_item(requests)
+        if (perplexity := _perplexity(scorer, requests)) is not None:
+            perplexities[name] = perplexity
         values = _process(scorer, task, requests, by_item)
         docs = {index: group[0].doc for index, group in by_item.items()}
         clusters = [item_cluster(task, doc, index) for index, doc in docs.items()]
@@ -149,6 +156,8 @@ def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samp
                 value, stderr = estimate(items[key], form)
             else:
                 value, stderr = aggregate(column, aggregation)
+            if not math.isfinite(value) or not math.isfinite(stderr or 0):
+                raise Diverged(f"{key} is {value} with a standard error of {stderr}: the model gives no numbers")
             metrics[key] = Metric(value=value, stderr=stderr, num_items=len(column))
         for row, (index, doc) in enumerate(docs.items()):
             sample = {"task": name, "item_id": item_identity(doc, index),
@@ -158,7 +167,22 @@ def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samp
         aside = samples_path.with_name(samples_path.name + ".partial")
         aside.write_text("".join(samples))
         os.replace(aside, samples_path)
-    return Evaluation(metrics, items, False)
+    return Evaluation(metrics, items, perplexities, False)
+
+
+def _perplexity(scorer: Any, requests: Sequence[Instance]) -> float | None:
+    """Per token of what the requests score, of each item its likeliest answer; None where they generate."""
+    if not requests or requests[0].request_type == "generate_until":
+        return None
+    special = None if requests[0].request_type == "loglikelihood_rolling" else False  # a whole text has its own
+    likeliest: dict[int, tuple[float, float, int]] = {}  # item -> nats per token, nats, tokens
+    for request in requests:
+        response, num_tokens = request.resps[0], len(scorer.tok_encode(request.args[-1], add_special_tokens=special))
+        nats = -(response[0] if isinstance(response, tuple) else response)
+        answer = (nats / max(1, num_tokens), nats, num_tokens)
+        likeliest[request.doc_id] = min(answer, likeliest.get(request.doc_id, answer))
+    mean = sum(nats for _, nats, _ in likeliest.values()) / max(1, sum(num for *_, num in likeliest.values()))
+    return math.exp(mean) if mean < LARGEST_EXPONENT else math.inf
 
 
 def _requests(task: Any, limit: int | None, num_fewshot: int | None) -> list[Instance]:
@@ -189,6 +213,10 @@ def _respond(scorer: Any, requests: Sequence[Instance]) -> None:
         by_type.setdefault(request.request_type, []).extend([request] * (request.repeats or 1))
     for request_type, group in by_type.items():
         for request, response in zip(group, getattr(scorer, request_type)(group), strict=True):
+            logprob = response[0] if isinstance(response, tuple) else response  # or generated text
+            if isinstance(logprob, float) and not math.isfinite(logprob):
+                raise Diverged(f"the log-probability of item {request.doc_id} of task {request.task_name} is {logprob}: the "
+                               "model gives no numbers")
             request.resps.append(response)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import postprocess_generated_text, resolve_max_length
+from lm_eval.models.utils import DEFAULT_MAX_LENGTH, postprocess_generated_text, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from raysearch.evaluation.generation import Slots, by_settings, generate_plain, 
 from raysearch.evaluation.graphs import Graphs, bucket
 from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
 from raysearch.models.architectures import architecture
+from raysearch.models.model import context_limit, vocab_size
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
 """Padded tokens per forward. On a CPU 512 took 20.7 instead of 22.2 CPU s on 16 items, part of it padding that more items
@@ -80,10 +81,11 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         device_type = "cpu" if self.device.type == "cpu" else "cuda"
         self.batch_tokens = batch_tokens or BATCH_TOKENS[device_type]
         # scored positions projected at once
-        self._slice: int = max(1, LOGIT_SLICE[device_type] // int(self.config.vocab_size))
+        self._slice: int = max(1, LOGIT_SLICE[device_type] // vocab_size(self.config))
         self.num_truncated = 0
         self.progress = progress
-        self._max_length = max_length or resolve_max_length(self.config, tokenizer)
+        resolved = resolve_max_length(self.config, tokenizer)  # which does not know every name of a limit
+        self._max_length = max_length or int(min(resolved if resolved > 0 else DEFAULT_MAX_LENGTH, context_limit(self.config)))
         self._deal = (rank, world_size)
         self._gather: Gather = gather or (lambda result: [result])
         self._lockstep = lockstep
@@ -156,7 +158,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     def score(self, pairs: Sequence[tuple[Tokens, Tokens]]) -> list[tuple[float, bool]]:
         """(log-probability in nats, is greedy) of each (context tokens, continuation tokens)."""
         requests = [self._request(context, continuation) for context, continuation in pairs]
-        rows = build_rows(requests, width=self.config.hidden_size, max_row_tokens=self.batch_tokens,
+        rows = build_rows(requests, width=self.config.get_text_config().hidden_size, max_row_tokens=self.batch_tokens,
                           share=self.shares_prefixes)
         batches = split_batches(rows, self.batch_tokens, self._multiple)
         rank, world_size = self._deal

@@ -4,6 +4,7 @@ Legend: x_i = numerator of item i, w_i = its weight, n = items, m = mean.
 """
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from raysearch.study.items import Items
 
+LARGEST_EXPONENT = math.log(sys.float_info.max)
 JACKKNIFE_GROUPS = 100
 """Each is one more aggregation over nearly all items, so not one group per item."""
 
@@ -57,7 +59,7 @@ def estimate(items: Items, form: Form) -> tuple[float, float | None]:
         spread = (x - x.sum() / items.weight.sum() * items.weight) / items.weight.mean()
     stderr = float(np.std(spread, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
     if form.is_exponential:
-        value = math.exp(value)
+        value = math.exp(value) if value < LARGEST_EXPONENT else math.inf
         stderr = None if stderr is None else value * stderr
     return value, stderr
 

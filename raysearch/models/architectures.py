@@ -4,8 +4,8 @@ A family that is not in it is pruned, stored and scored like any other; only wha
 whole heads, sharing prefixes in scoring) is not done. To add one: a line here, and it runs through the conformance suite in
 tests/models/test_architectures.py, which compares logits.
 
-Left out on purpose: olmo2 and mixtral's experts (a norm over all heads, 3-D weights); bloom, falcon and mpt, whose positions
-are slopes that belong to heads; mamba, which has none.
+Left out on purpose: olmo2 and mixtral's experts (a norm over all heads, 3-D weights); mpt, whose slopes are not an argument of
+its attention; mamba, which has no heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.model import Prunable
+from raysearch.models.model import Prunable, is_linear
 from raysearch.pruning.patterns import HeadRows, Layout, Matrix
-
-PLAIN = (nn.Linear, Conv1D)
 
 
 @dataclass(frozen=True)
@@ -30,9 +28,12 @@ class Attention:
     output: str
     fused: str = ""
     interleaved: bool = False
-    """In the fused one: for each head its query, key and value, instead of all queries, all keys, all values."""
+    """In the fused one: for each key-value head its queries, its key and its value, instead of all queries, all keys, all
+    values."""
     head_size: str = "head_dim"
     """Attribute that holds it."""
+    has_slopes: bool = False
+    """Positions are slopes that belong to heads, which the argument `alibi` [B * H, 1, S] brings."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,15 @@ ARCHITECTURES = {
         MLP("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "act"), shares_prefixes=True),
     "opt": Architecture("model.decoder.layers", Attention("self_attn", "out_proj"),
                         MLP("", ("fc1",), "fc2", "activation_fn"), shares_prefixes=True),
+    "bloom": Architecture(
+        "transformer.h", Attention("self_attention", "dense", fused="query_key_value", interleaved=True, has_slopes=True),
+        MLP("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "gelu_impl")),
+    "falcon": Architecture(
+        "transformer.h", Attention("self_attention", "dense", fused="query_key_value", interleaved=True, has_slopes=True),
+        MLP("mlp", ("dense_h_to_4h",), "dense_4h_to_h", "act")),
+    "gpt_bigcode": Architecture("transformer.h", Attention("attn", "c_proj", fused="c_attn", interleaved=True),
+                                MLP("mlp", ("c_fc",), "c_proj", "act")),
+    "starcoder2": Architecture("model.layers", Attention("self_attn", "o_proj"), MLP("mlp", ("c_fc",), "c_proj", "act")),
     "xglm": Architecture("model.layers", Attention("self_attn", "out_proj"), MLP("", ("fc1",), "fc2", "activation_fn")),
     "phi": Architecture("model.layers", Attention("self_attn", "dense"), MLP("mlp", ("fc1",), "fc2", "activation_fn")),
     "llama": _LLAMA_TREE,
@@ -82,6 +92,8 @@ ARCHITECTURES = {
     "gemma3_text": _LLAMA,
     "stablelm": _LLAMA,
     "cohere": _LLAMA,
+    "granite": _LLAMA,
+    "olmo": _LLAMA,
 }
 
 
@@ -100,7 +112,8 @@ class Rows(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """The heads of one attention module; with grouped queries a head is a key-value head with its group of queries.
+    """The heads of one attention module; with grouped queries a head is a key-value head with its group of queries, and where
+    all share one key-value head (multi-query attention) a head is a query alone.
 
     Legend: H heads of E dimensions, G queries for each.
     """
@@ -108,10 +121,13 @@ class Heads(NamedTuple):
     path: str
     """Of the attention module, in the model."""
     num_heads: int
+    num_values: int
+    """Key-value heads: 1 in multi-query attention, else H."""
     size: int
     """E."""
     inputs: tuple[Rows, ...]
-    """Queries, keys and values, in this order; a fused matrix stands once, and its rows of a head are the three's."""
+    """Queries, keys and values, in this order; a fused matrix stands once, and its rows of a head are the three's. Without keys
+    and values where all heads share them."""
     values: Rows
     output: str
     read_by: Tensor
@@ -126,23 +142,36 @@ def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
         output = getattr(module, names.output)
         fused = getattr(module, names.fused) if names.fused else None
         parts = [fused] if fused is not None else [getattr(module, name) for name in ("q_proj", "k_proj", "v_proj")]
-        if not all(isinstance(part, PLAIN) for part in (output, *parts)):
+        if not all(is_linear(part) for part in (output, *parts)):
             continue
         size, width = int(getattr(module, names.head_size)), shape(output)[1]  # [D, H * G * E]
-        groups = 1 if fused is not None else width // shape(parts[1])[0]
-        num_heads = width // size // groups
-        within = torch.arange(size, device=device)
-        starts = torch.arange(num_heads, device=device)[:, None]
-        read_by = torch.arange(width, device=device).view(num_heads, groups * size)
+        num_values = (shape(fused)[0] - width) // 2 // size if fused is not None else shape(parts[2])[0] // size
+        num_heads, groups = num_values, width // size // num_values
+        head = torch.arange(num_values, device=device)[:, None]
+        read_by = torch.arange(width, device=device).view(num_values, groups * size)
         if fused is None:
-            of_head = starts * size + within
-            inputs = (Rows("q_proj", read_by), Rows("k_proj", of_head), Rows("v_proj", of_head))
-            values = inputs[2]
+            paths = ("q_proj", "k_proj", "v_proj")
+            query, key, value = head * groups * size, head * size, head * size  # the first row of each
         else:
-            stride, apart = (3 * size, size) if names.interleaved else (size, width)
-            thirds = [starts * stride + third * apart + within for third in range(3)]
-            inputs, values = (Rows(names.fused, torch.cat(thirds, dim=1)),), Rows(names.fused, thirds[2])
-        yield Heads(f"{known.blocks}.{index}.{names.module}", num_heads, size, inputs, values, names.output, read_by)
+            paths = (names.fused,) * 3
+            query, key = head * groups * size, width + head * size
+            value = key + num_values * size
+            if names.interleaved:
+                query = head * (groups + 2) * size
+                key = query + groups * size
+                value = key + size
+        rows = tuple(first + torch.arange(count * size, device=device)
+                     for first, count in ((query, groups), (key, 1), (value, 1)))
+        if num_values == 1 < groups:
+            num_heads, read_by = groups, read_by.view(groups, size)
+            inputs: tuple[Rows, ...] = (Rows(paths[0], rows[0].view(groups, size)),)
+        elif fused is None:
+            inputs = tuple(map(Rows, paths, rows))
+        else:
+            inputs = (Rows(names.fused, torch.cat(rows, dim=1)),)
+        values = Rows(paths[2], rows[2].expand(num_heads, size))
+        yield Heads(f"{known.blocks}.{index}.{names.module}", num_heads, num_values, size, inputs, values, names.output,
+                    read_by)
 
 
 def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
@@ -153,7 +182,7 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
         bias = f"{name.removesuffix('weight')}bias"
         return Matrix(name, shape, transposed, bias if bias in parameters else None)
 
-    matrices = {p.name: matrix(p.name, (p.shape[0], p.shape[1]), p.transposed) for p in prunables}
+    matrices = {p.name: matrix(p.name, (p.shape[0], p.shape[1]), p.transposed) for p in prunables if len(p.shape) == 2}
     known = architecture(model)
     attentions = []
     for heads in attention_heads(model, known) if known else ():

@@ -7,17 +7,23 @@ the bias behind them. It needs no kernel and saves the same share of time on any
 Legend: D hidden size, U units of an MLP, H heads of E dimensions (with grouped queries: key-value heads), G queries each.
 """
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.architectures import PLAIN, Heads, architecture, attention_heads, dense_weight
+from raysearch.models.architectures import Heads, architecture, attention_heads, dense_weight, shape
+from raysearch.models.model import is_linear
 
 MULTIPLE = 64
 """Widths stay multiples of this where they were: tensor cores are slow otherwise, so some dead units may stay."""
+CHECK_TOKENS = 32
+"""Of two sequences."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Of the largest logit: some 30 roundings of the type in a row, for the sums of the smaller products run in another order."""
 
 
 class Compaction(NamedTuple):
@@ -30,23 +36,60 @@ class Compaction(NamedTuple):
 
 
 @torch.no_grad()
-def compact(model: nn.Module) -> Compaction:
+def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) -> Compaction:
     """Cuts dead MLP units and attention heads out of `model`, in place; its outputs stay equal up to rounding.
 
-    A family that is not in the table of architectures is left as it is.
+    A family that is not in the table of architectures is left as it is, and so is a model whose logits would change: its
+    code may do with its heads what the table does not know. `say` then gets one line.
     """
     if (known := architecture(model)) is None:
+        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+        say(f"left dense: dead heads and neurons stay in, for those of {name} are not known")
         return Compaction(0, 0, 0)
-    before = sum(parameter.numel() for parameter in model.parameters())
+    before, whole = sum(parameter.numel() for parameter in model.parameters()), _state(model)
     num_units = num_heads = 0
     for block in model.get_submodule(known.blocks):
         mlp = block.get_submodule(known.mlp.module)
         matrices = [getattr(mlp, name, None) for name in (*known.mlp.first, known.mlp.last)]
-        if all(isinstance(matrix, PLAIN) for matrix in matrices):
+        if all(is_linear(matrix) for matrix in matrices):
             num_units += _compact_mlp(matrices[:-1], matrices[-1], getattr(mlp, known.mlp.activation))
     for heads in attention_heads(model, known):
-        num_heads += _compact_attention(model.get_submodule(heads.path), heads)
+        num_heads += _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes)
+    if num_units + num_heads and not _gives_equal_logits(model, whole):
+        say("left dense: dead heads and neurons stay in, for without them the model gives other logits")
+        return Compaction(0, 0, 0)
     return Compaction(num_units, num_heads, before - sum(parameter.numel() for parameter in model.parameters()))
+
+
+State = list[tuple[nn.Module, dict[str, Any]]]
+
+
+def _state(model: nn.Module) -> State:
+    """Attributes, parameters and hooks of every module; nothing is copied, for cutting puts new ones in their place."""
+    return [(module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
+            for module in model.modules()]
+
+
+def _restore(state: State) -> None:
+    for module, attributes in state:
+        vars(module).update(attributes)
+
+
+def _gives_equal_logits(model: nn.Module, whole: State) -> bool:
+    """Whether the cut model gives the logits of the whole one, on a few tokens; where not, it is made whole again."""
+    parameter = next(model.parameters())
+    tokens = torch.arange(CHECK_TOKENS, device=parameter.device).view(2, -1) % model.config.get_text_config().vocab_size
+    cut = _state(model)
+    try:
+        after = model(input_ids=tokens, use_cache=False).logits.float()
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # shapes that do not go together
+        after = None
+    _restore(whole)
+    before = model(input_ids=tokens, use_cache=False).logits.float()
+    is_equal = after is not None and bool((after - before).abs().max() <= TOLERANCE[parameter.dtype] * before.abs().max())
+    if is_equal:
+        _restore(cut)
+    return is_equal
 
 
 def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int:
@@ -69,7 +112,7 @@ def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int
     return int((~keep).sum())
 
 
-def _compact_attention(module: Any, heads: Heads) -> int:
+def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> int:
     last, values = getattr(module, heads.output), getattr(module, heads.values.path)
     unread = (dense_weight(last) == 0).all(dim=0)[heads.read_by].all(dim=1)  # [H]
     constant = (dense_weight(values) == 0).all(dim=1)[heads.values.of_head].all(dim=1)
@@ -82,14 +125,34 @@ def _compact_attention(module: Any, heads: Heads) -> int:
     if keep.all() or not _fold(last, constants):
         return 0
     for path, of_head in heads.inputs:
-        _cut(getattr(module, path), of_head[keep].reshape(-1).sort().values, 0)
+        stays = torch.ones(shape(getattr(module, path))[0], dtype=torch.bool, device=keep.device)
+        stays[of_head[~keep]] = False  # rows of no head, such as shared keys, stay
+        _cut(getattr(module, path), stays.nonzero().view(-1), 0)
     _cut(last, heads.read_by[keep].reshape(-1), 1)
     kept, queries = int(keep.sum()), int(heads.read_by[keep].numel()) // heads.size
-    for name, number in (("num_heads", queries), ("num_attention_heads", queries), ("num_key_value_heads", kept),
+    num_values = kept if heads.num_values == heads.num_heads else heads.num_values
+    for name, number in (("num_heads", queries), ("num_attention_heads", queries), ("num_key_value_heads", num_values),
+                         ("num_kv_heads", num_values), ("num_key_value_groups", queries // num_values),
                          ("split_size", queries * heads.size), ("embed_dim", queries * heads.size)):
         if hasattr(module, name):
             setattr(module, name, number)
+    if has_slopes:
+        module.register_forward_pre_hook(_with_slopes_of(keep), with_kwargs=True)
     return heads.num_heads - kept
+
+
+def _with_slopes_of(keep: Tensor) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """A hook that gives an attention module the slopes of its kept heads, and their masks [B, H, S, S]."""
+    def select(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        slopes, mask = named.get("alibi"), named.get("attention_mask")
+        if slopes is not None:
+            by_head = slopes if slopes.ndim == 4 else slopes.unflatten(0, (-1, len(keep)))  # Falcon's, Bloom's
+            named["alibi"] = by_head[:, keep].view(-1, *slopes.shape[1:]) if slopes.ndim == 3 else by_head[:, keep]
+            if mask is not None and mask.shape[1] == len(keep):
+                named["attention_mask"] = mask[:, keep]
+        return inputs, named
+
+    return select
 
 
 def _kept(dead: Tensor, multiple: int) -> Tensor:
@@ -107,7 +170,8 @@ def _fold(last: Any, constants: Tensor) -> bool:
         return True
     if last.bias is None:
         return False
-    last.bias += (dense_weight(last).double() @ constants.double()).to(last.bias.dtype)
+    folded = (dense_weight(last).double() @ constants.double()).to(last.bias.dtype)
+    last.bias = nn.Parameter(last.bias.detach() + folded, requires_grad=last.bias.requires_grad)
     return True
 
 

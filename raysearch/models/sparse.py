@@ -13,8 +13,9 @@ from raysearch.kernels.backends import BACKENDS
 from raysearch.kernels.dispatch import NUM_PAIRS, Choice, best_backend, time_in_turn, token_bucket
 from raysearch.kernels.linear import linear
 from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
-from raysearch.models.architectures import PLAIN, dense_weight
+from raysearch.models.architectures import architecture, dense_weight
 from raysearch.models.compact import Compaction, compact
+from raysearch.models.model import context_limit, is_linear
 
 MIN_SPARSITY = 0.3
 """Below it no layout is smaller than the dense one, and nothing is timed."""
@@ -37,6 +38,11 @@ class SparseLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.register_buffer("dense", dense)
         self._use(weight, choices)
+
+    @property
+    def weight(self) -> Tensor:
+        """[O, K], dense, made anew where it is not kept: some families multiply by their layers' weights themselves."""
+        return self.sparse.to_dense() if self.dense is None else self.dense
 
     def _use(self, weight: SparseWeight, choices: dict[int, Choice] | None) -> None:
         self.sparse = weight
@@ -111,16 +117,18 @@ class Sparsified(NamedTuple):
 
 @torch.no_grad()
 def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int], cache: Path | None = None,
-                           forward: Callable[[int], object] | None = None) -> Sparsified:
+                           forward: Callable[[int], object] | None = None,
+                           say: Callable[[str], object] = lambda line: None) -> Sparsified:
     """Cuts out what is dead, then replaces each linear layer for which a sparse backend wins, in place.
 
     num_tokens: tokens per forward that matter (a scoring batch, a decoding step); each is decided by itself. At the end
     the whole forward is timed dense and sparse in turn, by `forward(num_tokens)` (by default the model's own on random
     tokens): numbers of tokens for which it is not faster go back to dense. The output head and embeddings stay dense.
+    `say` gets a line where dead parts could not be cut out.
     """
     started = time.perf_counter()
     counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
-    compaction = compact(model)  # first: it gains anywhere, and sparse layers then have to beat the smaller dense ones
+    compaction = compact(model, say)  # first: it gains anywhere, and sparse layers then have to beat the smaller dense ones
     layers: list[Layer] = []
     swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]] = []
     for name, parent, attribute, module in linear_layers(model):
@@ -148,7 +156,7 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Module, str, Any]]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     names = dict(model.named_modules())
     return [(name, names[name.rpartition(".")[0]], name.rpartition(".")[2], module) for name, module in names.items()
-            if isinstance(module, (*PLAIN, SparseLinear)) and module is not head and name]
+            if (is_linear(module) or isinstance(module, SparseLinear)) and module is not head and name]
 
 
 def is_sparse(layer: Any) -> bool:
@@ -183,7 +191,8 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
             forward(num_tokens)
         return with_layers
 
-    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS)
+    known = architecture(model)  # other families are scored without graphs too
+    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS, as_graphs=known is not None and known.shares_prefixes)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
     run(0)()  # the dense layers again, until _install decides
     return max(1.0, ratio)
@@ -208,14 +217,17 @@ def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, Spar
 def own_forward(model: Any) -> Callable[[int], object]:
     """The body of a transformers model as a function of a number of tokens, in sequences of 512 at most, that a CUDA graph
     can hold."""
-    limit = getattr(model.config, "max_position_embeddings", None) or 1024
+    known = architecture(model)
+    length = int(min(context_limit(model.config), 512))
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
 
     def forward(num_tokens: int) -> object:
-        length = min(num_tokens, limit, 512)
-        tokens = torch.ones(max(1, num_tokens // length), length, dtype=torch.long, device=device)
-        places = torch.arange(length, device=device)
-        mask = torch.zeros(1, 1, length, length, dtype=dtype, device=device)
+        width = min(num_tokens, length)
+        tokens = torch.ones(max(1, num_tokens // width), width, dtype=torch.long, device=device)
+        if known is None or not known.shares_prefixes:  # who knows what masks it takes
+            return model.base_model(input_ids=tokens, use_cache=False)
+        places = torch.arange(width, device=device)
+        mask = torch.zeros(1, 1, width, width, dtype=dtype, device=device)
         mask = mask.masked_fill(places > places[:, None], torch.finfo(dtype).min)  # given, so that nothing asks the device
         return model.base_model(input_ids=tokens, position_ids=places[None], attention_mask=mask, use_cache=False)
 

@@ -16,6 +16,7 @@ from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
 from raysearch.cluster.joining import placed, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
+from raysearch.models.model import dtype_note
 from raysearch.search.loggers import logger_callbacks
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
@@ -53,6 +54,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     ledger = Ledger(directory)
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
     study = resolve(study if given is None else study.replaced(num_trials=len(given)))
+    if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
+        echo(note)
     inputs = read_inputs(study)
     check_objectives(study, inputs)
     if given is None:

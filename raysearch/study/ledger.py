@@ -72,6 +72,7 @@ class Ledger:
             with lease(self.directory / "lock"):
                 yield
             return
+        is_new = not self.directory.exists()
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "lock", "a+") as file:  # to open it with "w" would erase the name that a refusal tells
             try:
@@ -87,6 +88,11 @@ class Ledger:
                 yield
             finally:
                 file.truncate(0)  # a name that stays is that of a killed driver
+                if not (self.directory / "study.json").is_file():  # refused: nothing of ours stays in the folder
+                    (self.directory / "lock").unlink(missing_ok=True)
+                    if is_new:
+                        with contextlib.suppress(OSError):
+                            self.directory.rmdir()
 
     def driver(self) -> tuple[bool, str]:
         """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""

@@ -170,6 +170,10 @@ class Engine:
                   for master, parameter, start, length, offset in self._layout.pieces()]
         return sorted(shards, key=lambda shard: shard.index)
 
+    def sync(self) -> None:
+        """Carries the fp32 masters to the module's weights, on all ranks."""
+        self._layout.sync()
+
     # ---- weights and masks ----
 
     @property
@@ -261,7 +265,7 @@ class Engine:
             if latent is not None and master in before:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
-        self._layout.sync()
+        self.sync()
 
     @torch.no_grad()
     def settle_masks(self) -> None:

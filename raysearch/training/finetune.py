@@ -14,8 +14,8 @@ LOSS_CHECK_STEPS = 50
 """A look at the loss waits for the device, so not every step is looked at."""
 
 
-class Diverged(Exception):
-    """The candidate is worthless: a loss that is not finite, or quality no better than a uniform guess."""
+class Diverged(ValueError):
+    """The model is worthless: a loss or a score that is not finite, or quality no better than a uniform guess."""
 
 
 def learning_rate_at(step: int, num_steps: int, peak: float, num_warmup: int) -> float:

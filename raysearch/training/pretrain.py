@@ -81,8 +81,8 @@ def pretrain(
     """Trains the preset on the corpus and writes the Hugging Face folder `out`, in fp32 on CPUs and bf16 on GPUs.
 
     A folder that the same settings made is returned as it is; an unfinished run of the same settings goes on from its
-    last checkpoint unless `resume` is False. Raises ValueError of one sentence for bad input, RuntimeError when the
-    training fails (its loss became NaN, workers died too often).
+    last checkpoint unless `resume` is False. Raises ValueError of one sentence for bad input and for a loss
+    that became NaN, RuntimeError when workers died too often.
     """
     started = time.monotonic()
     if preset not in PRESETS:
@@ -123,7 +123,7 @@ def pretrain(
         _fit(job, num_workers, resources)
     measured = json.loads((work / "measured.json").read_text())
     if "failure" in measured:
-        raise RuntimeError(f"pretraining failed: {measured['failure']}")
+        raise ValueError(f"pretraining failed: {measured['failure']}")
     unigram = unigram_loss(blocks["train"], blocks["report"], shape.vocab_size)
     total_s = time.monotonic() - started
     with new_directory(out) as aside:

@@ -44,7 +44,7 @@ class Sharded:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(verbose=False)
         self.stage = stage
-        self.settings = {
+        settings = {
             "train_micro_batch_size_per_gpu": num_sequences,
             "gradient_clipping": clip_norm,
             "zero_optimization": {"stage": stage, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
@@ -54,17 +54,19 @@ class Sharded:
             "steps_per_print": 10**9,
         }
         if stage > 1:  # stage 1 would do so through another class, whose layout is another
-            self.settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        if stage == 3:  # from_pretrained then loads every parameter straight into its partitions, while this is alive
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        partitioning: object = None
+        if stage == 3:  # from_pretrained then loads every parameter straight into its partitions
             from transformers.integrations import HfDeepSpeedConfig
 
-            self._hf_config = HfDeepSpeedConfig(self.settings)
+            partitioning = HfDeepSpeedConfig(settings)
         model = load()
+        del partitioning  # while it lives every model is partitioned, also one that is loaded to be exported
         if stage == 3 and (known := architecture(model)) is not None:  # a block is gathered as a whole, between two graphs
             deepspeed.utils.set_z3_leaf_modules_by_name(
                 model, [f"{known.blocks}.{index}" for index in range(len(model.get_submodule(known.blocks)))])
         self.optimizer = SparseAdamW(groups_of(model), **adamw)
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=self.settings)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=settings)
         self.module: PreTrainedModel = self._engine.module
         # DeepSpeed's own norm takes three kernels and a conversion for every parameter
         if stage == 3:

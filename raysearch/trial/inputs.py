@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from raysearch.config import SIZES, Study
 from raysearch.evaluation import (
@@ -12,7 +15,16 @@ from raysearch.evaluation import (
     metric_names,
     tasks_fingerprint,
 )
-from raysearch.models.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
+from raysearch.models.model import (
+    context_limit,
+    fingerprint,
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_folder,
+    stored_dtype,
+    vocab_size,
+)
 from raysearch.study.records import root_key
 from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents
 
@@ -30,21 +42,28 @@ class Inputs:
     """Split ("selection", "report") -> evaluation tasks."""
     blocks: Blocks | None
     """Packed training text; None without a corpus."""
+    tokenizer: Any = None
+    """Hugging Face's; None without a corpus and tasks, where a model needs none."""
 
 
 def resolve(study: Study) -> Study:
-    """The study with its model as an absolute path and `auto` settings decided; ValueError for a model that is none."""
+    """The study with its model as an absolute path and `auto` settings decided; ValueError for a model that is none, or whose
+    weights are not all there and finite: whoever calls this has written nothing yet."""
     model = str(model_folder(study.model.path))
-    return study.replaced(path=model, dtype=stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype)
+    dtype = stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype
+    load_model(model, getattr(torch, dtype))
+    return study.replaced(path=model, dtype=dtype)
 
 
 def read_inputs(study: Study) -> Inputs:
     """Reads and packs the corpus, makes the tasks and hashes what determines the results; ValueError of one sentence for
     bad input."""
     model_hash = fingerprint(study.model.path)
-    tokenizer = load_tokenizer(study.model.path)
     config = load_config(study.model.path)
-    check_tokenizer(tokenizer, config.vocab_size)
+    tokenizer: Any = None
+    if study.data.corpus is not None or study.evaluation.tasks:
+        tokenizer = load_tokenizer(study.model.path)
+        check_tokenizer(tokenizer, vocab_size(config))
     limit = context_limit(config)
     if study.data.corpus is not None and study.data.context_tokens > limit:
         raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.data.context_tokens}")
@@ -63,7 +82,7 @@ def read_inputs(study: Study) -> Inputs:
              + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)
              for split in ("selection", "report")}
     contents = [model_hash, blocks.fingerprint if blocks else None, *(tasks_fingerprint(each) for each in tasks.values())]
-    return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks)
+    return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks, tokenizer)
 
 
 def check_objectives(study: Study, inputs: Inputs) -> None:

@@ -101,12 +101,10 @@ class Pruner:
             whole = torch.zeros(math.prod(prunable.shape), device=engine.device)  # a row may lie on several ranks
             if shard is not None:
                 whole[shard.start:shard.start + len(score)] = score.abs() if passes is not SCORES else score
-            whole = engine.all_reduce(whole).view(prunable.shape)
-            rows = whole.T if prunable.transposed else whole  # [outputs, inputs]
+            rows = prunable.rows(engine.all_reduce(whole))
             mask = row_masks(rows, num_to_prune(sparsity, rows.shape[1]))
             if shard is not None:
-                flat = (mask.T if prunable.transposed else mask).reshape(-1)
-                parts[prunable.name] = flat[shard.start:shard.start + len(score)]
+                parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
         return [parts[shard.name] for shard in shards]
 
     def _scores(self, shard: Shard) -> Tensor:

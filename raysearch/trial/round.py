@@ -4,14 +4,15 @@ A round starts from its parent's weights with a fresh optimizer and its own span
 influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
 """
 
-import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
-from raysearch.config import Action, Metric
+from raysearch.config import Action, Metric, is_maximised
+from raysearch.evaluation import Evaluation
+from raysearch.models.model import check_causal
 from raysearch.models.weights import read_sparse
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
@@ -38,7 +39,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool =
         race, rival = worker.race(getattr(weighed, worker.study.search.size) if raced else None)
         started = time.perf_counter()
         evaluation = worker.evaluate("selection", race)
-        check_quality(evaluation.metrics, worker.vocab_size)
+        check_quality(evaluation, worker.study.search.objectives, worker.vocab_size)
         times += [started, time.perf_counter()]
         worker.loaded_key = key
         return store_round(worker, key, parent, action, weighed, evaluation, train_loss, times, weights,
@@ -53,8 +54,13 @@ def dense_round(worker: Worker) -> RoundRecord:
     worker.engine.load_base()
     worker.loaded_key = key
     started = time.perf_counter()
-    evaluation = worker.evaluate("selection", worker.race(None)[0])
-    check_quality(evaluation.metrics, worker.vocab_size)
+    try:
+        if worker.inputs.tasks["selection"]:
+            check_causal(worker.engine.model.eval())
+        evaluation = worker.evaluate("selection", worker.race(None)[0])
+        check_quality(evaluation, worker.study.search.objectives, worker.vocab_size)
+    except Diverged as error:
+        raise Diverged(f"the dense model: {error}") from error
     return store_round(worker, key, None, None, weigh(worker), evaluation, None, [started] * 4 + [time.perf_counter()], None)
 
 
@@ -138,15 +144,17 @@ def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float |
     return train_loss, times
 
 
-def check_quality(metrics: dict[str, Metric], vocab_size: int) -> None:
-    """Raises Diverged for numbers that are not finite and for a token perplexity that a uniform guess reaches."""
-    for name, metric in metrics.items():
-        if not math.isfinite(metric.value):
-            raise Diverged(f"{name} is {metric.value}")
-    perplexity = metrics.get("text/token_perplexity")
-    if perplexity is not None and perplexity.value >= vocab_size:
-        raise Diverged(f"quality at chance: token perplexity {perplexity.value:.0f} is not below {vocab_size}, the size "
-                       "of the vocabulary, which a uniform guess reaches")
+def check_quality(evaluation: Evaluation, objectives: Sequence[str], vocab_size: int) -> None:
+    """Raises Diverged where the text, or the task of an objective ("task/metric"), is scored no better than by chance: a
+    perplexity per token that a uniform guess over the vocabulary reaches, or generated answers none of which is right."""
+    for task in ("text", *(objective.rpartition("/")[0] for objective in objectives)):
+        if (perplexity := evaluation.perplexities.get(task, 0.0)) >= vocab_size:
+            raise Diverged(f"quality at chance: token perplexity {perplexity:.4g} is not below {vocab_size}, the size of the "
+                           f"vocabulary, which a uniform guess reaches (task {task})")
+    for objective in objectives:
+        metric, generates = evaluation.metrics.get(objective), objective.rpartition("/")[0] not in evaluation.perplexities
+        if metric is not None and generates and not evaluation.was_stopped and is_maximised(objective) and not metric.value:
+            raise Diverged(f"quality at chance: {objective} is 0, which a model that knows nothing reaches")
 
 
 def stored_round(worker: Worker, key: str) -> RoundRecord | None:

@@ -16,7 +16,7 @@ from raysearch.evaluation import (
 )
 from raysearch.evaluation.racing import in_item_order, is_dominated, item_losses
 from raysearch.kernels.device import device_name
-from raysearch.models.model import load_tokenizer, model_size
+from raysearch.models.model import model_size, vocab_size
 from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
@@ -43,9 +43,8 @@ class Worker:
             weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base,
             micro_batch_tokens=remembered or self._micro_batch_tokens(),
             compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
-        tokenizer = load_tokenizer(study.model.path)
-        self.vocab_size = int(self.engine.model.config.vocab_size)
-        self.scorer = Scorer(self.engine.model, tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
+        self.vocab_size = vocab_size(self.engine.model.config)
+        self.scorer = Scorer(self.engine.model, inputs.tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
                              gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""

@@ -1,12 +1,17 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from commands import Run
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raysearch
 from raysearch.deploy.export import export
+from raysearch.prune import run_prune
+from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
 from raysearch.trial.round import load_candidate
 from raysearch.trial.worker import Worker
@@ -66,3 +71,56 @@ def test_damage_is_found(worker: Worker, candidate: RoundRecord, tmp_path: Path)
     finally:
         stored.write_bytes(whole)
     assert not (tmp_path / "again").exists()
+
+
+def test_an_export_keeps_what_belongs_to_a_model(tiny_model: Path, tmp_path: Path) -> None:
+    """Settings of generation that transformers reads and would not write, two chat templates, terms; no optimizer's state."""
+    model = tmp_path / "base"
+    shutil.copytree(tiny_model, model)
+    kept = {"generation_config.json": '{"eos_token_id": [0, 7], "do_sample": false, "temperature": 0.6}',
+            "chat_template.jinja": "{{ messages }}", "additional_chat_templates/tool.jinja": "{{ tools }}", "LICENSE": "ours",
+            "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}'}
+    for name, content in {**kept, "optimizer.pt": "x", "notes.md": "x"}.items():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(content)
+    dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
+    ledger = Ledger(tmp_path / "out")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    for folder in (dense, small):
+        assert {name: (folder / name).read_text() for name in kept} == kept
+        assert not {"optimizer.pt", "notes.md"} & {file.name for file in folder.iterdir()}
+        assert (folder / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+        assert raysearch.load(folder).generation_config.eos_token_id == [0, 7]
+        ids = [AutoTokenizer.from_pretrained(path)("dog")["input_ids"] for path in (model, folder)]
+        assert ids[0] == ids[1] != []
+
+
+def test_a_model_without_a_tokenizer_is_exported_without_one(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
+    """It can be pruned and fine-tuned on nothing; where text is read, a sentence says what is missing, and nothing is left."""
+    model = tmp_path / "base"
+    shutil.copytree(tiny_model, model, ignore=shutil.ignore_patterns("tokenizer*"))
+    assert run("prune", model, "--out", "out", "--sparsity", 0.5)[0] == 0
+    assert not list((tmp_path / "out" / "model").glob("*token*"))
+    for command in (("prune", model, "--out", "text", "--sparsity", 0.5, "--corpus", stories),
+                    ("prune", model, "--out", "text", "--sparsity", 0.5, "--tasks", "lambada", "--data-dir", tmp_path),
+                    ("evaluate", model, "--tasks", "text", "--corpus", stories),
+                    ("evaluate", "out/model", "--tasks", "text", "--corpus", stories)):
+        code, _, err = run(*command)
+        assert (code, err.count("\n")) == (2, 1), err
+        assert "its tokenizer has no tokens, or its files are missing; save the tokenizer into the same folder" in err
+    assert not (tmp_path / "text").exists()
+
+
+def test_a_head_that_is_not_the_embedding_stays_apart(tiny_model: Path, tmp_path: Path) -> None:
+    """config.json says that they are tied, and the checkpoint holds two."""
+    model = shutil.copytree(tiny_model, tmp_path / "base")
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].flip(0).contiguous()
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
+    ledger = Ledger(tmp_path / "out")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    tokens = torch.arange(24)[None]
+    plain = AutoModelForCausalLM.from_pretrained(dense)
+    assert torch.equal(plain.lm_head.weight, weights["lm_head.weight"])
+    assert torch.equal(raysearch.load(small, backend="dense")(tokens).logits, plain(tokens).logits)

@@ -25,6 +25,7 @@ from raysearch.evaluation.generation import shared_prefix
 from raysearch.evaluation.racing import item_order
 from raysearch.evaluation.tasks import ItemTask
 from raysearch.study.items import Items
+from raysearch.training.finetune import Diverged
 
 DOCUMENTS = [story(7 * n) for n in range(12)]
 ALL = ["text", "last_word", "choice"]
@@ -171,6 +172,27 @@ def test_token_perplexity_of_a_uniform_model_is_the_vocabulary(gpt2: Any, tokeni
     torch.nn.init.zeros_(gpt2.transformer.ln_f.bias)
     metrics = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ["text"])).metrics
     assert metrics["text/token_perplexity"].value == pytest.approx(gpt2.config.vocab_size, rel=1e-5)
+
+
+@pytest.mark.parametrize(("task", "value"), [("text", torch.nan), ("last_word", torch.nan), ("choice", torch.inf)])
+def test_scores_that_are_no_numbers_are_divergence(gpt2: Any, tokenizer: Any, task: str, value: float) -> None:
+    """An accuracy would be finite: the argmax of NaN is some answer."""
+    gpt2.transformer.ln_f.bias.data[0] = value
+    with pytest.raises(Diverged, match=f"the log-probability of item 0 of task {task} is nan: the model gives no numbers"):
+        evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, [task], limit=3))
+
+
+def test_a_perplexity_that_overflows_is_divergence(gpt2: Any, tokenizer: Any) -> None:
+    gpt2.transformer.ln_f.weight.data *= 1e4
+    with pytest.raises(Diverged, match="^last_word/perplexity is inf with a standard error of"):
+        evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ["last_word"], limit=5))
+
+
+def test_a_uniform_model_has_the_vocabulary_as_its_perplexity_of_every_task(gpt2: Any, tokenizer: Any) -> None:
+    gpt2.transformer.ln_f.weight.data.zero_()
+    gpt2.transformer.ln_f.bias.data.zero_()
+    found = evaluate(Scorer(gpt2, tokenizer), heldout_tasks(DOCUMENTS, ALL, limit=5)).perplexities
+    assert found == pytest.approx(dict.fromkeys(ALL, gpt2.config.vocab_size), rel=0.02)  # tokens across a boundary may merge
 
 
 def test_no_trace_random_states_output_logs(gpt2: Any, tokenizer: Any, capfd: pytest.CaptureFixture[str],

@@ -86,3 +86,9 @@ def test_one_item_has_no_standard_error() -> None:
     assert estimate(items_of([0.5], mean), FORMS[mean]) == (0.5, None)
     assert estimate(items_of([-2.0], perplexity), FORMS[perplexity]) == (math.exp(2), None)
     assert aggregate([0.5], median) == (0.5, None)
+
+
+def test_a_perplexity_beyond_all_numbers_is_infinite() -> None:
+    """lm-eval's would end with an OverflowError; `evaluate` says that the model diverged."""
+    for values, aggregation in (([-2000.0, -1.0], perplexity), ([(-9000.0, 3), (-1.0, 2)], weighted_perplexity)):
+        assert estimate(items_of(values, aggregation), FORMS[aggregation])[0] == math.inf

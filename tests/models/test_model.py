@@ -1,15 +1,42 @@
 import copy
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GptOssConfig,
+    GraniteMoeConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MixtralConfig,
+    MptConfig,
+    OlmoeConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    PretrainedConfig,
+    Qwen2MoeConfig,
+    RwkvConfig,
+    XLNetConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.models.model import (
     ModelSize,
+    check_causal,
+    context_limit,
     fingerprint,
+    load_config,
     load_model,
+    load_tokenizer,
     model_folder,
     model_size,
     multiply_in_fp32,
@@ -83,6 +110,8 @@ def test_bad_folders_are_one_sentence(tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"garbage")
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"^model nowhere: no such folder; give a local folder"):
+        load_config("nowhere")
     (tmp_path / "config.json").write_text((tiny_model / "config.json").read_text())
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(str(tmp_path))
@@ -95,3 +124,67 @@ def test_a_model_is_measured_without_its_weights(tmp_path: Path, tiny_model: Pat
     (tmp_path / "model.safetensors").touch()
     assert model_size(str(tmp_path)) == GPT2  # tied embeddings once
     assert model_size(str(tiny_model)).num_layers == 2
+
+
+@pytest.mark.parametrize(("config", "limit"), [
+    (GPT2Config(n_positions=64), 64), (LlamaConfig(max_position_embeddings=32), 32), (MptConfig(max_seq_len=48), 48),
+    (RwkvConfig(context_length=80), 80), (BloomConfig(), math.inf), (MambaConfig(), math.inf)])
+def test_the_context_has_several_names(config: PretrainedConfig, limit: float) -> None:
+    assert context_limit(config) == limit
+
+
+def test_a_folder_without_a_tokenizer_has_none(tiny_model: Path, tmp_path: Path) -> None:
+    """transformers makes up an empty one, which encodes every text to nothing."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="its tokenizer has no tokens, or its files are missing; save the tokenizer"):
+        load_tokenizer(str(tmp_path / "model"))
+    (tmp_path / "model" / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="its tokenizer cannot be loaded"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+           "shared_expert_intermediate_size": 16, "head_dim": 8, "vocab_size": 64, "hidden_size": 32, "intermediate_size": 16,
+           "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+
+
+@pytest.mark.parametrize(("config", "is_transposed"), [
+    (MixtralConfig, False), (Qwen2MoeConfig, False), (OlmoeConfig, False), (GraniteMoeConfig, False), (GptOssConfig, True)])
+def test_experts_are_pruned_like_other_matrices(config: type[PretrainedConfig], is_transposed: bool) -> None:
+    """Nearly all matrices of such a model are in one parameter for all experts; routers stay."""
+    model = AutoModelForCausalLM.from_config(config(**EXPERTS))
+    found = prunable_parameters(model, "matrices")
+    experts = [p for p in found if len(p.shape) == 3]
+    assert [p.name.rpartition(".")[2] for p in experts] == ["gate_up_proj", "down_proj"]
+    assert all(p.transposed is is_transposed for p in experts)
+    assert [sorted(p.shape) for p in experts] == [[4, 32, 32], [4, 16, 32]]
+    left = {name for name, parameter in model.named_parameters() if parameter.ndim > 1} - {p.name for p in found}
+    assert not [name for name in left if not name.endswith(("embed_tokens.weight", "lm_head.weight", "router.weight",
+                                                            "gate.weight", "proj_bias"))]
+    up = experts[0]
+    whole = torch.randn(up.shape)
+    rows = up.rows(whole.view(-1))
+    assert torch.equal(rows[:32], whole[0].T if is_transposed else whole[0])  # of 32 inputs: an output of the first expert each
+    assert torch.equal(up.stored(rows), whole.view(-1))
+
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """Hugging Face loads them as causal models, and their perplexity would look like one."""
+    for config in (BertConfig(**SMALL), XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=32)):
+        with pytest.raises(ValueError, match=r"looks ahead: its logits for a token depend on later ones, so it is no causal"):
+            check_causal(AutoModelForCausalLM.from_config(config).eval())
+    for config in (BertConfig(**SMALL, is_decoder=True), *(family(**EXPERTS) for family in (MixtralConfig, MambaConfig))):
+        check_causal(AutoModelForCausalLM.from_config(config).eval())
+        check_causal(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval())
+
+
+def test_a_model_that_tokens_alone_do_not_run_is_refused() -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL))
+    model.model.layers[0].mlp = torch.nn.Linear(7, 7)
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM gives no logits for tokens alone \(.*; give a causal"):
+        check_causal(model.eval())

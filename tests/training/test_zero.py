@@ -23,20 +23,11 @@ def measure(model: str, stage: int) -> tuple[float, float, float]:
 
     tokens = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(0))
     norms = []
-    if stage < 3:
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).train()
     engine = Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128, context_tokens=32,
                     weight_decay=0.1)
     keep = {name: torch.arange(torch.Size(shape).numel()).view(shape) % 10 == 0
             for name, shape in engine.shapes.items() if name in engine.prunable_names}
-    if stage == 3:  # it partitions every later model of its process, so the weights are gathered
-        from transformers import GPT2LMHeadModel
-
-        del engine._layout._hf_config
-        plain = GPT2LMHeadModel(engine.model.config).train()
-        with torch.no_grad():
-            for name, parameter in plain.named_parameters():
-                parameter.copy_(engine.gather(name))
     engine.set_masks([keep[s.name].flatten()[s.start:s.start + s.values.numel()] if s.name in keep else None
                       for s in engine.shards])
     with torch.no_grad():

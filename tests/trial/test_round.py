@@ -3,6 +3,7 @@
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 
 import raysearch.study.ledger
 import raysearch.trial.round
-from raysearch.config import Action, Study
+from raysearch.config import Action, Metric, Study
+from raysearch.evaluation import Evaluation
 from raysearch.evaluation.evaluating import aggregation_of
 from raysearch.evaluation.statistics import FORMS, estimate
 from raysearch.study.ledger import Ledger
@@ -148,9 +150,46 @@ def test_a_candidate_that_its_evaluation_refuses_leaves_nothing(worker: Worker, 
     assert not worker.ledger.round_directory(round_key(worker.inputs.root_key, Action(sparsity=0.123))).exists()
 
 
-def test_chance_and_nan_are_divergence() -> None:
-    from raysearch.config import Metric
+def evaluation(perplexities: dict[str, float], was_stopped: bool = False, **values: float) -> Evaluation:
+    metrics = {name.replace("_", "/", 1): Metric(value=value, stderr=None, num_items=1) for name, value in values.items()}
+    return Evaluation(metrics, {}, perplexities, was_stopped)
 
-    check_quality({"text/token_perplexity": Metric(value=99.0, stderr=None, num_items=1)}, vocab_size=100)
-    with pytest.raises(Diverged, match="quality at chance: token perplexity 100 is not below 100"):
-        check_quality({"text/token_perplexity": Metric(value=100.0, stderr=None, num_items=1)}, vocab_size=100)
+
+def test_chance_is_divergence_for_the_task_of_every_objective() -> None:
+    sizes = ("num_nonzero",)
+    check_quality(evaluation({"text": 99.0, "other": 1e300}), sizes, vocab_size=100)
+    with pytest.raises(Diverged, match=r"quality at chance: token perplexity 100 is not below 100, .* \(task text\)"):
+        check_quality(evaluation({"text": 100.0}), sizes, vocab_size=100)
+    for objective in ("lambada/acc", "lambada/perplexity"):
+        with pytest.raises(Diverged, match=r"token perplexity inf is not below 100.*\(task lambada\)"):
+            check_quality(evaluation({"text": 9.0, "lambada": float("inf")}, lambada_acc=0.2), (*sizes, objective), 100)
+    check_quality(evaluation({"lambada": 9.0}, lambada_acc=0.0), (*sizes, "lambada/acc"), 100)
+    generated = (*sizes, "squad/exact_match")
+    check_quality(evaluation({}, squad_exact_match=0.01), generated, 100)
+    check_quality(evaluation({}, was_stopped=True, squad_exact_match=0.0), generated, 100)
+    with pytest.raises(Diverged, match="quality at chance: squad/exact_match is 0, which a model that knows nothing reaches"):
+        check_quality(evaluation({}, squad_exact_match=0.0), generated, 100)
+
+
+@pytest.mark.parametrize(("spoil", "reason"), [
+    (lambda weight: weight.fill_(torch.nan), "log-probability of item 0 of task text is nan: the model gives no numbers"),
+    (lambda weight: weight.fill_(torch.inf), "is nan: the model gives no numbers"),
+    (lambda weight: weight.mul_(1e30), "is -?(nan|inf)"),
+    (lambda weight: weight.normal_(0, 1), "quality at chance: token perplexity .* is not below 257"),
+], ids=["NaN", "infinite", "too large", "senseless"])
+def test_a_model_without_numbers_is_diverged_and_leaves_no_round(apart: Worker, monkeypatch: pytest.MonkeyPatch, spoil: Any,
+                                                                 reason: str) -> None:
+    """As after one step at a learning rate of 1e30, whose loss was still fine."""
+    dense, action = dense_round(apart), Action(sparsity=0.1, finetune_tokens=256, learning_rate=1e-3)
+
+    def broken_training(*_: object) -> float:
+        with torch.no_grad():
+            for shard in apart.engine.shards:
+                spoil(shard.values)
+        apart.engine.sync()
+        return 3.0
+
+    monkeypatch.setattr(raysearch.trial.round, "finetune", broken_training)
+    with pytest.raises(Diverged, match=reason):
+        run_round(apart, dense, action)
+    assert apart.ledger.round(round_key(dense.key, action)) is None

@@ -1,0 +1,119 @@
+"""The weights in a model's folder: the files that transformers reads, what their headers say, and names that wrappers left."""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""torch's names for those of safetensors."""
+INDEX = "model.safetensors.index.json"
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+"""What torch.compile, FSDP, activation checkpointing and Lightning put into names, at any depth."""
+OLD_BUFFERS = re.compile(r"(attn\.bias|attention\.bias|masked_bias|inv_freq|position_ids)$")
+"""Masks and tables that older versions of transformers stored, and newer ones compute: nobody misses them."""
+
+
+class Stored(NamedTuple):
+    """A tensor's entry in a header."""
+
+    file: Path
+    dtype: str
+    """As safetensors writes it: F32, BF16, ..."""
+    num_weights: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Those that transformers reads: model.safetensors, else the shards of its index; others that lie there are nobody's.
+    ValueError of one sentence where there are none."""
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_bytes())["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"model {folder}: {INDEX} is no index of shards ({error}); fetch it again") from error
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise ValueError(f"model {folder}: {', '.join(missing[:3])} of its {len(files)} shards is missing; fetch it again")
+        return files
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"model {folder}: holds an adapter and no model; merge it into its base model first (peft's "
+                         "merge_and_unload), and save that")
+    raise ValueError(f"model {folder}: no .safetensors file in it that transformers would read (model.safetensors, or {INDEX} "
+                     "with its shards); pickled weights are not read, so convert them with save_pretrained first")
+
+
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """The tensors of the folder by name, from the headers alone; ValueError of one sentence for a damaged file."""
+    tensors = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a dict)
+                    part = opened.get_slice(name)
+                    tensors[name] = Stored(file, part.get_dtype(), math.prod(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            fault = _damage(file, error)
+            raise ValueError(f"model {folder}: cannot be loaded, for {file.name} {fault}; fetch it again") from error
+    return tensors
+
+
+def _damage(file: Path, error: Exception) -> str:
+    with open(file, "rb") as content:
+        start = content.read(100)
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the weights (`git lfs pull` brings them)"
+    return f"is damaged or cut short ({error})" if start else "is empty"
+
+
+def dtypes(tensors: Iterable[Stored]) -> Counter[str]:
+    """Number of weights of each floating-point type."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        if "F" in tensor.dtype:
+            counts[tensor.dtype] += tensor.num_weights
+    return counts
+
+
+def unwrapped(names: Iterable[str], model: Any) -> dict[str, str]:
+    """{stored name: name without what wrappers put before it}, for names that do not fit `model`.
+
+    Besides WRAPPERS, a first part that all names share goes where the next ones are the model's own: `module.` of DDP and
+    DeepSpeed, `model.` of Lightning, and whatever a training script's own class calls the model in it.
+    """
+    short = {name: WRAPPERS.sub("", name) for name in names}
+    tops, bodies = ({name for name, _ in each.named_children()} for each in (model, model.base_model))
+    while short:
+        firsts = {name.partition(".")[0] for name in short.values()}
+        seconds = {name.partition(".")[2].partition(".")[0] for name in short.values()}
+        if len(firsts) > 1 or "" in seconds or (firsts <= tops | bodies and not seconds <= tops):
+            break
+        short = {name: rest.partition(".")[2] for name, rest in short.items()}
+    return short
+
+
+def read_renamed(tensors: dict[str, Stored], names: dict[str, str]) -> dict[str, Tensor]:
+    """All tensors under their new names."""
+    weights = {}
+    for file in {stored.file for stored in tensors.values()}:
+        with safe_open(file, "pt") as opened:
+            weights.update({names[name]: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
+    return weights
+
+
+def first_non_finite(model: nn.Module) -> str | None:
+    """The first tensor of a file that holds a NaN or an infinity, with what it holds; None where all are finite."""
+    for name, tensor in model.state_dict().items():  # without tables made anew, in which an infinity may be meant
+        if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
+            low, high = tensor.detach().aminmax()  # both are NaN where one value is
+            if not (low.isfinite() and high.isfinite()):
+                number = int((~tensor.detach().isfinite()).sum())
+                return f"{name} holds {number} of {tensor.numel()} values that are NaN or infinite"
+    return None
