@@ -35,11 +35,12 @@ from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
 
-def write_page(directory: str | AnyPath, out: str | AnyPath | None = None) -> AnyPath:
-    """Writes `out` (default: report.html in the study directory) and returns its absolute path.
+def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None) -> AnyPath:
+    """Writes `out` (default: report.html in the study directory) and returns its absolute path. `frame`: the study, where it
+    was loaded already.
 
     Works at any moment of a study, with no candidate too. ValueError when there is no study or `out` is a folder."""
-    frame = load(directory)
+    frame = load(directory) if frame is None else frame
     ledger = Ledger.open(directory)
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():

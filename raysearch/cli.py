@@ -6,6 +6,7 @@ A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +48,12 @@ def fail(sentence: str, code: int = 2) -> None:
 
 def echo(line: str) -> None:
     print(line, flush=True)
+
+
+def warn_of(damage: Sequence[str]) -> None:
+    """Of files of a study that are damaged or missing; what is left is shown."""
+    for what in damage:
+        print(f"raysearch: warning: {what}", file=sys.stderr)
 
 
 @app.command()
@@ -170,6 +177,7 @@ def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", hel
     from raysearch.status import describe_status, study_status
 
     current = study_status(directory)
+    warn_of(current.damage)
     print(current.model_dump_json(indent=1) if json else describe_status(current))
 
 
@@ -197,15 +205,20 @@ def results(
     from analysis.load import load
     from analysis.tables import results_table
 
-    print(results_table(load(directory), format, frontier), end="")
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    print(results_table(frame, format, frontier), end="")
 
 
 @app.command()
 def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
     """Write one self-contained report.html."""
+    from analysis.load import load
     from analysis.page import write_page
 
-    echo(str(write_page(directory, out)))
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(str(write_page(directory, out, frame)))
 
 
 @app.command()
@@ -225,7 +238,9 @@ def pick(
     from raysearch.study.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
-    picked = choose(load(directory), constraints)
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    picked = choose(frame, constraints)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
 

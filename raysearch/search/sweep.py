@@ -17,6 +17,7 @@ from raysearch.cluster.joining import placed, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.search.loggers import logger_callbacks
+from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
@@ -29,6 +30,7 @@ from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
+from raysearch.trial.rank import Job
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             else:
                 check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
     started = time.monotonic()
-    recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
+    recorded = ledger.study().study if ledger.holds_study() else None
     study = placed(study, recorded, echo)
     with ledger.lock():
         if given is not None:
@@ -72,16 +74,20 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         attached = ledger.attach(StudyRecord(study=study, space=space_name,
                                              space_hash=GIVEN if given is not None else space_hash(space),
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
+        mends: list[Job] = []
         if attached:
             ledger.delete_leftovers()
+            mends = mend(ledger, echo)
             trials = ledger.trials()
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends)
         if searcher.has_work():
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
+            if searcher.refusal:
+                raise searcher.refusal
             ledger.delete_leftovers()
             if searcher.dense_failed:
                 raise ValueError("the dense baseline could not be scored, so no trial can run: "

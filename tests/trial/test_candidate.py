@@ -152,8 +152,9 @@ def test_a_round_on_a_store_exists_once_its_record_does(on_store: Worker, monkey
     upload = StorePath.upload
     monkeypatch.setattr(StorePath, "upload", lambda path, local: (uploaded.append(path.name), upload(path, local)))
     record = run_round(on_store, dense_round(on_store), ACTION)
-    assert uploaded[:2] == ["items.selection.npz", "record.json"]
-    assert sorted(uploaded[2:-1]) == ["items.selection.npz", "weights.safetensors"]
-    assert uploaded[-1] == "record.json"
+    dense = on_store.inputs.root_key
+    assert uploaded[:3] == ["items.selection.npz", "record.json", f"{dense}.record.json"]
+    assert sorted(uploaded[3:-2]) == ["items.selection.npz", "weights.safetensors"]
+    assert uploaded[-2:] == ["record.json", f"{record.key}.record.json"]
     assert set(on_store.ledger.items(record.key, "selection")) == set(record.metrics)
     assert on_store.ledger.round(record.key) == record
