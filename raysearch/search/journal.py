@@ -1,6 +1,7 @@
 """Optuna's journal: opened, unlocked, and made again from the records, in a file or on a store."""
 
 import hashlib
+import json
 import os
 import time
 import warnings
@@ -10,7 +11,7 @@ from typing import Any
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Study, is_maximised
@@ -68,6 +69,19 @@ class WholeJournal(JournalFileBackend):
             persist(self._path, lambda: push(self._path))
 
 
+class HeldJournal(BaseJournalBackend):
+    """A journal in memory, to be written at once: appended change by change, that of 2,000 trials took 6 s of fsyncs."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+
+    def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
+        yield from self.logs[log_number_from:]
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        self.logs += json.loads(json.dumps(logs))  # as a file would give them back
+
+
 def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
                  records: Sequence[TrialRecord] | None = None) -> optuna.Study:
     """The study's Optuna journal, each objective in its own direction. `records`: the ledger's trials, where they were read.
@@ -88,9 +102,12 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
     if opened is None or wrong:
         if path.is_file() or records:
             echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{_set_aside(path)}")
-        opened = _load(path, study)
+        held = HeldJournal()
+        again = _open(held, study)
         for trial in _from_records(ledger, study, records):
-            opened.add_trial(trial)
+            again.add_trial(trial)
+        WholeJournal(path).append_logs(held.logs)
+        opened = _load(path, study)
     if opened.metric_names is None:
         opened.set_metric_names(list(study.search.objectives))
     seal_journal(ledger)
@@ -108,7 +125,11 @@ def seal_journal(ledger: Ledger) -> None:
 
 
 def _load(path: AnyPath, study: Study) -> optuna.Study:
-    storage = JournalStorage(WholeJournal(path))
+    return _open(WholeJournal(path), study)
+
+
+def _open(backend: BaseJournalBackend, study: Study) -> optuna.Study:
+    storage = JournalStorage(backend)
     if STUDY_NAME in [known.study_name for known in storage.get_all_studies()]:
         return optuna.load_study(storage=storage, study_name=STUDY_NAME)
     return optuna.create_study(storage=storage, study_name=STUDY_NAME, directions=_directions(study))

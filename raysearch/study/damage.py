@@ -122,22 +122,22 @@ def _of_candidates(ledger: Ledger, trials: Sequence[TrialRecord], rounds: Mappin
         yield Damage(path, ledger.damaged.get(path) or f"{path}: is missing, and {named[key]} names it; the next sweep "
                      "computes it again", key)
     budget = MAX_BYTES
-    present = {str(path): path for path in (ledger.directory / "rounds").glob("[!.]*/*")}
+    present = {(path.parent.name, path.name): path for path in (ledger.directory / "rounds").glob("[!.]*/*")}
     for key, record in rounds.items():
-        folder, report = ledger.round_directory(key), reports.get(key)
+        report = reports.get(key)
         expected = {"items.selection.npz": record.items_sha256, WEIGHTS: record.weights_sha256,
                     "items.report.npz": report.items_sha256 if report else None}
-        if str(folder / "recovered.json") in present and (recovered := ledger.recovered(key)):
+        if (key, "recovered.json") in present and (recovered := ledger.recovered(key)):
             expected |= recovered.sha256
         for name, sha256 in expected.items():
-            path = present.get(str(folder / name), folder / name)
-            is_there = str(path) in present
-            if not is_there and sha256 and not (name == WEIGHTS and str(ledger.deleted_path(key)) in present):
-                yield Damage(folder / name, f"{folder / name}: is missing; the next sweep computes it again", key)
-            elif is_there and isinstance(path, Path) and sha256 and (budget := budget - path.stat().st_size) > 0 and (
+            path = present.get((key, name))
+            if path is None and sha256 and not (name == WEIGHTS and (key, ledger.deleted_path(key).name) in present):
+                path = ledger.round_directory(key) / name
+                yield Damage(path, f"{path}: is missing; the next sweep computes it again", key)
+            elif isinstance(path, Path) and sha256 and (budget := budget - path.stat().st_size) > 0 and (
                     file_sha256(path) != sha256):
                 yield Damage(path, f"{path}: is damaged (its checksum is another one); the next sweep computes it again", key)
-        if report is None and str(folder / "items.report.npz") in present:
-            path = folder / "report.json"
+        if report is None and (key, "items.report.npz") in present:
+            path = ledger.round_directory(key) / "report.json"
             yield Damage(path, ledger.damaged.get(path) or f"{path}: is missing, and its items are there; the next sweep "
                          "scores the candidate again", key)

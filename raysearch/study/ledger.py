@@ -385,9 +385,10 @@ class Ledger:
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
     def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
-        paths = set(self._matching("rounds", f"[!.]*/{name}"))  # a folder that begins with a dot is still being written
-        paths |= {self.round_directory(copy.name.partition(".")[0]) / name for copy in self._matching("copies", f"*.{name}")}
-        return {path.parent.name: record for path, record in self._readable(sorted(paths, key=str), read).items()}
+        keys = {path.parent.name for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is still being written
+        keys |= {copy.name.partition(".")[0] for copy in (self.directory / "copies").glob(f"*.{name}")}
+        paths = [self.round_directory(key) / name for key in sorted(keys)]
+        return {path.parent.name: record for path, record in self._readable(paths, read).items()}
 
     def _readable(self, paths: Iterable[AnyPath], read: Callable[[AnyPath], T]) -> dict[AnyPath, T]:
         """What `read` makes of each path, without the damaged ones, which are noted."""
