@@ -118,8 +118,8 @@ def _of_candidates(ledger: Ledger, trials: Sequence[TrialRecord], rounds: Mappin
     if named:
         named.setdefault(ledger.study().root_key, "every trial")
     for key in sorted(named.keys() - rounds.keys()):
-        path = ledger.round_directory(key) / "record.json"
-        yield Damage(path, ledger.damaged.get(path) or f"{path}: is missing, and {named[key]} names it; the next sweep "
+        lost = ledger.round_directory(key) / "record.json"
+        yield Damage(lost, ledger.damaged.get(lost) or f"{lost}: is missing, and {named[key]} names it; the next sweep "
                      "computes it again", key)
     budget = MAX_BYTES
     present = {(path.parent.name, path.name): path for path in (ledger.directory / "rounds").glob("[!.]*/*")}
@@ -132,12 +132,12 @@ def _of_candidates(ledger: Ledger, trials: Sequence[TrialRecord], rounds: Mappin
         for name, sha256 in expected.items():
             path = present.get((key, name))
             if path is None and sha256 and not (name == WEIGHTS and (key, ledger.deleted_path(key).name) in present):
-                path = ledger.round_directory(key) / name
-                yield Damage(path, f"{path}: is missing; the next sweep computes it again", key)
+                lost = ledger.round_directory(key) / name
+                yield Damage(lost, f"{lost}: is missing; the next sweep computes it again", key)
             elif isinstance(path, Path) and sha256 and (budget := budget - path.stat().st_size) > 0 and (
                     file_sha256(path) != sha256):
                 yield Damage(path, f"{path}: is damaged (its checksum is another one); the next sweep computes it again", key)
         if report is None and (key, "items.report.npz") in present:
-            path = ledger.round_directory(key) / "report.json"
-            yield Damage(path, ledger.damaged.get(path) or f"{path}: is missing, and its items are there; the next sweep "
+            lost = ledger.round_directory(key) / "report.json"
+            yield Damage(lost, ledger.damaged.get(lost) or f"{lost}: is missing, and its items are there; the next sweep "
                          "scores the candidate again", key)
