@@ -14,7 +14,7 @@ from raysearch.search.journal import open_journal, seal_journal
 from raysearch.search.progress import Progress, last_line
 from raysearch.search.retention import frontier_keys
 from raysearch.search.sampler import Sampler
-from raysearch.search.space import GivenTrial, Space
+from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, config_hash
@@ -31,7 +31,8 @@ class StudySearcher(Searcher):
     """
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
-                 given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = ()) -> None:
+                 given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = (),
+                 proposals: Proposals | None = None) -> None:
         super().__init__()
         self.ledger, self.study, self.inputs = ledger, study, inputs
         records = ledger.trials()
@@ -60,7 +61,7 @@ class StudySearcher(Searcher):
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
             num_asked += began or trial.state == TrialState.COMPLETE
-        self.sampler = Sampler(journal, study, space, given, num_asked)
+        self.sampler = Sampler(journal, study, space, given, num_asked, proposals)
         if (dense := ledger.round(inputs.root_key)) is not None:
             self.sampler.observe(None, dense)
 

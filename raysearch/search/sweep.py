@@ -21,7 +21,7 @@ from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
-from raysearch.search.space import GIVEN, GivenTrial, Space, check_given, sample_trials, space_hash
+from raysearch.search.space import GIVEN, GivenTrial, Proposals, Space, check_given, sample_trials
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
@@ -65,6 +65,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                 resolve_actions(trial, study, inputs.num_train_tokens)
             else:
                 check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
+    proposals = Proposals(space) if given is None else None
     started = time.monotonic()
     recorded = ledger.study().study if ledger.holds_study() else None
     study = placed(study, recorded, echo)
@@ -72,7 +73,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         if given is not None:
             check_given(given, ledger.trials())
         attached = ledger.attach(StudyRecord(study=study, space=space_name,
-                                             space_hash=GIVEN if given is not None else space_hash(space),
+                                             space_hash=proposals.hash if proposals else GIVEN,
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
         mends: list[Job] = []
         if attached:
@@ -82,7 +83,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals)
         if searcher.has_work():
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
