@@ -69,10 +69,12 @@ def restore_items(worker: Worker, record: RoundRecord, path: AnyPath, items: Map
 def note_recovered(worker: Worker, record: RoundRecord, name: str, sha256: str, num_nonzero: int) -> None:
     """On rank 0, of a file that was computed again: where its bits differ, says so and keeps its hash apart from the record."""
     ledger, made = worker.ledger, provenance_of(worker)
+    path = ledger.round_directory(record.key) / "recovered.json"
+    if sha256 in (record.weights_sha256, record.items_sha256):  # as it was at first
+        path.unlink(missing_ok=True)
     if sha256 == ledger.expected_sha256(record, name):
         return
     before = ledger.recovered(record.key)
-    path = ledger.round_directory(record.key) / "recovered.json"
     write_record(path, Recovered(sha256={**(before.sha256 if before else {}), name: sha256}, num_nonzero=num_nonzero,
                                  provenance=made))
     print(f"raysearch: candidate {record.key}: {name} was computed again and differs in bits from the lost one "
