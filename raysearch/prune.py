@@ -14,7 +14,7 @@ from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
-from raysearch.trial.round import mend_candidate, report_round
+from raysearch.trial.round import report_round
 from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
 
@@ -43,12 +43,10 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         ledger.attach(record)
         worker = Worker(study, ledger, inputs)
         trials = ledger.trials()
-        number = 1 + max((trial.number for trial in trials), default=-1)
-        trial = next((trial for trial in trials if trial.actions == actions),
-                     TrialRecord(number=number, config=config, actions=actions, started_at=utc_now()))
-        if trial.status == "done":  # and its record stays as it is
-            mend_candidate(worker, actions, trial.keys[-1], raced=True)
-        for latest in run_trial(worker, trial) if trial.status != "done" else ():
+        new = 1 + max((trial.number for trial in trials), default=-1)  # one may be lost
+        number = next((trial.number for trial in trials if trial.actions == actions), new)
+        trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
+        for latest in run_trial(worker, trial):
             trial = latest
             if trial.status == "running":
                 done = ledger.candidate(trial.keys[-1])
