@@ -197,7 +197,11 @@ class Ledger:
 
     def study(self) -> StudyRecord:
         """ValueError of one sentence for one of another format, too: its keys would mean something else."""
-        return self._either("study.json", self._study)
+        record = self._either("study.json", self._study)
+        if (record.model_beside and isinstance(self.directory, Path) and not Path(record.study.model.path).exists()
+                and (moved := self.directory / record.model_beside).is_dir()):
+            return record.model_copy(update={"study": record.study.replaced(path=str(moved.resolve()))})
+        return record
 
     def _study(self, path: AnyPath) -> StudyRecord:
         try:
@@ -212,6 +216,8 @@ class Ledger:
         return self._read(path, StudyRecord)
 
     def write_study(self, record: StudyRecord) -> None:
+        if isinstance(self.directory, Path):
+            record = record.model_copy(update={"model_beside": os.path.relpath(record.study.model.path, self.directory)})
         self.write_twice("study.json", record)
 
     def round_directory(self, key: str) -> AnyPath:

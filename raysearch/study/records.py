@@ -42,6 +42,8 @@ class StudyRecord(Frozen):
     """Hash of what the space proposes (search.space.space_hash): an edited space is another study."""
     root_key: str
     """Key of the dense baseline's round record."""
+    model_beside: str | None = None
+    """The model's folder relative to a local study, where it is found when both were moved together."""
     provenance: Provenance
 
 

@@ -149,7 +149,7 @@ def test_a_study_anywhere_is_attached_to_and_locked(anywhere: AnyPath) -> None:
         assert ledger.attach(study_record(num_trials=9))
         assert ledger.driver() == (True, f"process {os.getpid()} on {socket.gethostname()}")
     assert ledger.driver() == (False, "")
-    assert Ledger.open(anywhere).study() == study_record(num_trials=9)
+    assert Ledger.open(anywhere).study().model_copy(update={"model_beside": None}) == study_record(num_trials=9)
 
 
 def test_weights_are_deleted_and_counted_and_the_rest_stays(anywhere: AnyPath) -> None:
