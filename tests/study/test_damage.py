@@ -104,6 +104,23 @@ def test_a_lost_round_is_computed_again(finished: tuple[Path, Worker], study: St
     assert run("results", directory)[2] == ""
 
 
+@pytest.mark.parametrize("how", ["a bad line in the middle", "no journal"])
+def test_an_extended_study_keeps_its_trials_whatever_became_of_the_journal(
+        finished: tuple[Path, Worker], study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    directory, said = shutil.copytree(finished[0], tmp_path / "study"), []
+    journal, before = directory / "journal.log", contents(directory)
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[7] = b"\x00garbage" + lines[7][3:]
+    journal.unlink() if how == "no journal" else journal.write_bytes(b"".join(lines))
+    kinds = small_study.sweep(directory, study.replaced(num_trials=9), finished[1], monkeypatch, said.append)
+    assert kinds.count("trial") == 1
+    assert any("it is made again from the records of 8 trials" in line for line in said)
+    after = contents(directory)
+    assert {name for name in before if after.get(name) != before[name]} <= {
+        "journal.log", "journal.json", "study.json", "copies/study.json"}
+    assert [trial.number for trial in Ledger(directory).trials()] == list(range(9))
+
+
 def test_deleted_weights_are_not_lost(finished: tuple[Path, Worker], study: Study, tmp_path: Path, run: Run,
                                       monkeypatch: pytest.MonkeyPatch) -> None:
     directory = shutil.copytree(finished[0], tmp_path / "study")
