@@ -13,7 +13,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     rounds/KEY/items.report.npz   what it scored on each item of that split; written before report.json
     rounds/KEY/recovered.json  Recovered: files that were lost and came out with other bits when they were computed again
-    rounds/KEY/weights.deleted   says that `--keep` deleted the weights, which are not lost then
+    rounds/KEY/deleted       says that `--keep` deleted the weights, which are not lost then
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
     trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
@@ -239,7 +239,7 @@ class Ledger:
         return num_files, num_bytes
 
     def deleted_path(self, key: str) -> AnyPath:
-        return self.round_directory(key) / "weights.deleted"
+        return self.round_directory(key) / "deleted"
 
     def delete_leftovers(self) -> None:
         """What killed processes had written aside; under the lock, while no gang runs. On a store nothing lies aside."""

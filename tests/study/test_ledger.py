@@ -160,7 +160,7 @@ def test_weights_are_deleted_and_counted_and_the_rest_stays(anywhere: AnyPath) -
                 file.write_bytes(b"12345")
     assert ledger.delete_weights(["a", "nowhere"]) == (2, 10)
     assert sorted(str(path) for path in anywhere.glob("rounds/*/*")) == [
-        str(ledger.round_directory("a") / "record.json"), str(ledger.deleted_path("a")), str(ledger.weights_path("b"))]
+        str(ledger.deleted_path("a")), str(ledger.round_directory("a") / "record.json"), str(ledger.weights_path("b"))]
 
 
 def test_the_stacks_of_a_trial_are_found_by_rank(anywhere: AnyPath) -> None:
