@@ -21,6 +21,8 @@ MIN_CANDIDATES = 8
 MIN_TRIALS = 4
 NUM_SHUFFLES = 400
 MAX_LEVELS = 4
+ROUNDING = 1e-9
+"""Of a rank in [0, 1]: less is the rounding of the fit, 3e-15 where all qualities are equal, and no effect of anything."""
 
 
 def importance(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -37,6 +39,8 @@ def importance(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                          f"got {len(pool)} of {num_trials}")
     residual = quality_at_equal_size(pool[setting(frame, "size")].to_numpy(dtype=float),
                                      quality(pool, "selection").to_numpy())
+    if not residual.any():
+        raise ValueError("importance needs candidates whose quality differs at equal size, got none that do")
     trial = pool["trial"].astype("category").cat.codes.to_numpy().astype(np.int64)
     rows = []
     tuned = pool["finetune_epochs"] > 0
@@ -59,7 +63,9 @@ def quality_at_equal_size(size: npt.ArrayLike, quality: npt.ArrayLike) -> Floats
     x, y = (pd.Series(np.asarray(values, dtype=float)).rank(pct=True).to_numpy() for values in (size, quality))
     powers = np.vander(x - x.mean(), 4)  # (n, 4)
     fitted = powers @ np.linalg.lstsq(powers, y, rcond=None)[0]
-    return np.asarray(y - fitted, dtype=np.float64)
+    residual = np.asarray(y - fitted, dtype=np.float64)
+    residual[np.abs(residual) < ROUNDING] = 0.0
+    return residual
 
 
 def explained_share(values: Floats, levels: Ints) -> float:

@@ -3,6 +3,7 @@
 import pandas as pd
 
 from raysearch.config import SIZES, Metric, TrialConfig
+from raysearch.study.damage import find_damage
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, TrialRecord
 from raysearch.study.storage import AnyPath
@@ -40,18 +41,20 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
-      study, and "device": those that its rounds ran on, the driver's before there is one.
+      study, "device": those that its rounds ran on, the driver's before there is one, and "damage": a sentence on each file
+      that is damaged, missing or none of the study's. What cannot be read is left out.
 
-    ValueError: no study there, a damaged record, or a trial that names a round whose record is missing."""
+    ValueError: no study there."""
     ledger = Ledger.open(directory)
     record = ledger.study()
     trials = [*ledger.trials(), *ledger.controls()]  # before the rounds: a running one then names none that is not read
-    rounds, reports = ledger.rounds(), ledger.reports()
+    rounds, report_records = ledger.rounds(), ledger.report_records()
+    reports = {key: report.metrics for key, report in report_records.items()}
     rows: list[dict[str, Cell]] = []
     if record.root_key in rounds:
         rows.append({"round": 0, "status": "dense", "trained_tokens": 0, **_round_cells(rounds[record.root_key], reports)})
     for trial in trials:
-        rows.extend(_trial_rows(ledger, trial, rounds, reports))
+        rows.extend(_trial_rows(trial, rounds, reports))
     search = record.study.search
     columns = {f"{split}/{name}{end}" for name in search.objectives if name not in SIZES for split in SPLITS
                for end in ("", "_stderr")}
@@ -64,7 +67,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model.path, objective=search.objective,
                        size=search.size, objectives=search.objectives, device=", ".join(devices),
-                       created_at=record.provenance.created_at)
+                       created_at=record.provenance.created_at,
+                       damage=tuple(each.what for each in find_damage(ledger, trials, rounds, report_records)))
     return frame
 
 
@@ -74,20 +78,16 @@ def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
     return [name.partition("/")[2] for name in columns if frame[name].notna().any()]
 
 
-def _trial_rows(ledger: Ledger, trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports
-                ) -> list[dict[str, Cell]]:
+def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports) -> list[dict[str, Cell]]:
     common: dict[str, Cell] = {"trial": None if trial.is_control else trial.number,
                                "status": "control" if trial.is_control else trial.status, "reason": trial.reason,
                                "trial_seconds": trial.seconds, **(trial.config.model_dump() if trial.config else {})}
     rows: list[dict[str, Cell]] = []
     trained_tokens = 0
-    for number, key in enumerate(trial.keys, start=1):
-        if key not in rounds:
-            raise ValueError(f"{ledger.directory}: {trial.name} names round {key}, but "
-                             f"rounds/{key}/record.json is missing; the study directory was damaged")
-        action = rounds[key].action
-        trained_tokens += action.finetune_tokens if action else 0
-        rows.append({**common, "round": number, "trained_tokens": trained_tokens, **_round_cells(rounds[key], reports)})
+    for number, (key, action) in enumerate(zip(trial.keys, trial.actions), start=1):
+        trained_tokens += action.finetune_tokens
+        if key in rounds:
+            rows.append({**common, "round": number, "trained_tokens": trained_tokens, **_round_cells(rounds[key], reports)})
     return rows or [common]
 
 

@@ -35,11 +35,12 @@ from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
 
-def write_page(directory: str | AnyPath, out: str | AnyPath | None = None) -> AnyPath:
-    """Writes `out` (default: report.html in the study directory) and returns its absolute path.
+def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None) -> AnyPath:
+    """Writes `out` (default: report.html in the study directory) and returns its absolute path. `frame`: the study, where it
+    was loaded already.
 
     Works at any moment of a study, with no candidate too. ValueError when there is no study or `out` is a folder."""
-    frame = load(directory)
+    frame = load(directory) if frame is None else frame
     ledger = Ledger.open(directory)
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
@@ -75,19 +76,18 @@ def headlines(frame: pd.DataFrame) -> list[str]:
 
 def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str
              ) -> list[tuple[str, pd.DataFrame]]:
-    """(limit in words, the smallest candidate within it) around dense and, where there is one, the dense control `trained`."""
+    """(limit in words, the smallest candidate within it) around dense and, where there is one, the dense control `trained`. The
+    limit is fixed: one of standard errors would grow bolder the fewer items there are."""
     objective = setting(scored, "objective")
-    loss, noise = losses(scored, baseline, split)
-    limit, words = (0.01, "1 point") if higher_is_better(objective) else (0.01 * abs(baseline[f"{split}/{objective}"]), "1 %")
-    by_noise, by_limit = (_smallest(scored[good], split) for good in (loss <= noise, loss <= limit))
-    around_dense = [("one standard error of dense", by_noise), (f"{words} of dense", by_limit)]
-    if trained is None:
-        return around_dense
-    loss, noise = losses(scored, trained, split)
-    by_control = _smallest(scored[loss <= noise], split)
-    if by_control["key"].tolist() == by_noise["key"].tolist():
-        return [("one standard error of dense, and of the dense control", by_noise), around_dense[1]]
-    return [*around_dense, ("one standard error of the dense control", by_control)]
+    words = "1 point" if higher_is_better(objective) else "1 %"
+    found = []
+    for name, reference in (("dense", baseline), ("the dense control", trained)):
+        if reference is not None:
+            limit = 0.01 if higher_is_better(objective) else 0.01 * abs(reference[f"{split}/{objective}"])
+            found.append((f"{words} of {name}", _smallest(scored[losses(scored, reference, split)[0] <= limit], split)))
+    if len(found) == 2 and found[0][1]["key"].tolist() == found[1][1]["key"].tolist():
+        return [(f"{words} of dense, and of the dense control", found[0][1])]
+    return found
 
 
 def _better(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str) -> str | None:
@@ -100,9 +100,11 @@ def _better(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None
     if trained is not None:
         loss, noise = losses(scored, trained, split)
         return f"{sentence}; than the dense control: {int((loss < -noise).sum())}."
-    if (better["trained_tokens"] > 0).any():
-        sentence += (". Fine-tuning trained them further than the baseline, so this says that the baseline was not trained to "
-                     "its end, not that pruning helps")
+    num_trained = int((better["trained_tokens"] > 0).sum())
+    if num_trained:
+        which = "them" if num_trained == len(better) else f"{num_trained} of them"
+        sentence += (f". Fine-tuning trained {which} further than the baseline, so this says that the baseline was not trained "
+                     "to its end, not that pruning helps")
     return f"{sentence}."
 
 
@@ -345,7 +347,7 @@ def _ends(frame: pd.DataFrame) -> tuple[str, str]:
 
 
 def _method(frame: pd.DataFrame, record: StudyRecord) -> str:
-    study = record.study
+    study, trains = record.study, bool(frame["trained_tokens"].fillna(0).gt(0).any())
     versions = ", ".join(f"{name} {version}" for name, version in sorted(record.provenance.versions.items()))
     rows: list[tuple[str, str]] = [
         ("non-zero parameters", "parameters of the whole model that are not zero; tied weights count once. Sparsity is "
@@ -361,8 +363,9 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> str:
          "seed."),
         ("dense control", "the dense model after the longest trial's rounds of fine-tuning, with that trial's learning rate, "
          "without pruning and L1: what a candidate gains from training alone. It is the control of a pruned model only at "
-         "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control else
-         "off (dense_control): part of what a candidate gains is its fine-tuning."),
+         "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains
+         else "off (dense_control): part of what a candidate gains is its fine-tuning." if trains
+         else "none, since nothing was fine-tuned."),
         ("not measured", "latency and throughput: fewer non-zero parameters do not by themselves make a model faster."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "

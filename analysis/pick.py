@@ -5,7 +5,9 @@ by the objective (better first), then by key; take the first.
 """
 
 import math
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
@@ -15,7 +17,8 @@ from analysis.candidates import control, dense, pruned, quality, setting
 from analysis.load import HYPERPARAMETERS, metric_names
 from analysis.tables import aligned, describe_config, metric_pair, with_stderr
 from raysearch.config import Frozen, higher_is_better, parse
-from raysearch.study.files import write_json
+from raysearch.study.files import unsealed, write_record
+from raysearch.study.ledger import Ledger
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count, parse_bytes, parse_count
 
@@ -80,7 +83,7 @@ class Pick(Candidate):
     """The picked candidate; what pick.json holds."""
 
     study_directory: str
-    """Absolute."""
+    """Absolute or a URI; in the file of a local study relative to that file, so that both can be moved together."""
     model: str
     size: str
     """The study's size, by which "smallest" was decided."""
@@ -148,22 +151,33 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
 
 def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
     """Writes the pick as JSON, aside and moved into place; returns the absolute path."""
-    path = location(path)
-    write_json(path, result.model_dump(mode="json"))
+    path, study = location(path), location(result.study_directory)
+    if isinstance(path, Path) and isinstance(study, Path):
+        result = result.model_copy(update={"study_directory": os.path.relpath(study, path.parent)})
+    elif study == path.parent:
+        result = result.model_copy(update={"study_directory": "."})
+    if path == study / "pick.json":
+        Ledger(study).write_twice("pick.json", result)
+    else:
+        write_record(path, result)
     return path
 
 
 def read_pick(path: str | AnyPath) -> Pick:
-    """The pick in a file of `write_pick`; ValueError when it is missing or something else."""
+    """The pick in a file of `write_pick`; ValueError when it is missing, damaged or something else."""
+    file = location(path)
     try:
-        text = location(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error}); give the pick.json of `raysearch pick`") from error
     try:
-        return Pick.model_validate_json(text)
+        result = Pick.model_validate_json(unsealed(content))
     except ValueError as error:
-        raise ValueError(f"{path}: not a pick of this version of raysearch; give the pick.json of `raysearch pick`"
+        raise ValueError(f"{path}: not a pick of this version of raysearch, or damaged; give the pick.json of `raysearch pick`"
                          ) from error
+    if "://" in result.study_directory:
+        return result
+    return result.model_copy(update={"study_directory": str(location(file.parent / result.study_directory))})
 
 
 def describe_pick(result: Pick) -> str:
@@ -274,8 +288,7 @@ def _value(row: pd.Series, metric: str) -> Measured:
 def _measured(row: pd.Series) -> dict[str, Measured]:
     names = [str(name)[len("report/"):-len("_stderr")] for name in row.index
              if str(name).startswith("report/") and str(name).endswith("_stderr")]
-    values = {name: _value(row, name) for name in names}
-    return {name: measured for name, measured in values.items() if not math.isnan(measured.value)}
+    return {name: _value(row, name) for name in names if pd.notna(row[f"report/{name}"])}
 
 
 def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:

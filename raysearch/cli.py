@@ -6,6 +6,7 @@ A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -49,6 +50,19 @@ def echo(line: str) -> None:
     print(line, flush=True)
 
 
+def check_folder(model: str) -> None:
+    """ValueError for a mistyped model, before the imports that take seconds."""
+    if not Path(model).expanduser().is_dir():
+        raise ValueError(f"model {model}: no such folder; give a local folder in Hugging Face's format (config.json and "
+                         "safetensors), for example one that `raysearch pretrain` wrote")
+
+
+def warn_of(damage: Sequence[str]) -> None:
+    """Of files of a study that are damaged or missing; what is left is shown."""
+    for what in damage:
+        print(f"raysearch: warning: {what}", file=sys.stderr)
+
+
 @app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Everything in minutes: train a tiny GPT, search, draw the frontier, pick, export."""
@@ -67,6 +81,10 @@ def pretrain(
     zero_stage: Annotated[int, typer.Option(min=0, max=3)] = 0,
 ) -> None:
     """Train a dense GPT with Ray Train and DeepSpeed; the same command resumes."""
+    from raysearch.training.presets import PRESETS
+
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     from raysearch.training.pretrain import pretrain as run
 
     run(preset, corpus, out, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
@@ -102,6 +120,7 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
+    check_folder(model)
     from raysearch.config import TrialConfig
     from raysearch.prune import run_prune
 
@@ -130,7 +149,6 @@ def sweep(
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
     from raysearch.search.space import load_space, read_trials
-    from raysearch.search.sweep import sweep as run
 
     if keep not in ("frontier", "all", "none"):
         raise ValueError(f"--keep must be frontier, all or none, got {keep!r}")
@@ -139,6 +157,8 @@ def sweep(
                          "give one of them")
     given = read_trials(trials_from) if trials_from else None
     study, sample = load_space(space)
+    from raysearch.search.sweep import sweep as run  # after what may be mistyped, for it takes seconds
+
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
@@ -158,6 +178,9 @@ def plan(
     out: StudyOut = None,
 ) -> None:
     """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
+    from raysearch.search.space import load_space
+
+    load_space(space)
     from raysearch.plan import describe_plan, make_plan
 
     echo("measuring one short round on this machine ...")
@@ -170,6 +193,7 @@ def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", hel
     from raysearch.status import describe_status, study_status
 
     current = study_status(directory)
+    warn_of(current.damage)
     print(current.model_dump_json(indent=1) if json else describe_status(current))
 
 
@@ -197,15 +221,20 @@ def results(
     from analysis.load import load
     from analysis.tables import results_table
 
-    print(results_table(load(directory), format, frontier), end="")
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    print(results_table(frame, format, frontier), end="")
 
 
 @app.command()
 def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
     """Write one self-contained report.html."""
+    from analysis.load import load
     from analysis.page import write_page
 
-    echo(str(write_page(directory, out)))
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(str(write_page(directory, out, frame)))
 
 
 @app.command()
@@ -225,7 +254,9 @@ def pick(
     from raysearch.study.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
-    picked = choose(load(directory), constraints)
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    picked = choose(frame, constraints)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
 
@@ -238,12 +269,13 @@ def export(
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     from analysis.pick import read_pick
-    from raysearch.deploy.export import export as run
     from raysearch.study.ledger import Ledger
-    from raysearch.trial.round import recover_weights
 
     picked = read_pick(pick_file)
     ledger = Ledger.open(picked.study_directory)
+    from raysearch.deploy.export import export as run
+    from raysearch.trial.round import recover_weights
+
     recover_weights(ledger, picked.key, echo)
     echo(str(run(ledger, picked.key, out, format)))
 
@@ -262,6 +294,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Score a model on named tasks, with lm-eval's metrics."""
+    check_folder(model)
     from json import dumps
 
     from analysis.tables import aligned, with_stderr
@@ -287,6 +320,7 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="Tokens per forward, comma-separated.")] = "1,4096",
 ) -> None:
     """Which sparse kernel each layer runs on, how much faster than dense, and what the whole model gains."""
+    check_folder(model)
     from analysis.tables import aligned
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference

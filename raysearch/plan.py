@@ -7,6 +7,8 @@ items of each task, and the bytes of one stored candidate. Everything else is th
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +49,7 @@ class Calibration:
     device: str
     on_gpu: bool
     start_s: float
-    """Building the engine and its inputs: once per gang."""
+    """A gang's imports in a process of its own, its inputs and its engine: once per gang."""
     step_s: float
     """One optimizer step of batch_tokens / num_ranks tokens; 0 where nothing is fine-tuned."""
     prune_s: float
@@ -76,14 +78,16 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
+    started = time.perf_counter()
     inputs = read_inputs(study)
+    inputs_s = time.perf_counter() - started
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
-    return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials))
+    return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials, inputs_s))
 
 
-def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
+def calibrate(study: Study, inputs: Inputs, trials: Trials, inputs_s: float = 0.0) -> Calibration:
     """Prunes to the draws' mean sparsity (stored bytes are linear in it), trains a few steps at learning rate 0,
     evaluates, stores the candidate in a folder that is deleted."""
     actions = [action for trial in trials for action in trial]
@@ -96,8 +100,9 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials) -> Calibration:
     torch.set_num_threads(max(1, int(study.cluster.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
         started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import raysearch.trial.gang"], check=True, capture_output=True)
         worker = Worker(one_rank, Ledger(folder), replace(inputs, tasks={"selection": (), "report": ()}))
-        start_s = time.perf_counter() - started
+        start_s = inputs_s + time.perf_counter() - started
         dense = dense_round(worker)
         warm = timed_round(worker, dense, sparsity / 2, 1 if trains else 0)
         num_steps = (NUM_STEPS if warm.finetune_s < SLOW_S else 1) * trains
@@ -197,8 +202,8 @@ def describe_plan(plan: Plan) -> str:
         f"            step of {study.training.batch_tokens // cluster.num_ranks} tokens {calibration.step_s:.3f} s, prune "
         f"{calibration.prune_s:.3f} s, evaluation {calibration.evaluate_s:.2f} s "
         f"(from {calibration.num_steps} steps and {calibration.num_items} items)",
-        f"            start of a gang {calibration.start_s:.0f} s, candidate of sparsity {calibration.sparsity:.2f} "
-        f"{human_bytes(calibration.candidate_bytes)}",
+        f"            start of a gang {calibration.start_s:.0f} s (imports, inputs, engine; without that of Ray), candidate of "
+        f"sparsity {calibration.sparsity:.2f} {human_bytes(calibration.candidate_bytes)}",
         "extrapolated from it to random draws of this space:",
         f"            {_hours(statistics.fmean(busy_h) * per_rank)} {unit}-hours ({_hours(min(busy_h) * per_rank)} to "
         f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * cluster.num_ranks))} hours "

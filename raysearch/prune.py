@@ -54,7 +54,8 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
                 shutil.rmtree(ledger.directory, ignore_errors=True)
             raise ValueError(f"model {study.model.path}: cannot be scored ({first_line(error)})") from error
         trials = ledger.trials()
-        number = next((trial.number for trial in trials if trial.actions == actions), len(trials))
+        new = 1 + max((trial.number for trial in trials), default=-1)  # one may be lost
+        number = next((trial.number for trial in trials if trial.actions == actions), new)
         trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
         try:
             for latest in run_trial(worker, trial):

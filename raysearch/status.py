@@ -83,6 +83,8 @@ class StudyStatus(Frozen):
     """Smallest first."""
     silent_s: float
     """Since anything was written."""
+    damage: tuple[str, ...] = ()
+    """A sentence on each file that is damaged, missing or none of the study's."""
 
 
 def study_status(directory: str | AnyPath) -> StudyStatus:
@@ -96,7 +98,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     running_now, driver = ledger.driver()
     now = time.time()
     trials = ledger.trials()
-    written = {int(path.stem): path.stat().st_mtime for path in (ledger.directory / "trials").glob("[0-9]*.json")}
+    written = {trial.number: path.stat().st_mtime for trial in trials if (path := ledger.trial_path(trial.number)).is_file()}
     controls = ledger.controls()
     others = [*(ledger.directory / "trials").glob("-[0-9]*.json"), *ledger.directory.glob("study.json"),
               *ledger.directory.glob("journal.log"), *(ledger.directory / "rounds").glob("[!.]*/*.json")]
@@ -109,7 +111,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         running=tuple(
             RunningTrial(number=trial.number, num_rounds_done=len(trial.keys), num_rounds=len(trial.actions),
                          age_s=max(0.0, now - datetime.fromisoformat(trial.started_at).timestamp()),
-                         silent_s=max(0.0, now - written[trial.number]))
+                         silent_s=max(0.0, now - written.get(trial.number, now)))
             for trial in trials if trial.status == "running"),
         failed=tuple(
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
@@ -118,7 +120,8 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
         control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
-        silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)])))
+        silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)], default=now)),
+        damage=frame.attrs["damage"])
 
 
 def describe_status(status: StudyStatus) -> str:
@@ -155,7 +158,8 @@ def describe_status(status: StudyStatus) -> str:
 
 
 def _control(ledger: Ledger, control: TrialRecord, objective: str) -> ControlStatus:
-    metric = ledger.candidate(control.keys[-1]).metrics.get(objective) if control.keys else None
+    last = ledger.round(control.keys[-1]) if control.keys else None
+    metric = last.metrics.get(objective) if last else None
     return ControlStatus(status=control.status, num_rounds_done=len(control.keys), num_rounds=len(control.actions),
                          reason=control.reason, value=metric.value if metric else None,
                          stderr=metric.stderr if metric else None)

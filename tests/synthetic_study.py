@@ -103,9 +103,7 @@ class SyntheticStudy:
             stored_bytes=min(4 * NUM_PARAMETERS, 4 * (NUM_PARAMETERS - zeros) + NUM_PRUNABLE // 8),
             resident_bytes=4 * NUM_PARAMETERS, metrics=scored, train_loss=None, prune_s=0.25, finetune_s=2.0,
             evaluate_s=0.75, weights_sha256=None, provenance=PROVENANCE)
-        path = self.ledger.round_directory(key) / "record.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(record.model_dump_json())
+        self.ledger.write_twice(f"rounds/{key}/record.json", record)
 
 
 def twelve_trials(directory: Path, controlled: bool = False) -> Path:

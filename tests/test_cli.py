@@ -1,6 +1,8 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,3 +131,18 @@ def test_bench_kernels_needs_a_gpu_or_asks_for_none(run: Run, tmp_path: Path) ->
     refused(run("bench-kernels", "--out", "x.json"), "--cases must needs a CUDA GPU, and torch sees none here", tmp_path)
     refused(run("bench-kernels", "--out", "x.json", "--cases", "all"), "--cases must be one of must, grid, cpu, got 'all'",
             tmp_path)
+
+
+@pytest.mark.parametrize(("arguments", "code"), [
+    ("tasks", 0), ("sweep nosuch.module", 2), ("plan nosuch.module", 2), ("sweep search_spaces.demo --keep x", 2),
+    ("status /none", 2), ("results /none", 2), ("pick /none --max-drop text/acc=1", 2), ("export /none --out x", 2),
+    ("prune /none --sparsity 0.5 --out x", 2), ("kernels /none", 2), ("pretrain --preset nosuch", 2), ("nosuch", 2)])
+def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(arguments: str, code: int, tmp_path: Path) -> None:
+    heavy = ("torch", "ray", "optuna", "deepspeed", "transformers", "lm_eval", "datasets")
+    script = (f"import sys; sys.argv = {['raysearch', *arguments.split()]!r}\n"
+              "from raysearch.cli import main\n"
+              "try:\n    main()\n"
+              f"except SystemExit as end:\n    code = end.code\nelse:\n    code = 0\n"
+              f"print([name for name in {heavy!r} if name in sys.modules], code or 0)")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.splitlines()[-1] == f"[] {code}", done.stderr

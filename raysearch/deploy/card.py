@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 from raysearch.config import Metric
-from raysearch.study.records import RoundRecord, StudyRecord, TrialRecord
+from raysearch.study.records import Recovered, RoundRecord, StudyRecord, TrialRecord
 
 
 def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | None, report: dict[str, Metric] | None,
-               dense: dict[str, Metric] | None, format: str) -> str:
+               dense: dict[str, Metric] | None, format: str, recovered: Recovered | None = None) -> str:
     """README.md of the deployment folder: what it is, how it was made, what was measured, how to load it."""
     metrics = report if report is not None else record.metrics
     split = "report split, which the search never saw" if report is not None else "selection split, which the search used"
@@ -28,7 +28,11 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"| bytes stored, compressed format | {record.stored_bytes:,} |",
         f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |", "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
-        "The standard errors are over the items.", "", "## How it was made", "", f"Trial settings: `{settings}`", "",
+        "The standard errors are over the items." + (
+            " The numbers are of weights that were lost: those here were computed again, on "
+            f"{recovered.provenance.device} with {recovered.provenance.num_ranks} rank(s), and differ in bits "
+            f"({recovered.num_nonzero:,} are not zero)."
+            if recovered else ""), "", "## How it was made", "", f"Trial settings: `{settings}`", "",
         f"Corpus `{study.study.data.corpus}`, seed {study.study.data.seed}, {record.provenance.created_at}, "
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",

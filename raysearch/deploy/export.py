@@ -16,7 +16,7 @@ from raysearch.deploy.card import model_card
 from raysearch.models.model import load_model, prunable_parameters
 from raysearch.models.weights import read_weights, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
-from raysearch.study.ledger import Ledger
+from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.storage import as_file, location
 
 KEPT = ("*token*.json", "*vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja",
@@ -41,14 +41,15 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     prunable = {p.name for p in prunable_parameters(model, study.study.model.prunable)}
     if record.action is not None:
         with as_file(ledger.weights_path(key)) as file:
-            weights = read_weights(file, record.weights_sha256)
+            weights = read_weights(file, ledger.expected_sha256(record, WEIGHTS))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
-    num_nonzero = sum(int(p.count_nonzero()) for p in model.parameters())
-    if num_nonzero != record.num_nonzero:
+    num_nonzero, recovered = sum(int(p.count_nonzero()) for p in model.parameters()), ledger.recovered(key)
+    expected = recovered.num_nonzero if recovered else record.num_nonzero
+    if num_nonzero != expected:
         raise ValueError(f"candidate {key}: {num_nonzero} non-zero weights in {study.study.model.dtype} but "
-                         f"{record.num_nonzero} in its record; its weights do not survive the rounding, so it is not exported")
+                         f"{expected} in its record; its weights do not survive the rounding, so it is not exported")
     if (Path(study.study.model.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; it is copied
     with new_directory(out) as folder:
@@ -61,10 +62,11 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
         copy_companions(Path(study.study.model.path), folder)
         trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
-                                                     ledger.report_metrics(study.root_key), format))
+                                                     ledger.report_metrics(study.root_key), format, recovered))
         files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
         write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format,
-                                               "record": record.model_dump(mode="json"), "sha256": files})
+                                               "record": record.model_dump(mode="json"), "sha256": files,
+                                               "recovered": recovered.model_dump(mode="json") if recovered else None})
         if out.exists():  # the earlier export stays until the new one is whole
             shutil.rmtree(out)
     return out

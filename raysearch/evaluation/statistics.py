@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from raysearch.study.items import Items
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
+NUM_BOOTSTRAPS = 1000
+"""The error of the error is then 2 %."""
 JACKKNIFE_GROUPS = 100
 """Each is one more aggregation over nearly all items, so not one group per item."""
 
@@ -51,7 +53,8 @@ def estimate(items: Items, form: Form) -> tuple[float, float | None]:
 
     Means have lm-eval's standard error, s / sqrt(n). A ratio R = sum(x) / sum(w), as in bits per byte, has
     sqrt(n / (n - 1) * sum((x_i - R * w_i)^2)) / sum(w) (linearisation, Cochran 1977, eq. 2.39). An exponential of either has
-    exp(R) times that (delta method, where lm-eval draws bootstrap samples). None for a single item.
+    that of NUM_BOOTSTRAPS seeded bootstrap samples of the items, as in lm-eval: exp(R) times the error of R (delta method) is
+    too small on few items, 10.3 where they give 13.4. None for a single item, and where it is no number.
     """
     value = sum(items.numerator.tolist()) / sum(items.weight.tolist()) / form.unit  # lm-eval's sums: Python's, in this order
     spread = x = items.numerator / form.unit
@@ -60,8 +63,19 @@ def estimate(items: Items, form: Form) -> tuple[float, float | None]:
     stderr = float(np.std(spread, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
     if form.is_exponential:
         value = math.exp(value) if value < LARGEST_EXPONENT else math.inf
-        stderr = None if stderr is None else value * stderr
+        stderr = _bootstrap(x, items.weight) if len(x) > 1 else None
     return value, stderr
+
+
+def _bootstrap(x: NDArray[np.float64], weight: NDArray[np.float64]) -> float | None:
+    """Standard deviation of exp(sum(x) / sum(w)) over samples of the n items with replacement; in O(NUM_BOOTSTRAPS * n)."""
+    generator, logarithms = np.random.default_rng(0), np.empty(NUM_BOOTSTRAPS)
+    for number in range(NUM_BOOTSTRAPS):
+        drawn = generator.integers(0, len(x), len(x), dtype=np.int32)
+        logarithms[number] = x[drawn].sum() / weight[drawn].sum()
+    with np.errstate(over="ignore", invalid="ignore"):
+        stderr = float(np.std(np.exp(logarithms), ddof=1))
+    return stderr if math.isfinite(stderr) else None
 
 
 def aggregate(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tuple[float, float | None]:

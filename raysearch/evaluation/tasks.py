@@ -1,24 +1,27 @@
 """The evaluation tasks, as lm-eval Task objects: held-out documents, the paper's six, any other of lm-eval's.
 
-lm-eval renders the prompts and computes the metrics; what is pinned here is printed by `describe_tasks`.
+lm-eval renders the prompts and computes the metrics; what is pinned here is printed by `describe_tasks`. lm-eval is imported
+where it is used, since to describe the tasks needs none of it.
 """
 
 import csv
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
-
-import lm_eval.tasks
-from datasets import Dataset
-from lm_eval.api.task import ConfigurableTask, Task
+from typing import TYPE_CHECKING, Any, Literal
 
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+    from raysearch.evaluation.item_task import ItemTask
 
 Split = Literal["selection", "report", "all"]
 Item = dict[str, Any]
@@ -36,21 +39,6 @@ _NO_ARTICLES = {"regexes_to_ignore": [r"\b(?:The |the |An |A |The |a |an )"]}
 _CHOICE = {"output_type": "multiple_choice", "doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "label"}
 _LAST_WORD = {"output_type": "loglikelihood", "doc_to_text": "context", "doc_to_target": "target"}
 _TRIM = [{"name": "remove_whitespace", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]}]
-
-
-class ItemTask(ConfigurableTask):  # type: ignore[misc]
-    """An lm-eval task over items in memory; shots come from `shots`, never the item itself."""
-
-    def __init__(self, config: Mapping[str, Any], items: Sequence[Item], shots: Sequence[Item]) -> None:
-        self._items = items
-        super().__init__(config={
-            **config, "test_split": "test",
-            "fewshot_config": {"split": "test", "process_docs": lambda _: list(shots)},
-            "metadata": {"version": 1.0},
-        })
-
-    def download(self, dataset_kwargs: Any = None, **kwargs: Any) -> None:
-        self.dataset = {"test": Dataset.from_list(list(self._items))}
 
 
 @dataclass(frozen=True)
@@ -156,12 +144,14 @@ HELDOUT_CONFIGS: dict[str, tuple[Callable[..., Sequence[Item]], Mapping[str, Any
 
 
 def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int | None = None,
-                  seed: int = 0) -> list[Task]:
+                  seed: int = 0) -> "list[Task]":
     """Tasks made from the documents of one split; equal arguments give equal items.
 
     tasks: names among "text", "last_word", "choice"; limit: at most this many items of each, sampled with `seed`.
     ValueError for an unknown name, a limit below 1, or documents that give no item.
     """
+    from raysearch.evaluation.item_task import ItemTask
+
     check_limit(limit)
     item_tasks = []
     for name in tasks:
@@ -177,7 +167,7 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
 
 
 def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Split = "all",
-               limit: int | None = None) -> list[Task]:
+               limit: int | None = None) -> "list[Task]":
     """Tasks by name: the paper's six from files below `data_dir`, or from the hub without it; any other of lm-eval's.
 
     split: "selection" or "report" keep the half of the items that a hash of the item assigns to them. limit: the first
@@ -201,8 +191,10 @@ def item_identity(doc: Mapping[str, Any], index: int) -> str:
     return str(doc.get("item_id", index))
 
 
-def item_cluster(task: Task, doc: Mapping[str, Any], index: int) -> int:
+def item_cluster(task: "Task", doc: Mapping[str, Any], index: int) -> int:
     """64 bits: the document that a held-out item was cut from, in every task the same; any other item is its own cluster."""
+    from raysearch.evaluation.item_task import ItemTask
+
     if isinstance(task, ItemTask) and "document" in doc:  # a data set of the hub may mean something else by that name
         return int(doc["document"], 16)
     return int(content_id(f"{task.config.task} {item_identity(doc, index)}"), 16)
@@ -244,7 +236,9 @@ def _description(name: str, items: str, config: Mapping[str, Any], variant: str)
     }
 
 
-def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> ItemTask:
+def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "ItemTask":
+    from raysearch.evaluation.item_task import ItemTask
+
     task = FILE_TASKS[name]
     path = next((data_dir / file for file in task.files if (data_dir / file).is_file()), None)
     if path is None:
@@ -301,7 +295,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Item]]:
             yield reader.line_num, {field: value for field, value in row.items() if value is not None}
 
 
-def _hub_tasks(name: str, split: Split, limit: int | None) -> list[Task]:
+def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
+    import lm_eval.tasks
+    from lm_eval.api.task import ConfigurableTask
+
     if name in FILE_TASKS and FILE_TASKS[name].lm_eval_name is None:
         source = "stanfordnlp/web_questions"
         config = {**FILE_TASKS[name].config, "task": name, "doc_to_target": "answers", "dataset_path": source,
@@ -335,7 +332,10 @@ def _lm_eval_files(name: str) -> tuple[list[str], bool]:
     """
     stems: dict[str, None] = {}
     occurs, wanted = False, name.encode()
-    for folder, folders, files in os.walk(Path(lm_eval.tasks.__file__).parent):
+    package = importlib.util.find_spec("lm_eval")
+    assert package is not None
+    assert package.origin is not None
+    for folder, folders, files in os.walk(Path(package.origin).parent / "tasks"):
         folders.sort()
         stems.update(dict.fromkeys(each for each in folders if not each.startswith("__")))
         for file in files:

@@ -40,7 +40,8 @@ def to_store(tensor: Tensor, mask: Tensor | None) -> Tensor | SparseWeight:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> str:
-    """Writes what `to_store` made to `path` and returns the file's sha256. Raises OSError when the disk refuses."""
+    """Writes what `to_store` made to `path` and returns the file's sha256; equal tensors make equal bytes. Raises OSError when
+    the disk refuses."""
     out: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, int]] = {}
     for name, tensor in tensors.items():
@@ -53,7 +54,20 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> s
         save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
     except SafetensorError as error:
         raise OSError(f"{path}: cannot be written ({error})") from error
+    _sort_metadata(path)
     return file_sha256(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors (0.8) writes the metadata in the order of a hash map, which is another one each time."""
+    with open(path, "r+b") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(num_bytes))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(num_bytes)
+        assert len(text) == num_bytes, "the same JSON in another order is as long"
+        file.seek(8)
+        file.write(text)
 
 
 def read_weights(path: Path, sha256: str | None) -> dict[str, Tensor]:

@@ -96,8 +96,17 @@ def front_probability(size: npt.ArrayLike, quality: npt.ArrayLike, stderr: npt.A
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     generator = np.random.default_rng(seed)
     counts = np.zeros(len(sizes))
+    finite = np.flatnonzero(np.isfinite(sizes) & np.isfinite(qualities) & np.isfinite(errors))
+    order = finite[np.argsort(sizes[finite], kind="stable")]  # once: no draw moves a size
+    if not len(order):
+        return counts
+    starts = np.flatnonzero(np.append(True, np.diff(sizes[order]) > 0))  # of each size
+    group_of = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
     for _ in range(num_draws):
-        counts += pareto_front(sizes, qualities + errors * generator.standard_normal(len(sizes)))
+        drawn = (qualities + errors * generator.standard_normal(len(sizes)))[order]
+        best = np.maximum.reduceat(drawn, starts)  # of each size
+        smaller = np.append(-np.inf, np.maximum.accumulate(best)[:-1])  # the best of all that are smaller
+        counts[order] += drawn == np.where(best > smaller, best, np.inf)[group_of]
     return counts / num_draws
 
 

@@ -12,7 +12,7 @@ from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Study
-from raysearch.search.space import GivenTrial, Space, draw
+from raysearch.search.space import GivenTrial, Proposals, Space, draw
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 
 
@@ -36,12 +36,13 @@ class Observation(NamedTuple):
 
 class Sampler:
     """Asks for trials and observes rounds. `optuna_study` holds what was told before; `given` trials are proposed in their
-    order instead of what Optuna samples from `space`."""
+    order instead of what Optuna samples from `space`; `proposals`, the fingerprint of the study's space, is what each trial is
+    checked against."""
 
     def __init__(self, optuna_study: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
-                 num_asked: int = 0) -> None:
+                 num_asked: int = 0, proposals: Proposals | None = None) -> None:
         self.optuna_study, self.study, self.space, self.given = optuna_study, study, space, given
-        self.num_asked = num_asked
+        self.num_asked, self.proposals = num_asked, proposals
         """Trials that count: those that began, in this sweep and before it."""
         self.observations: dict[int | None, list[Observation]] = {}
         """By trial, in order; None is the dense baseline, the round 0 of all."""
@@ -50,9 +51,11 @@ class Sampler:
         """The next trial; ValueError where the space contradicts itself."""
         trial = self.optuna_study.ask()
         proposed = draw(self.space, trial) if self.given is None else self.given[self.num_asked]
+        distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+        if self.proposals is not None:
+            self.proposals.check(distributions)
         self.num_asked += 1
-        return Asked(trial.number, proposed, dict(trial.params),
-                     {name: distribution_to_json(each) for name, each in trial.distributions.items()})
+        return Asked(trial.number, proposed, dict(trial.params), distributions)
 
     def observe(self, number: int | None, candidate: RoundRecord) -> None:
         """A finished round of trial `number`; None is the dense baseline. One that was observed already is not again."""

@@ -1,7 +1,8 @@
 """Tune's searcher: hands out jobs, observes what became of them, and writes the end of a trial that could not do it itself."""
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from optuna.trial import TrialState
@@ -9,11 +10,11 @@ from ray.tune.search import Searcher
 
 from raysearch.config import Study, TrialConfig
 from raysearch.search.control import due_control, give_up_others, last_control
-from raysearch.search.journal import open_journal
+from raysearch.search.journal import open_journal, seal_journal
 from raysearch.search.progress import Progress, last_line
 from raysearch.search.retention import frontier_keys
 from raysearch.search.sampler import Sampler
-from raysearch.search.space import GivenTrial, Space
+from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, config_hash
@@ -30,20 +31,27 @@ class StudySearcher(Searcher):
     """
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
-                 given: Sequence[GivenTrial] | None = None) -> None:
+                 given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = (),
+                 proposals: Proposals | None = None) -> None:
         super().__init__()
         self.ledger, self.study, self.inputs = ledger, study, inputs
-        self.progress = Progress(ledger, study, inputs.root_key, echo)
+        records = ledger.trials()
+        self.progress = Progress(ledger, study, inputs.root_key, echo, records)
         self.finished = False
         self.dense_failed = False
         """Twice, and left no record: then no trial can run."""
+        self.refusal: OSError | ValueError | None = None
+        """Why nothing more is asked: a disk that is full, a space that contradicts itself. What runs may end."""
         self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
         self._running: dict[str, Job] = {}
-        self._reported: set[str] = set()
+        self._needs_dense = ledger.report_metrics(inputs.root_key) is None
+        self._mends = list(mends)
+        self._reports_due: list[str] | None = None
+        """Known once no trial can change the frontier any more."""
         self._control_was_begun = False
         """In this sweep, or left out for lack of time: one that fails is not tried again before the next sweep."""
-        journal = open_journal(ledger, study, echo)
-        recorded = {trial.number for trial in ledger.trials()}
+        journal = open_journal(ledger, study, echo, records)
+        recorded = {trial.number for trial in records}
         self._interrupted: list[int] = []
         num_asked = 0
         for trial in journal.get_trials(deepcopy=False):
@@ -53,26 +61,30 @@ class StudySearcher(Searcher):
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
             num_asked += began or trial.state == TrialState.COMPLETE
-        self.sampler = Sampler(journal, study, space, given, num_asked)
+        self.sampler = Sampler(journal, study, space, given, num_asked, proposals)
         if (dense := ledger.round(inputs.root_key)) is not None:
             self.sampler.observe(None, dense)
 
     def has_work(self) -> bool:
         """False when the study is finished and nothing needs to run."""
-        return (bool(self._interrupted) or self.sampler.num_asked < self.study.search.num_trials
-                or due_control(self.ledger, self.study) is not None
-                or any(self.ledger.report_metrics(key) is None for key in self._to_report()))
+        return (bool(self._mends) or bool(self._interrupted) or self.sampler.num_asked < self.study.search.num_trials
+                or due_control(self.ledger, self.study) is not None or bool(self._to_report()))
 
     def _to_report(self) -> list[str]:
-        control = last_control(self.ledger)
-        return [self.inputs.root_key, *frontier_keys(self.ledger, self.study), *(control.keys[-1:] if control else ())]
+        """Candidates that are to be scored on the report split; reads every record, and so only once, when trials are done."""
+        if self._reports_due is None:
+            control = last_control(self.ledger)
+            keys = [self.inputs.root_key, *frontier_keys(self.ledger, self.study), *(control.keys[-1:] if control else ())]
+            self._reports_due = [key for key in dict.fromkeys(keys) if self.ledger.report_metrics(key) is None]
+        return self._reports_due
 
     def suggest(self, trial_id: str) -> Job | str | None:
-        job = self._next_job()
-        if job is None:
+        with self._refusing():
+            job = None if self.refusal else self._next_job()
+        if self.refusal or job is None:
             if self._running:
                 return None
-            self.finished = True
+            self.finished = self.refusal is None
             return Searcher.FINISHED
         self._running[trial_id] = job
         self.progress.started(job)
@@ -81,9 +93,11 @@ class StudySearcher(Searcher):
     def _next_job(self) -> Job | None:
         if self.dense_failed:
             return None
-        if self.ledger.report_metrics(self.inputs.root_key) is None and "dense" not in self._reported:
-            self._reported.add("dense")
+        if self._needs_dense:
+            self._needs_dense = False
             return {"kind": "dense"}
+        if self._mends:
+            return self._mends.pop(0)
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
@@ -95,11 +109,17 @@ class StudySearcher(Searcher):
             self._control_was_begun = True
             if (control := self._control(out_of_time)) is not None:
                 return self._trial_job(control)
-        for key in self._to_report():
-            if key not in self._reported and self.ledger.report_metrics(key) is None:
-                self._reported.add(key)
-                return {"kind": "report", "key": key}
-        return None
+        due = self._to_report()
+        self.progress.reports_left = len(due) + len(self._running)
+        return {"kind": "report", "key": due.pop(0)} if due else None
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        """What Tune would bury under its own traceback ends the search, and is raised when Tune has ended."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            self.refusal = self.refusal or error
 
     def _ask(self) -> Job:
         asked = self.sampler.ask()
@@ -107,6 +127,9 @@ class StudySearcher(Searcher):
         actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
         record = TrialRecord(number=asked.number, config=config, actions=actions, parameters=asked.parameters,
                              distributions=asked.distributions, started_at=utc_now())
+        if self.ledger.trial_path(record.number).exists():
+            raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
+                             "another one; move it to another folder if it is not of this study")
         self.ledger.write_trial(record)
         return self._trial_job(record)
 
@@ -130,21 +153,23 @@ class StudySearcher(Searcher):
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """After every round but the last, which comes to `on_trial_complete`."""
         job = self._running[trial_id]
-        if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
-            self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
-        self.progress.round_done(job)
+        with self._refusing():
+            if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
+                self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
+            self.progress.round_done(job)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self._running.pop(trial_id, None)
         if job is None:
             return
-        if job["kind"] in RECORDED:
-            self._end(job["number"], error)
-        elif error:
-            self.dense_failed |= self.ledger.round(self.inputs.root_key) is None
-            self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
-        if result is not None or error:
-            self.progress.ended(job, error)
+        with self._refusing():
+            if job["kind"] in RECORDED:
+                self._end(job["number"], error)
+            elif error:
+                self.dense_failed |= job["kind"] == "dense" and self.ledger.round(self.inputs.root_key) is None
+                self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
+            if result is not None or error:
+                self.progress.ended(job, error)
 
     def _end(self, number: int, error: bool) -> None:
         """The sampler hears the trial's end. Where its processes died, they could not write it, so it is written here."""
@@ -166,6 +191,7 @@ class StudySearcher(Searcher):
             trial = trial.model_copy(update={"crashed": True})
             self.ledger.write_trial(trial)
         self.sampler.end(trial)
+        seal_journal(self.ledger)
 
     def _failed(self, trial: TrialRecord, reason: str, traceback: str | None) -> TrialRecord:
         trial = trial.model_copy(update={"status": "failed", "ended_at": utc_now(), "reason": reason, "traceback": traceback,

@@ -1,24 +1,29 @@
-"""Search spaces: modules with STUDY and space(trial), random draws from them, and lists of given trials."""
+"""Search spaces: modules with STUDY and space(trial), random draws from them, and lists of given trials.
 
-import ast
+Heavy imports are inside, so that a mistyped name is told at once.
+"""
+
 import importlib
 import importlib.util
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-import optuna
+from typing import TYPE_CHECKING, Any
 
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
 from raysearch.study.records import FORMAT, TrialRecord, hash_json
-from raysearch.trial.actions import resolve_actions
-from raysearch.trial.inputs import Inputs
 
-Space = Callable[[optuna.Trial], dict[str, Any]]
+if TYPE_CHECKING:
+    import optuna
+
+    from raysearch.trial.inputs import Inputs
+
+Space = Callable[["optuna.Trial"], dict[str, Any]]
+NUM_PROPOSALS = 500
+MAX_SETTLED = 20
+"""Distributions of one parameter in those draws; one with more depends on what was drawn before it."""
 
 
 def load_space(name: str) -> tuple[Study, Space]:
@@ -41,10 +46,43 @@ def load_space(name: str) -> tuple[Study, Space]:
     return parse(Study, study, f"{name}.STUDY"), space
 
 
+class Proposals:
+    """What a space can propose, from seeded random draws: the fingerprint of a study's space, whatever its code."""
+
+    def __init__(self, space: Space) -> None:
+        import optuna
+        from optuna.distributions import distribution_to_json
+
+        self.distributions: dict[str, set[str]] = {}
+        """By parameter: Optuna's JSON of all that it was drawn from."""
+        draws: list[object] = []
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+        for _ in range(NUM_PROPOSALS):
+            trial = study.ask()
+            try:
+                fields: object = draw(space, trial).model_dump(mode="json")
+            except ValueError:  # a sweep tells it where it happens
+                fields = "refused"
+            known = {name: distribution_to_json(each) for name, each in sorted(trial.distributions.items())}
+            for name, each in known.items():
+                self.distributions.setdefault(name, set()).add(each)
+            draws.append([known, fields])
+        self.hash = hash_json(draws)
+
+    def check(self, distributions: dict[str, str]) -> None:
+        """ValueError for a trial whose parameter is drawn from something that the study's space does not have."""
+        for name, each in distributions.items():
+            known = self.distributions.get(name, set())
+            if 0 < len(known) <= MAX_SETTLED and each not in known:
+                raise ValueError(f"space(trial) draws {name} from {each}, and the study's space from "
+                                 f"{' or '.join(sorted(known))}; a space must always propose the same: undo the change, or "
+                                 "give the parameter another name")
+
+
 def space_hash(space: Space) -> str:
-    """Hash of the code of `space`, comments and layout left out."""
-    tree = ast.parse(inspect.getsource(space).strip())
-    return hash_json(ast.dump(tree))
+    """Of what the space proposes: its distributions and the fields that it returns, constants from outside it included."""
+    return Proposals(space).hash
 
 
 GIVEN = "given"
@@ -93,14 +131,18 @@ def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> N
                              "list, longer or not, or a new directory with --out")
 
 
-def sample_trials(study: Study, space: Space, inputs: Inputs, num_trials: int) -> list[tuple[Action, ...]]:
+def sample_trials(study: Study, space: Space, inputs: "Inputs", num_trials: int) -> list[tuple[Action, ...]]:
     """Random draws from the space, resolved; ValueError of one sentence for a draw that contradicts itself."""
+    import optuna
+
+    from raysearch.trial.actions import resolve_actions
+
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     dry = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     return [resolve_actions(draw(space, dry.ask()), study, inputs.num_train_tokens) for _ in range(num_trials)]
 
 
-def draw(space: Space, trial: optuna.Trial) -> TrialConfig:
+def draw(space: Space, trial: "optuna.Trial") -> TrialConfig:
     """The configuration that `space` makes of one Optuna trial."""
     fields = space(trial)
     if not isinstance(fields, dict):

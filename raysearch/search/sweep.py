@@ -18,10 +18,11 @@ from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.models.model import dtype_note
 from raysearch.search.loggers import logger_callbacks
+from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
-from raysearch.search.space import GIVEN, GivenTrial, Space, check_given, sample_trials, space_hash
+from raysearch.search.space import GIVEN, GivenTrial, Proposals, Space, check_given, sample_trials
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
@@ -30,6 +31,7 @@ from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
+from raysearch.trial.rank import Job
 
 
 @dataclass(frozen=True)
@@ -66,25 +68,30 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                 resolve_actions(trial, study, inputs.num_train_tokens)
             else:
                 check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
+    proposals = Proposals(space) if given is None else None
     started = time.monotonic()
-    recorded = ledger.study().study if (ledger.directory / "study.json").is_file() else None
+    recorded = ledger.study().study if ledger.holds_study() else None
     study = placed(study, recorded, echo)
     with ledger.lock():
         if given is not None:
             check_given(given, ledger.trials())
         attached = ledger.attach(StudyRecord(study=study, space=space_name,
-                                             space_hash=GIVEN if given is not None else space_hash(space),
+                                             space_hash=proposals.hash if proposals else GIVEN,
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
+        mends: list[Job] = []
         if attached:
             ledger.delete_leftovers()
+            mends = mend(ledger, echo)
             trials = ledger.trials()
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals)
         if searcher.has_work():
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher, loggers)
+            if searcher.refusal:
+                raise searcher.refusal
             ledger.delete_leftovers()
             if searcher.dense_failed:
                 raise ValueError("the dense baseline could not be scored, so no trial can run: "

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raysearch.config import Frozen
 from raysearch.study.storage import AnyPath, StorePath
 
 T = TypeVar("T")
@@ -71,6 +73,33 @@ def write_json(path: AnyPath, value: dict[str, Any]) -> None:
         file.write_text(json.dumps(value, indent=1, allow_nan=False))
 
 
+def write_record(path: AnyPath, record: Frozen) -> None:
+    """As JSON whose last field is the sha256 of all that stands before it, so that one changed byte is found."""
+    text = json.dumps({**record.model_dump(mode="json"), "checksum": ""}, indent=1, allow_nan=False).removesuffix('"\n}')
+    with new_file(path) as file:
+        file.write_text(f'{text}{hashlib.sha256(text.encode()).hexdigest()}"\n}}')
+
+
+def unsealed(content: bytes, strict: bool = False) -> bytes:
+    """The JSON of `write_record` without its checksum; ValueError where that is not the content's. JSON without a checksum is
+    as it is, unless `strict`: of an earlier version, or written by hand."""
+    end = re.search(rb',\n "checksum": "([0-9a-f]{64})"\n}\Z', content[-100:])
+    if end is None:
+        if strict:
+            raise ValueError("it has no checksum")
+        return content
+    if hashlib.sha256(content[:-len('0"\n}') - 63]).hexdigest().encode() != end[1]:
+        raise ValueError("its checksum is another one")
+    return content[:-len(end[0])] + b"\n}"
+
+
+def set_aside(path: AnyPath) -> str:
+    """Renames a damaged file to end in .damaged; the new name."""
+    aside = path.with_suffix(".damaged")
+    path.replace(aside)  # type: ignore[arg-type]
+    return aside.name
+
+
 @contextlib.contextmanager
 def folder_aside(path: AnyPath) -> Iterator[Path]:
     """A local folder, beside `path` where that is local, which is deleted at the end."""
@@ -85,26 +114,29 @@ def folder_aside(path: AnyPath) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_directory(path: AnyPath) -> Iterator[Path]:
-    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises. On a store its
-    files are uploaded, record.json as the last of them.
+def new_directory(path: AnyPath, mend: bool = False) -> Iterator[Path]:
+    """A directory to fill beside `path`; moved to `path` when the block ends well, deleted when it raises. On a store, and to
+    `mend` a directory that has lost its record.json, the files are put there one by one, record.json as the last of them.
 
     Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
     upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
     """
     with folder_aside(path) as aside:
         yield aside
-        if isinstance(path, StorePath):
-            if not (path / "record.json").is_file():
-                for file in sorted(aside.iterdir(), key=lambda file: file.name == "record.json"):
+        if isinstance(path, Path):
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    settle(file)
+            aside.chmod(0o755)  # a temporary folder begins as 0700
+            with contextlib.suppress(FileExistsError):
+                _move_directory(aside, path)
+                return
+        if (mend or isinstance(path, StorePath)) and not (path / "record.json").is_file():
+            for file in sorted(aside.iterdir(), key=lambda file: file.name == "record.json"):
+                if isinstance(path, StorePath):
                     (path / file.name).upload(file)
-            return
-        for file in aside.rglob("*"):
-            if file.is_file():
-                settle(file)
-        aside.chmod(0o755)  # a temporary folder begins as 0700
-        with contextlib.suppress(FileExistsError):
-            _move_directory(aside, path)
+                else:
+                    os.replace(file, path / file.name)
 
 
 def _move_directory(source: Path, target: Path) -> None:

@@ -1,14 +1,19 @@
 """The study's durable record: plain files in one directory, each written aside, fsynced and moved into place; or objects
 of the same names on a store (storage.py), where a round exists once its record.json, which is uploaded last, does.
 
-    study.json               StudyRecord: settings and versions, written once
+    study.json               StudyRecord: settings and versions
+    copies/                  all records but the recovered ones once more, read where those are damaged or missing: study.json,
+                             NUMBER.json, KEY.record.json, KEY.report.json, pick.json
     journal.log              Optuna's journal (search/journal.py)
+    journal.json             JournalSeal: what the journal held
     rounds/KEY/record.json   RoundRecord: one candidate on the selection split
     rounds/KEY/weights.safetensors   its weights, bitmap-compressed (models/weights.py)
     rounds/KEY/items.selection.npz   what it scored on each selection item, from which its metrics come (items.py); of one that
                              a race ended, on the items that were scored
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     rounds/KEY/items.report.npz   what it scored on each item of that split; written before report.json
+    rounds/KEY/recovered.json  Recovered: files that were lost and came out with other bits when they were computed again
+    rounds/KEY/deleted       says that `--keep` deleted the weights, which are not lost then
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
     trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
@@ -16,14 +21,17 @@ of the same names on a store (storage.py), where a round exists once its record.
     tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
+    ...damaged               a file as it was found damaged (damage.py), before the sweep made it again
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.
+JSON files end with their own checksum, and records hold those of the other files beside them.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,25 +39,44 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from raysearch.config import FrozenT, Metric
-from raysearch.study.files import T, persist, write_json
+from raysearch.config import Frozen, FrozenT, Metric
+from raysearch.study.files import T, file_sha256, new_file, persist, unsealed, write_record
 from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.lease import holder, lease
-from raysearch.study.records import FORMAT, RoundRecord, StudyRecord, TrialRecord, settings_that_decide_numbers
-from raysearch.study.storage import AnyPath, StorePath, location
+from raysearch.study.records import (
+    FORMAT,
+    JournalSeal,
+    MicroBatches,
+    Recovered,
+    ReportRecord,
+    RoundRecord,
+    StudyRecord,
+    TrialRecord,
+    settings_that_decide_numbers,
+)
+from raysearch.study.storage import AnyPath, StorePath, as_file, location
 
 Split = Literal["selection", "report"]
+WEIGHTS = "weights.safetensors"
 NUM_READERS = 16
 """Threads that read a store's records, each of which is a request."""
 
 
 class Ledger:
-    """Reads and writes one study directory."""
+    """Reads and writes one study directory.
+
+    Who asks for all records gets those that can be read: the others are noted in `damaged`, and a sweep makes them again. Who
+    asks for one by its name gets it or a ValueError that names the file.
+    """
 
     def __init__(self, directory: str | AnyPath) -> None:
         self.directory = location(directory)
+        self.damaged: dict[AnyPath, str] = {}
+        """Files that were found damaged, with a sentence on each."""
+        self.strangers: set[AnyPath] = set()
+        """Files among the records that have no name of a record's."""
 
     @classmethod
     def open(cls, directory: str | AnyPath) -> "Ledger":
@@ -57,7 +84,7 @@ class Ledger:
         ledger = cls(directory)
         if not ledger.directory.is_dir():
             raise ValueError(f"{directory}: no such study directory; give the --out of a `raysearch sweep`")
-        if not (ledger.directory / "study.json").is_file():
+        if not ledger.holds_study():
             raise ValueError(f"{directory}: holds no study (study.json is missing); give the --out of a "
                              "`raysearch sweep`")
         ledger.study()
@@ -111,25 +138,25 @@ class Ledger:
     def micro_batch_tokens(self, gang: str) -> int | None:
         """What `remember_micro_batch` wrote; None where nothing is known."""
         try:
-            return int(json.loads((self.directory / "micro_batches.json").read_text())[gang])
-        except (OSError, ValueError, KeyError, TypeError):
+            return MicroBatches.model_validate_json(unsealed((self.directory / "micro_batches.json").read_bytes())).tokens.get(gang)
+        except (OSError, ValueError):  # no more than a hint is lost
             return None
 
     def remember_micro_batch(self, gang: str, tokens: int) -> None:
         """For gangs of this description that start from now on."""
         path = self.directory / "micro_batches.json"
         try:
-            known = dict(json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
+            known = MicroBatches.model_validate_json(unsealed(path.read_bytes())).tokens
+        except (OSError, ValueError):
             known = {}
-        write_json(path, known | {gang: tokens})
+        write_record(path, MicroBatches(tokens=known | {gang: tokens}))
 
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.
 
         Raises ValueError when the directory holds another study, or something else.
         """
-        if not (self.directory / "study.json").is_file():
+        if not self.holds_study():
             others = sorted({path.name for path in self.directory.iterdir()} - {"lock"})
             if others:
                 raise ValueError(f"{self.directory}: holds something else ({', '.join(others[:3])}); give a new or empty "
@@ -148,45 +175,95 @@ class Ledger:
         if record.study.evaluation.racing_level is not None and objectives != now_objectives:
             changed.append(f"objectives ({', '.join(objectives)}, now {', '.join(now_objectives)}), by which candidates raced")
         if old.space_hash != record.space_hash:
-            changed.append("the code of space()")
+            changed.append("what space() proposes")
         if changed:
             raise ValueError(f"{self.directory}: holds another study, which differs in {'; '.join(changed)}; undo the "
                              "change, or give a new directory with --out")
         self.write_study(record.model_copy(update={"provenance": old.provenance}))
         return True
 
+    def holds_study(self) -> bool:
+        return any(path.is_file() for path in self.twins("study.json"))
+
+    def twins(self, name: str) -> tuple[AnyPath, AnyPath]:
+        """(file, its copy) of a record."""
+        copy = name.removeprefix("trials/").removeprefix("rounds/").replace("/", ".")
+        return self.directory / name, self.directory / "copies" / copy
+
+    def _either(self, name: str, read: Callable[[AnyPath], T]) -> T:
+        """What `read` makes of a file or, with a note, of its copy."""
+        path, copy = self.twins(name)
+        try:
+            return read(path)
+        except Unreadable as error:
+            if not copy.is_file():
+                raise
+            self.damaged[path] = f"{error if path.is_file() else f'{path}: is missing'}; its copy is read instead"
+            return read(copy)
+
+    def write_twice(self, name: str, record: Frozen) -> None:
+        """The copy second: it never stands for what was not finished."""
+        for path in self.twins(name):
+            persist(path, lambda: write_record(path, record))  # noqa: B023  called at once
+
+    def restore(self, names: Iterable[str]) -> None:
+        """Writes each of these records, or its copy, from the other one, where that is whole."""
+        for name in names:
+            twins = self.twins(name)
+            contents = [whole_content(path) for path in twins]
+            for path, content, other in zip(twins, contents, reversed(contents)):
+                if content is None and other is not None:
+                    with new_file(path) as file:
+                        file.write_bytes(other)
+
+    def copies(self) -> list[AnyPath]:
+        return self._matching("copies", "*.json")
+
     def study(self) -> StudyRecord:
         """ValueError of one sentence for one of another format, too: its keys would mean something else."""
-        path = self.directory / "study.json"
+        record = self._either("study.json", self._study)
+        if (record.model_beside and isinstance(self.directory, Path) and not Path(record.study.model.path).exists()
+                and (moved := self.directory / record.model_beside).is_dir()):
+            return record.model_copy(update={"study": record.study.replaced(path=str(moved.resolve()))})
+        return record
+
+    def _study(self, path: AnyPath) -> StudyRecord:
         try:
             raw = json.loads(path.read_bytes())
             written, maker = raw.get("format", 1), raw["provenance"]["versions"].get("raysearch-llm", "of then")
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return self._read(path, StudyRecord)  # which says what is wrong with such a file
-        if written != FORMAT:
+        if written != FORMAT and isinstance(written, int):
             raise ValueError(f"{self.directory}: its records are of format {written}, and this raysearch reads and writes "
                              f"format {FORMAT} only; open it with the raysearch-llm that made it ({maker}), or start anew "
                              "with another --out")
         return self._read(path, StudyRecord)
 
     def write_study(self, record: StudyRecord) -> None:
-        write_json(self.directory / "study.json", record.model_dump(mode="json"))
+        if isinstance(self.directory, Path):
+            record = record.model_copy(update={"model_beside": os.path.relpath(record.study.model.path, self.directory)})
+        self.write_twice("study.json", record)
 
     def round_directory(self, key: str) -> AnyPath:
         return self.directory / "rounds" / key
 
     def weights_path(self, key: str) -> AnyPath:
-        return self.round_directory(key) / "weights.safetensors"
+        return self.round_directory(key) / WEIGHTS
 
     def delete_weights(self, keys: Iterable[str]) -> tuple[int, int]:
         """Deletes the weights of these candidates, damaged copies too, and never a record; (files, bytes) deleted."""
         num_files = num_bytes = 0
         for key in keys:
             for path in self.round_directory(key).glob("weights.*"):
-                num_bytes += path.stat().st_size
-                path.unlink()
-                num_files += 1
+                if path.name in (WEIGHTS, "weights.damaged"):
+                    num_bytes += path.stat().st_size
+                    self.deleted_path(key).write_bytes(b"")
+                    path.unlink()
+                    num_files += 1
         return num_files, num_bytes
+
+    def deleted_path(self, key: str) -> AnyPath:
+        return self.round_directory(key) / "deleted"
 
     def delete_leftovers(self) -> None:
         """What killed processes had written aside; under the lock, while no gang runs. On a store nothing lies aside."""
@@ -195,12 +272,42 @@ class Ledger:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def round(self, key: str) -> RoundRecord | None:
-        path = self.round_directory(key) / "record.json"
-        return self._read(path, RoundRecord) if path.is_file() else None
+        """None for a damaged one too, so that it is computed again."""
+        path, copy = self.twins(f"rounds/{key}/record.json")
+        return self._readable([path], self.candidate_of).get(path) if path.is_file() or copy.is_file() else None
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
-        return self._by_key("record.json", lambda path: self._read(path, RoundRecord))
+        return self._by_key("record.json", self.candidate_of)
+
+    def candidate_of(self, path: AnyPath) -> RoundRecord:
+        """The record in this file, which must be the one of its folder."""
+        key = path.parent.name
+
+        def read(path: AnyPath) -> RoundRecord:
+            record = self._read(path, RoundRecord)
+            if record.key != key:
+                raise Unreadable(f"{path}: is the record of {record.key}, and not of its folder")
+            return record
+
+        return self._either(f"rounds/{key}/record.json", read)
+
+    def copy_round(self, key: str) -> None:
+        self.restore([f"rounds/{key}/record.json"])
+
+    def expected_sha256(self, record: RoundRecord, name: str) -> str | None:
+        """Of a file beside a candidate's record: as it was recovered, or else as the record has it; None where it has none."""
+        recovered = self.recovered(record.key)
+        if recovered and name in recovered.sha256:
+            return recovered.sha256[name]
+        if name == self.items_path(record.key, "report").name:
+            report = self.report_record(record.key)
+            return report.items_sha256 if report else None
+        return record.weights_sha256 if name == WEIGHTS else record.items_sha256
+
+    def recovered(self, key: str) -> Recovered | None:
+        path = self.round_directory(key) / "recovered.json"
+        return self._readable([path], lambda path: self._read(path, Recovered)).get(path) if path.is_file() else None
 
     def items_path(self, key: str, split: Split) -> AnyPath:
         return self.round_directory(key) / f"items.{split}.npz"
@@ -212,45 +319,87 @@ class Ledger:
         return read_items(path) if path.is_file() else None
 
     def report_metrics(self, key: str) -> dict[str, Metric] | None:
-        """Metrics on the report split, or None while they are not scored."""
-        path = self.round_directory(key) / "report.json"
-        return self._metrics(path) if path.is_file() else None
+        """Metrics on the report split, or None while they are not scored, or can not be read."""
+        report = self.report_record(key)
+        return report.metrics if report else None
+
+    def report_record(self, key: str) -> ReportRecord | None:
+        path, copy = self.twins(f"rounds/{key}/report.json")
+        return self._readable([path], self._report).get(path) if path.is_file() or copy.is_file() else None
 
     def reports(self) -> dict[str, dict[str, Metric]]:
         """Metrics on the report split by key, of the candidates that have them."""
-        return self._by_key("report.json", self._metrics)
+        return {key: report.metrics for key, report in self.report_records().items()}
 
-    @staticmethod
-    def _metrics(path: AnyPath) -> dict[str, Metric]:
-        return {name: Metric.model_validate(value) for name, value in json.loads(path.read_text()).items()}
+    def report_records(self) -> dict[str, ReportRecord]:
+        return self._by_key("report.json", self._report)
+
+    def _report(self, path: AnyPath) -> ReportRecord:
+
+        def read(path: AnyPath) -> ReportRecord:
+            try:
+                return self._read(path, ReportRecord)
+            except Unreadable:
+                with contextlib.suppress(ValueError, OSError):  # before reports had checksums, the metrics were the whole file
+                    return ReportRecord(metrics=TypeAdapter(dict[str, Metric]).validate_json(path.read_bytes()))
+                raise
+
+        return self._either(f"rounds/{path.parent.name}/report.json", read)
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
         """The items first, so that report.json never stands without them."""
-        values = {name: metric.model_dump(mode="json") for name, metric in metrics.items()}
-        path, items_path = self.round_directory(key) / "report.json", self.items_path(key, "report")
+        items_path = self.items_path(key, "report")
         persist(items_path, lambda: write_items(items_path, items))
-        persist(path, lambda: write_json(path, values))
+        with as_file(items_path) as file:
+            record = ReportRecord(metrics=metrics, items_sha256=file_sha256(file))
+        self.write_twice(f"rounds/{key}/report.json", record)
 
     def trials(self) -> list[TrialRecord]:
         """All trials by number; no controls."""
-        paths = self._matching("trials", "[0-9]*.json")
-        return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda trial: trial.number)
+        return [trial for trial in self._trials() if not trial.is_control]
 
     def controls(self) -> list[TrialRecord]:
         """The dense controls, -2 first: an extended study may have had others before its last."""
-        paths = self._matching("trials", "-[0-9]*.json")
-        return sorted(self._each(lambda path: self._read(path, TrialRecord), paths), key=lambda control: -control.number)
+        return [trial for trial in reversed(self._trials()) if trial.is_control]
+
+    def _trials(self) -> list[TrialRecord]:
+        paths = self._matching("trials", "*.json")
+        names = {path for path in paths if path.name == f"{_number(path):05d}.json"}
+        self.strangers |= set(paths) - names
+        names |= {self.trial_path(_number(path)) for path in self._matching("copies", "*.json")
+                  if re.fullmatch(r"-?\d+", path.stem)}
+        return sorted(self._readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
+
+    def _trial(self, path: AnyPath) -> TrialRecord:
+
+        def read(path: AnyPath) -> TrialRecord:
+            trial = self._read(path, TrialRecord)
+            if trial.number != _number(path):
+                raise Unreadable(f"{path}: is the record of {trial.name}, and not that of its name")
+            return trial
+
+        return self._either(f"trials/{path.name}", read)
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""
-        return self._read(self.round_directory(key) / "record.json", RoundRecord)
+        return self.candidate_of(self.round_directory(key) / "record.json")
+
+    def trial_path(self, number: int) -> AnyPath:
+        return self.directory / "trials" / f"{number:05d}.json"
 
     def trial(self, number: int) -> TrialRecord:
-        return self._read(self.directory / "trials" / f"{number:05d}.json", TrialRecord)
+        return self._trial(self.trial_path(number))
 
     def write_trial(self, trial: TrialRecord) -> None:
-        path = self.directory / "trials" / f"{trial.number:05d}.json"
-        persist(path, lambda: write_json(path, trial.model_dump(mode="json")))
+        self.write_twice(f"trials/{trial.number:05d}.json", trial)
+
+    def seal(self) -> JournalSeal | None:
+        path = self.directory / "journal.json"
+        return self._readable([path], lambda path: self._read(path, JournalSeal)).get(path) if path.is_file() else None
+
+    def write_seal(self, seal: JournalSeal) -> None:
+        path = self.directory / "journal.json"
+        persist(path, lambda: write_record(path, seal))
 
     def log_path(self, number: int, rank: int) -> AnyPath:
         """Of a trial or a control; -1 is every other job."""
@@ -266,8 +415,23 @@ class Ledger:
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
     def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
-        paths = self._matching("rounds", f"[!.]*/{name}")  # a folder that begins with a dot is still being written
-        return dict(zip((path.parent.name for path in paths), self._each(read, paths)))
+        keys = {path.parent.name for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is still being written
+        keys |= {copy.name.partition(".")[0] for copy in (self.directory / "copies").glob(f"*.{name}")}
+        paths = [self.round_directory(key) / name for key in sorted(keys)]
+        return {path.parent.name: record for path, record in self._readable(paths, read).items()}
+
+    def _readable(self, paths: Iterable[AnyPath], read: Callable[[AnyPath], T]) -> dict[AnyPath, T]:
+        """What `read` makes of each path, without the damaged ones, which are noted."""
+
+        def attempt(path: AnyPath) -> T | None:
+            try:
+                return read(path)
+            except Unreadable as error:
+                self.damaged[path] = str(error)
+                return None
+
+        paths = list(paths)
+        return {path: record for path, record in zip(paths, self._each(attempt, paths)) if record is not None}
 
     def _matching(self, folder: str, pattern: str) -> list[AnyPath]:
         return sorted((self.directory / folder).glob(pattern), key=str)
@@ -282,9 +446,31 @@ class Ledger:
     @staticmethod
     def _read(path: AnyPath, cls: type[FrozenT]) -> FrozenT:
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(unsealed(path.read_bytes()))
         except OSError as error:
-            raise ValueError(f"{path}: cannot be read ({error.strerror}); is this a study directory?") from error
-        except ValidationError as error:
-            raise ValueError(f"{path}: not a {cls.__name__} of this version of raysearch "
-                             f"({error.errors()[0]['msg']}); it was damaged or made by another version") from error
+            lost = isinstance(path, Path) or isinstance(error, FileNotFoundError)  # a store that does not answer lost nothing
+            raise (Unreadable if lost else ValueError)(
+                f"{path}: cannot be read ({error.strerror}); is this a study directory?") from error
+        except ValueError as error:
+            rule = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
+            raise Unreadable(f"{path}: not a {cls.__name__} of this version of raysearch ({rule}); it was damaged or made by "
+                             "another version") from error
+
+
+def whole_content(path: AnyPath) -> bytes | None:
+    """None for a file that is missing, or damaged so that its checksum says so."""
+    try:
+        content = path.read_bytes()
+        json.loads(unsealed(content))
+        return content
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _number(path: AnyPath) -> int:
+    """In the name of a trial's record; 0 where there is none."""
+    return int(path.stem) if re.fullmatch(r"-?\d+", path.stem) else 0
+
+
+class Unreadable(ValueError):
+    """A record that is missing, damaged or of another kind; the message names the file."""

@@ -41,9 +41,11 @@ class StudyRecord(Frozen):
     space: str
     """Import name of the search space module; "prune" for a single trial without search."""
     space_hash: str
-    """Hash of the distributions that the space samples from: an edited space is another study."""
+    """Hash of what the space proposes (search.space.space_hash): an edited space is another study."""
     root_key: str
     """Key of the dense baseline's round record."""
+    model_beside: str | None = None
+    """The model's folder relative to a local study, where it is found when both were moved together."""
     provenance: Provenance
 
 
@@ -83,7 +85,44 @@ class RoundRecord(Frozen):
     finetune_s: float
     evaluate_s: float
     weights_sha256: str | None
+    """As they were first computed; `Recovered` where they were lost and came out with other bits."""
+    items_sha256: str | None = None
+    """Of items.selection.npz; None where nothing was scored, and in records of before it was kept."""
     provenance: Provenance
+
+
+class ReportRecord(Frozen):
+    """A candidate's quality on the report split."""
+
+    metrics: dict[str, Metric]
+    items_sha256: str | None = None
+    """Of items.report.npz."""
+
+
+class Recovered(Frozen):
+    """What a candidate lost and was computed again with other bits, as on another device or gang. Its record's numbers stay
+    those of the first files."""
+
+    sha256: dict[str, str]
+    """File name -> hash."""
+    num_nonzero: int
+    """Of the weights that are there now."""
+    provenance: Provenance
+
+
+class MicroBatches(Frozen):
+    """What fitted a gang's memory, where less did than was planned."""
+
+    tokens: dict[str, int]
+    """By the gang's device, number of ranks and ZeRO stage, in words."""
+
+
+class JournalSeal(Frozen):
+    """What the journal held when its driver last told it the end of a trial. Optuna only appends to it."""
+
+    num_bytes: int
+    sha256: str
+    """Of its first `num_bytes`."""
 
 
 class TrialRecord(Frozen):

@@ -1,8 +1,10 @@
 """Shapes of dense GPT-2s and how to train them."""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import GPT2Config
+if TYPE_CHECKING:
+    from transformers import GPT2Config
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,9 @@ class Preset:
     weight_decay: float
     note: str
 
-    def config(self) -> GPT2Config:
+    def config(self) -> "GPT2Config":
+        from transformers import GPT2Config  # here, so that a mistyped preset is told at once
+
         return GPT2Config(vocab_size=self.vocab_size, n_positions=self.context_tokens, n_embd=self.width,
                           n_layer=self.num_layers, n_head=self.num_heads, resid_pdrop=0.0, embd_pdrop=0.0,
                           attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, tie_word_embeddings=True)

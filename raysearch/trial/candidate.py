@@ -7,7 +7,8 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,12 @@ from raysearch.evaluation import Evaluation
 from raysearch.kernels import SparseWeight
 from raysearch.kernels.device import device_name
 from raysearch.models.weights import stored_bytes, to_store, write_weights
-from raysearch.study.files import file_sha256, folder_aside, new_directory, new_file, persist, settle, write_json
-from raysearch.study.items import write_items
-from raysearch.study.ledger import Ledger
+from raysearch.study.files import file_sha256, folder_aside, new_directory, new_file, persist, set_aside, settle, write_record
+from raysearch.study.items import Items, write_items
+from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.provenance import provenance
-from raysearch.study.records import RoundRecord
-from raysearch.study.storage import as_file
+from raysearch.study.records import Provenance, Recovered, RoundRecord
+from raysearch.study.storage import AnyPath, as_file
 from raysearch.trial.worker import Worker
 
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -38,22 +39,62 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
     if not path.is_file():
         return False
     with as_file(path) as file:
-        if file_sha256(file) == record.weights_sha256:
+        if file_sha256(file) == ledger.expected_sha256(record, WEIGHTS):
             return True
-    path.replace(path.with_suffix(".damaged"))
+    set_aside(path)
     return False
 
 
 def store_weights(worker: Worker, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
     weights, path = candidate_weights(worker), worker.ledger.weights_path(record.key)
+    nonzero = worker.engine.nonzero_counts()
 
     def write() -> None:
         with new_file(path) as file:
             sha256 = write_weights(file, weights)
-        write_json(path.parent / "record.json", record.model_copy(update={"weights_sha256": sha256}).model_dump(mode="json"))
+        worker.ledger.deleted_path(record.key).unlink(missing_ok=True)
+        note_recovered(worker, record, WEIGHTS, sha256, sum(nonzero.values()))
 
     worker.engine.from_rank_0(lambda: persist(path, write))
+
+
+def restore_items(worker: Worker, record: RoundRecord, path: AnyPath, items: Mapping[str, Items]) -> None:
+    """On rank 0: the items of a split of a candidate that has lost them."""
+    persist(path, lambda: write_items(path, items))
+    with as_file(path) as file:
+        note_recovered(worker, record, path.name, file_sha256(file), record.num_nonzero)
+
+
+def note_recovered(worker: Worker, record: RoundRecord, name: str, sha256: str, num_nonzero: int) -> None:
+    """On rank 0, of a file that was computed again: where its bits differ, says so and keeps its hash apart from the record."""
+    ledger, made = worker.ledger, provenance_of(worker)
+    path = ledger.round_directory(record.key) / "recovered.json"
+    if sha256 in (record.weights_sha256, record.items_sha256):  # as it was at first
+        path.unlink(missing_ok=True)
+    if sha256 == ledger.expected_sha256(record, name):
+        return
+    before = ledger.recovered(record.key)
+    write_record(path, Recovered(sha256={**(before.sha256 if before else {}), name: sha256}, num_nonzero=num_nonzero,
+                                 provenance=made))
+    print(f"raysearch: candidate {record.key}: {name} was computed again and differs in bits from the lost one "
+          f"({differences(record.provenance, made)}); its record keeps the numbers of the lost one", file=sys.stderr)
+
+
+def differences(before: Provenance, now: Provenance) -> str:
+    """In what may make other bits, in words."""
+    pairs = {name: (getattr(before, name), getattr(now, name)) for name in
+             ("device", "num_ranks", "zero_stage", "micro_batch_tokens", "compiled", "num_threads")}
+    pairs |= {name: (before.versions.get(name), now.versions.get(name)) for name in ("torch", "deepspeed")}
+    changed = [f"{name} {one}, now {other}" for name, (one, other) in pairs.items() if one != other]
+    return "; ".join(changed) or "on what looks like the same device and gang"
+
+
+def provenance_of(worker: Worker) -> Provenance:
+    engine = worker.engine
+    return provenance(device_name(str(engine.device)), num_ranks=engine.world_size, zero_stage=engine.zero_stage,
+                      micro_batch_tokens=engine.micro_sequences * worker.study.data.context_tokens, compiled=engine.is_compiled,
+                      num_threads=torch.get_num_threads())
 
 
 def candidate_weights(worker: Worker) -> dict[str, Tensor | SparseWeight]:
@@ -126,9 +167,13 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
 
     def write(file: Path | None, sha256: str | None) -> RoundRecord:
-        with new_directory(worker.ledger.round_directory(key)) as folder:
+        with new_directory(worker.ledger.round_directory(key), mend=True) as folder:
             if file:
                 link_or_copy(file, folder / file.name)
+            items_file = folder / worker.ledger.items_path(key, "selection").name
+            if evaluation:
+                write_items(items_file, evaluation.items)
+            (worker.ledger.round_directory(key) / "recovered.json").unlink(missing_ok=True)  # of a record that was lost
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
                 num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,
@@ -138,13 +183,10 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 stored_bytes=weighed.stored_bytes, resident_bytes=weighed.resident_bytes,
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
-                weights_sha256=sha256, provenance=provenance(
-                    device_name(str(engine.device)), num_ranks=engine.world_size, zero_stage=engine.zero_stage,
-                    micro_batch_tokens=engine.micro_sequences * worker.study.data.context_tokens, compiled=engine.is_compiled,
-                    num_threads=torch.get_num_threads()))
-            if evaluation:
-                write_items(folder / worker.ledger.items_path(key, "selection").name, evaluation.items)
-            write_json(folder / "record.json", record.model_dump(mode="json"))
+                weights_sha256=sha256, items_sha256=file_sha256(items_file) if evaluation else None,
+                provenance=provenance_of(worker))
+            write_record(folder / "record.json", record)
+        worker.ledger.copy_round(key)
         return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
     def store() -> RoundRecord:

@@ -6,8 +6,8 @@ node: the next job starts by copying shards from there.
 
 A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
 runs the trial of that number in the ledger, after every rank has resolved it to "config_hash", the driver's,
-{"kind": "control", "number": n} a dense control in the same way, {"kind": "report", "key": k} scores a candidate on the report
-split.
+{"kind": "control", "number": n} a dense control in the same way, {"kind": "mend", "key": k, "trial": n} computes again what a
+candidate of that trial (None: the baseline) has lost, {"kind": "report", "key": k} scores a candidate on the report split.
 """
 
 import threading

@@ -18,7 +18,7 @@ from raysearch.study.storage import StorePath, pull, push
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.base_weights import map_base
 from raysearch.trial.inputs import read_inputs
-from raysearch.trial.round import dense_round, report_round
+from raysearch.trial.round import dense_round, mend_candidate, report_round
 from raysearch.trial.run import run_trial
 from raysearch.trial.watchdog import RANK_0_EXTRA_S, RANK_0_UPLOAD_EXTRA_S, ended_when_stuck, uploaded_when_stuck
 from raysearch.trial.worker import Worker
@@ -90,6 +90,11 @@ class Rank:
                 key = record.keys[-1] if record.keys else None
                 numbers = measured(ledger.candidate(key)) if key and record.status == "running" else {}
                 yield {"done": record.status != "running", "status": record.status, "key": key, **numbers}
+        elif job["kind"] == "mend":
+            trial = None if job["trial"] is None else ledger.trial(job["trial"])
+            actions, raced = (trial.actions, not trial.is_control) if trial else ((), True)
+            candidate = mend_candidate(self.worker, actions, job["key"], raced)
+            yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate)}
         else:
             dense = dense_round(self.worker)
             candidate = dense if job["kind"] == "dense" else ledger.candidate(job["key"])

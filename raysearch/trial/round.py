@@ -4,9 +4,10 @@ A round starts from its parent's weights with a fresh optimizer and its own span
 influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
 """
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -15,10 +16,10 @@ from raysearch.evaluation import Evaluation
 from raysearch.models.model import check_causal
 from raysearch.models.weights import read_sparse
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import RoundRecord, round_key
+from raysearch.study.records import Provenance, RoundRecord, round_key
 from raysearch.study.storage import as_file
 from raysearch.training.finetune import Diverged, finetune
-from raysearch.trial.candidate import intact, store_round, store_weights, weigh, written_meanwhile
+from raysearch.trial.candidate import intact, restore_items, store_round, store_weights, weigh, written_meanwhile
 from raysearch.trial.inputs import read_inputs
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker
@@ -90,15 +91,57 @@ def load_candidate(worker: Worker, record: RoundRecord) -> None:
             worker.engine.load(read_sparse(file, None))
     else:
         assert record.parent is not None
-        train_candidate(worker, worker.engine.from_rank_0(lambda: worker.ledger.candidate(record.parent)), record.action)
-        store_weights(worker, record)
+        parent = worker.engine.from_rank_0(lambda: worker.ledger.candidate(record.parent))
+        with as_before(worker, record.provenance):
+            train_candidate(worker, parent, record.action)
+            store_weights(worker, record)
     worker.loaded_key = record.key
+
+
+@contextlib.contextmanager
+def as_before(worker: Worker, provenance: Provenance) -> Iterator[None]:
+    """As many threads in this process and tokens at a time as when something was made, since bits depend on both."""
+    engine, context_tokens = worker.engine, worker.study.data.context_tokens
+    num_threads, micro_sequences = torch.get_num_threads(), engine.micro_sequences
+    torch.set_num_threads(provenance.num_threads or num_threads)
+    engine.micro_sequences = (provenance.micro_batch_tokens or micro_sequences * context_tokens) // context_tokens
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+        engine.micro_sequences = micro_sequences
+
+
+def mend_candidate(worker: Worker, actions: Sequence[Action], key: str, raced: bool) -> RoundRecord:
+    """The candidate `key` of these actions with all of its files: what it has lost is computed again, what it has stays."""
+    candidate = dense_round(worker)
+    for action in actions:
+        if candidate.key == key:
+            break
+        candidate = run_round(worker, candidate, action, raced)
+    ledger, engine = worker.ledger, worker.engine
+    if candidate.action is not None and not engine.from_rank_0(
+            lambda: intact(ledger, candidate) or ledger.deleted_path(key).is_file()):
+        worker.loaded_key = None
+        load_candidate(worker, candidate)
+    report = engine.from_rank_0(lambda: ledger.report_metrics(key))
+    for split, metrics in (("selection", candidate.metrics), ("report", report)):
+        path = ledger.items_path(key, split)
+        if metrics and not engine.from_rank_0(path.is_file):
+            load_candidate(worker, candidate)
+            with as_before(worker, candidate.provenance):
+                evaluation = worker.evaluate(split, worker.same_race(candidate) if split == "selection" else None)
+            engine.from_rank_0(lambda: restore_items(worker, candidate, path, evaluation.items))  # noqa: B023  called at once
+    if report is None and engine.from_rank_0(ledger.items_path(key, "report").is_file):
+        report_round(worker, candidate)
+    return candidate
 
 
 def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> None:
     """Computes a candidate's weights again, on one rank in this process, where their file is gone or damaged.
 
-    Equal in every bit to those of a gang of one on the same device; other gangs add in another order.
+    Equal in every bit to those of a gang of one on the same device, whose number of threads is set; other gangs add in another
+    order. Where bits differ, a line says so, and `recovered.json` beside the record holds the new file's hash.
     """
     record = ledger.candidate(key)
     if record.action is None or intact(ledger, record):
@@ -111,7 +154,7 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
         raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
                          "model, the corpus or the tasks are not the study's; put those back")
     echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
-    study = described.study.replaced(num_ranks=1, zero_stage=0)
+    study = described.study.replaced(num_ranks=1, zero_stage=record.provenance.zero_stage or 0)
     load_candidate(Worker(study, ledger, inputs), record)
 
 

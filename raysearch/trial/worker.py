@@ -1,6 +1,7 @@
 """What one rank keeps between trials: the engine, the text, the evaluation."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,6 +88,14 @@ class Worker:
             return key is not None and self.engine.from_rank_0(lambda: is_dominated(item_losses(own, is_up), rival, level))
 
         return Race(study.search.objective, study.data.seed, is_lost), key
+
+    def same_race(self, record: RoundRecord) -> Race | None:
+        """That scores a candidate on the items on which it was scored before."""
+        race, _ = self.race(None)
+        if race is None or record.dominated_by is None:
+            return race
+        num_items = record.metrics[race.objective].num_items
+        return replace(race, is_lost=lambda own: len(own.item) >= num_items)
 
     def _rival(self, size: int) -> tuple[str | None, NDArray[np.float64]]:
         """(key, losses in `item_order`); (None, empty) also where the file of its items is gone."""

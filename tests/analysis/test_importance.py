@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,13 @@ def test_too_little_to_say(tmp_path: Path) -> None:
 
 def test_a_control_says_nothing_about_hyper_parameters(controlled: pd.DataFrame, frame: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(importance(controlled), importance(frame))
+
+
+@pytest.mark.parametrize("quality", [lambda size: np.full(len(size), 2.5), lambda size: -size, lambda size: size**3])
+def test_a_quality_that_size_explains_whole_leaves_nothing_to_explain(frame: pd.DataFrame, quality: Callable) -> None:
+    """What is left is rounding, 3e-15, of which levels once explained 44 %."""
+    size = np.arange(40, dtype=float)
+    assert not quality_at_equal_size(size, quality(size)).any()
+    frame["selection/text/bits_per_byte"] = quality(frame["num_nonzero"].astype(float))
+    with pytest.raises(ValueError, match="needs candidates whose quality differs at equal size, got none that do"):
+        importance(frame)

@@ -64,7 +64,7 @@ def test_attrs_survive_selection(frame: pd.DataFrame, study_directory: Path) -> 
     assert part.attrs == {"directory": str(study_directory.resolve()), "model": "/models/tiny-gpt",
                           "objectives": ("num_nonzero", "text/bits_per_byte"),
                           "objective": "text/bits_per_byte", "size": "num_nonzero", "device": "CPU, 2 cores",
-                          "created_at": "2026-11-23T09:00:00+00:00"}
+                          "created_at": "2026-11-23T09:00:00+00:00", "damage": ()}
 
 
 def test_no_trials_not_even_a_baseline(tmp_path: Path) -> None:
@@ -93,13 +93,29 @@ def test_all_failed(tmp_path: Path) -> None:
     assert not frame["is_alias"].any()
 
 
-def test_a_lost_round_is_refused(tmp_path: Path) -> None:
+def test_what_is_lost_or_strange_is_named_and_the_rest_is_read(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "study")
     study.dense()
-    (key,) = study.trial(0, [0.5])
-    (study.ledger.round_directory(key) / "record.json").unlink()
-    with pytest.raises(ValueError, match=f"trial 0 names round {key}, but rounds/{key}/record.json is missing"):
-        load(tmp_path / "study")
+    first, lost = study.trial(0, [0.3, 0.5], finetune_epochs=1.0)
+    study.trial(1, [0.4])
+    assert load(tmp_path / "study").attrs["damage"] == ()
+    trials = tmp_path / "study" / "trials"
+    for name in ("00001-old.json", "notes.json", "1.json"):
+        (trials / name).write_text((trials / "00001.json").read_text())
+    (study.ledger.round_directory(lost) / "record.json").unlink()
+    (tmp_path / "study" / "copies" / f"{lost}.record.json").unlink()
+    report = study.ledger.round_directory(ROOT) / "report.json"
+    (tmp_path / "study" / "copies" / f"{ROOT}.report.json").unlink()
+    report.write_text("")
+    frame = load(tmp_path / "study")
+    assert frame["trial"].tolist() == [pd.NA, 0, 1]
+    assert frame["key"].tolist()[:2] == [ROOT, first]
+    assert frame["report/text/bits_per_byte"].isna().all()
+    named = "\n".join(frame.attrs["damage"])
+    for name in ("00001-old.json: is no record", "notes.json: is no record", "/1.json: is no record",
+                 f"{lost}/record.json: is missing, and trial 0 names it", f"{report}: not a ReportRecord"):
+        assert name in named
+    assert len(frame.attrs["damage"]) == 5
 
 
 def test_not_a_study(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from synthetic_study import SyntheticStudy, twelve_trials
 
 from analysis.load import load
 from analysis.pick import Constraint, Measured, describe_pick, drop, parse_constraints, pick, read_pick, write_pick
+from raysearch.study.ledger import Ledger
 
 
 def test_parse_constraints() -> None:
@@ -170,3 +171,29 @@ def test_a_drop_by_hand() -> None:
         (10.0, 5.0))
     assert drop("text/bits_per_byte", Measured(value=2.0, stderr=None), Measured(value=2.1, stderr=0.04)) == (
         pytest.approx(-0.1), None)
+
+
+@pytest.mark.parametrize("place", ["study/pick.json", "pick.json", "picks/mine.json"])
+def test_a_study_that_was_moved_with_its_pick_is_found(tmp_path: Path, place: str) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    (before / "model").mkdir(parents=True)
+    twelve_trials(before / "study")
+    ledger = Ledger(before / "study")
+    record = ledger.study()
+    ledger.write_study(record.model_copy(update={"study": record.study.replaced(path=str(before / "model"))}))
+    picked = pick(load(before / "study"), parse_constraints(max_bytes="3MB"))
+    write_pick(picked, before / place)
+    assert str(tmp_path) not in json.loads((before / place).read_text())["study_directory"]
+    before.rename(after)
+    again = read_pick(after / place)
+    assert again == picked.model_copy(update={"study_directory": str(after / "study")})
+    moved = Ledger.open(again.study_directory)
+    assert moved.study().study.model.path == str(after / "model")
+    assert moved.candidate(again.key).key == picked.key
+
+
+def test_a_damaged_pick_is_refused(tmp_path: Path) -> None:
+    path = write_pick(pick(load(twelve_trials(tmp_path / "study")), parse_constraints(max_bytes="3MB")), tmp_path / "pick.json")
+    path.write_text(path.read_text().replace('"trial": ', '"trial": 1'))
+    with pytest.raises(ValueError, match="pick.json: not a pick of this version of raysearch, or damaged"):
+        read_pick(path)

@@ -22,8 +22,8 @@ from tiny_models import story, tiny_model
 from raysearch.config import higher_is_better
 from raysearch.evaluation import Race, Scorer, Task, evaluate, forward_sizes, heldout_tasks, load_tasks, metric_names
 from raysearch.evaluation.generation import shared_prefix
+from raysearch.evaluation.item_task import ItemTask
 from raysearch.evaluation.racing import item_order
-from raysearch.evaluation.tasks import ItemTask
 from raysearch.study.items import Items
 from raysearch.training.finetune import Diverged
 

@@ -5,6 +5,7 @@ import pytest
 from synthetic_study import ROOT, SyntheticStudy
 from synthetic_study import twelve_trials as twelve
 
+from raysearch.search import progress as progress_module
 from raysearch.search.progress import Progress, last_line
 from raysearch.study.ledger import Ledger
 
@@ -97,3 +98,29 @@ def test_a_control_is_named_and_is_not_counted_as_a_trial(study: SyntheticStudy)
     study.finish(-2, num_finished=0, status="failed", reason="round 1: diverged")
     progress.ended({"kind": "control", "number": -2}, error=False)
     assert lines[-1] == "control failed: round 1: diverged"
+
+
+def test_what_is_left_counts_the_control_and_then_the_report(study: SyntheticStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    progress, lines = begun(study)
+    progress.ended({"kind": "dense"}, error=False)  # the gangs are ready
+    for number in range(5):
+        progress.started({"kind": "trial", "number": number})
+        clock[0] += 10
+        study.trial(number, [0.1 * number + 0.2, 0.9], finetune_epochs=1.0)  # of 25 s, says its record
+        progress.ended({"kind": "trial", "number": number}, error=False)
+        progress.round_done({"kind": "trial", "number": number})
+    assert [line.partition("of 5")[2] for line in lines[2:]] == [
+        f", about {10 * left + 25} s left, and the report split" for left in (4, 3, 2, 1)] + [""]
+    assert progress.count["done"] == 5
+    progress.ended({"kind": "trial", "number": 4}, error=False)  # heard twice, counted once
+    assert progress.count["done"] == 5
+    said = []
+    for left in (3, 2, 1):
+        progress.reports_left = left
+        progress.started({"kind": "report", "key": ROOT})
+        clock[0] += 4
+        progress.ended({"kind": "report", "key": ROOT}, error=False)
+        said.append(lines[-1].partition("of 5")[2])
+    assert said == [", 2 to report, about 8 s left", ", 1 to report, about 4 s left", ""]

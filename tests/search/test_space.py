@@ -9,7 +9,8 @@ import optuna
 import pytest
 
 from raysearch.config import Action, Study, TrialConfig, parse, study_of
-from raysearch.search.space import check_given, draw, load_space, read_trials, sample_trials, space_hash
+from raysearch.search.sampler import Sampler
+from raysearch.search.space import Proposals, check_given, draw, load_space, read_trials, sample_trials, space_hash
 from raysearch.study.records import TrialRecord
 from raysearch.trial.inputs import Inputs
 
@@ -49,16 +50,47 @@ def test_a_study_of_format_1_is_refused_with_the_nested_one(tmp_path: Path, monk
     assert parse(Study, ast.literal_eval(pasted), "x") == study_of(path="m", num_items=3, num_ranks=2)
 
 
-def test_the_hash_of_a_space_is_that_of_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(tmp_path)
-    body = "return {'target_sparsity': trial.suggest_float('s', 0.1, 0.9)}"
-    texts = {"hashed_a": f"def space(trial):\n    {body}\n",
-             "hashed_b": f"def space(trial):  # a comment\n\n    # and another\n    {body}\n",
-             "hashed_c": "def space(trial):\n    " + body.replace("0.9", "0.8") + "\n"}
-    for name, text in texts.items():
-        (tmp_path / f"{name}.py").write_text("STUDY = {'model': {'path': 'm'}}\n" + text)
-    first, second, third = (space_hash(load_space(name)[1]) for name in texts)
-    assert first == second != third
+SPACE = """
+HIGH, MODES, EPOCHS = 0.9, ["linear", "cubic"], 1.0
+
+def epochs(trial):
+    return EPOCHS * trial.suggest_int("epochs", 1, 4)
+
+def space(trial):
+    return {"target_sparsity": trial.suggest_float("s", 0.1, HIGH), "finetune_epochs": epochs(trial), "num_rounds": 2,
+            "schedule": trial.suggest_categorical("schedule", MODES)}
+"""
+
+
+@pytest.mark.parametrize(("before", "after", "is_another"), [
+    ("HIGH,", "HIGH ,", False), ("def space(trial):", "def space(trial):  # a comment", False),
+    ("0.1, HIGH)", "0.1, 0.9)", False), ("EPOCHS = 0.9", "EPOCHS = 0.8", True), ('"cubic"]', '"cosine"]', True),
+    ('["linear", "cubic"]', '["cubic", "linear"]', True), ("1.0\n", "1.5\n", True), ("1, 4)", "1, 5)", True),
+    ('"s", ', '"t", ', True), ('"num_rounds": 2', '"num_rounds": 3', True),
+    ('"num_rounds": 2', '"l1_lambda": 1e-5, "num_rounds": 2', True)])
+def test_a_space_is_known_by_what_it_proposes(before: str, after: str, is_another: bool) -> None:
+    hashes = []
+    for text in (SPACE, SPACE.replace(before, after)):
+        names: dict[str, Any] = {}
+        exec(text, names)  # no file has its source
+        hashes.append(space_hash(names["space"]))
+    assert before in SPACE
+    assert (hashes[0] != hashes[1]) == is_another
+
+
+def test_each_trial_is_checked_against_the_studys_space() -> None:
+    high = 0.9
+
+    def space(trial: optuna.Trial) -> dict[str, Any]:
+        first = trial.suggest_float("first", 0.1, high)
+        return {"target_sparsity": first, "initial_sparsity": trial.suggest_float("second", 0, first)}  # of any bounds
+
+    proposals = Proposals(space)
+    sampler = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, space, proposals=proposals)
+    assert sampler.ask().trial.initial_sparsity < 0.9
+    high = 0.8
+    with pytest.raises(ValueError, match=r"draws first from .*0.8.*, and the study's space from .*0.9.*; a space must always"):
+        sampler.ask()
 
 
 def test_draws_are_resolved_and_the_same_twice() -> None:

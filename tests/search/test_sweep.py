@@ -73,7 +73,7 @@ def test_an_edited_study_is_refused(tmp_path: Path, tiny_model: Path, stories: P
     (tmp_path / "space.py").write_text(text.replace("0.3, 0.9", "0.3, 0.8"))
     code, _, err = finish(sweep(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
-    assert "holds another study, which differs in the code of space()" in err
+    assert "holds another study, which differs in what space() proposes" in err
 
 
 def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, tiny_model: Path, stories: Path) -> None:

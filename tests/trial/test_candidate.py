@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 from faults import refusing
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.config import Action, Study, TrialConfig
+from raysearch.config import Action, Study, TrialConfig, study_of
+from raysearch.deploy.export import export
 from raysearch.models.weights import read_weights
 from raysearch.study.files import file_sha256, persist
 from raysearch.study.ledger import Ledger
-from raysearch.study.provenance import utc_now
-from raysearch.study.records import TrialRecord
+from raysearch.study.provenance import provenance, utc_now
+from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.study.storage import StorePath, as_file
 from raysearch.trial.actions import resolve_actions
-from raysearch.trial.round import dense_round, load_candidate, run_round
+from raysearch.trial.candidate import intact
+from raysearch.trial.inputs import read_inputs, resolve
+from raysearch.trial.round import dense_round, load_candidate, recover_weights, run_round
 from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
 
@@ -152,8 +157,49 @@ def test_a_round_on_a_store_exists_once_its_record_does(on_store: Worker, monkey
     upload = StorePath.upload
     monkeypatch.setattr(StorePath, "upload", lambda path, local: (uploaded.append(path.name), upload(path, local)))
     record = run_round(on_store, dense_round(on_store), ACTION)
-    assert uploaded[:2] == ["items.selection.npz", "record.json"]
-    assert sorted(uploaded[2:-1]) == ["items.selection.npz", "weights.safetensors"]
-    assert uploaded[-1] == "record.json"
+    dense = on_store.inputs.root_key
+    assert uploaded[:3] == ["items.selection.npz", "record.json", f"{dense}.record.json"]
+    assert sorted(uploaded[3:-2]) == ["items.selection.npz", "weights.safetensors"]
+    assert uploaded[-2:] == ["record.json", f"{record.key}.record.json"]
     assert set(on_store.ledger.items(record.key, "selection")) == set(record.metrics)
     assert on_store.ledger.round(record.key) == record
+
+
+def test_recovered_weights_are_equal_in_every_bit_with_the_threads_that_made_them(
+        tiny_model: Path, stories: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Matrices of 128 x 512 are large enough that torch shares them out; other numbers of threads then round otherwise."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = GPT2Config.from_pretrained(model, n_embd=128)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(model)
+    study = resolve(study_of(path=str(model), corpus=str(stories), context_tokens=64, batch_tokens=2048, tasks=()))
+    ledger, inputs = Ledger(tmp_path / "study"), read_inputs(study)
+    ledger.write_study(StudyRecord(study=study, space="s", space_hash="h", root_key=inputs.root_key,
+                                   provenance=provenance("CPU")))
+    worker = Worker(study, ledger, inputs)
+    worker.engine.micro_sequences = 8  # of 32: recovery knows of it as well
+    torch.set_num_threads(2)
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.5, finetune_tokens=4096, learning_rate=1e-3))
+    torch.set_num_threads(1)
+    path, said = ledger.weights_path(record.key), []
+    assert (record.provenance.num_threads, torch.get_num_threads()) == (2, 1)
+
+    path.unlink()
+    recover_weights(ledger, record.key, said.append)
+    assert (file_sha256(path), torch.get_num_threads(), len(said)) == (record.weights_sha256, 1, 1)
+    assert ledger.recovered(record.key) is None
+
+    # a record that says something else about its making
+    made_otherwise = record.model_copy(update={"provenance": record.provenance.model_copy(update={"num_threads": 1})})
+    ledger.write_twice(f"rounds/{record.key}/record.json", made_otherwise)
+    path.unlink()
+    capsys.readouterr()
+    recover_weights(ledger, record.key, said.append)
+    assert "weights.safetensors was computed again and differs in bits from the lost one (device" in capsys.readouterr().err
+    assert ledger.candidate(record.key) == made_otherwise  # the record's numbers stay apart from the new file's
+    again = ledger.recovered(record.key)
+    assert (again.sha256, again.provenance.num_threads) == ({"weights.safetensors": file_sha256(path)}, 1)
+    assert file_sha256(path) != record.weights_sha256
+    assert intact(ledger, made_otherwise)
+    folder = export(ledger, record.key, tmp_path / "exported")
+    assert "The numbers are of weights that were lost: those here were computed again" in (folder / "README.md").read_text()
