@@ -135,21 +135,17 @@ class Ledger:
         except BlockingIOError:
             return True, name
 
-    def micro_batch_tokens(self, gang: str) -> int | None:
-        """What `remember_micro_batch` wrote; None where nothing is known."""
+    def micro_batch_tokens(self) -> dict[str, int]:
+        """What `remember_micro_batch` wrote, by gang."""
         try:
-            return MicroBatches.model_validate_json(unsealed((self.directory / "micro_batches.json").read_bytes())).tokens.get(gang)
+            file = (self.directory / "micro_batches.json").read_bytes()
+            return MicroBatches.model_validate_json(unsealed(file)).tokens
         except (OSError, ValueError):  # no more than a hint is lost
-            return None
+            return {}
 
     def remember_micro_batch(self, gang: str, tokens: int) -> None:
         """For gangs of this description that start from now on."""
-        path = self.directory / "micro_batches.json"
-        try:
-            known = MicroBatches.model_validate_json(unsealed(path.read_bytes())).tokens
-        except (OSError, ValueError):
-            known = {}
-        write_record(path, MicroBatches(tokens=known | {gang: tokens}))
+        write_record(self.directory / "micro_batches.json", MicroBatches(tokens=self.micro_batch_tokens() | {gang: tokens}))
 
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.

@@ -37,7 +37,7 @@ class Worker:
     def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
-        remembered = ledger.micro_batch_tokens(self.gang)
+        remembered = ledger.micro_batch_tokens().get(self.gang)
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
