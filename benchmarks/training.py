@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.cluster.placement import USABLE, micro_batch, rank_bytes
+from raysearch.cluster.placement import USABLE, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
 from raysearch.models.model import model_size
 from raysearch.training.engine import CLIP_NORM, Engine, memory_bytes
@@ -93,11 +93,11 @@ def engine(folder: Path, stage: int, batch_tokens: int, context_tokens: int, tok
     num_ranks = dist.get_world_size()
     study = study_of(path=str(folder), dtype="bfloat16", batch_tokens=batch_tokens, context_tokens=context_tokens)
     size = model_size(str(folder))
-    micro = micro_batch(size, study, num_ranks, stage, USABLE * memory_bytes())
+    micro = largest_micro_batch(size, study, num_ranks, stage, USABLE * memory_bytes())
     ours = Engine(str(folder), prunable="matrices", zero_stage=stage, dtype="bfloat16", batch_tokens=batch_tokens,
-                  context_tokens=context_tokens, weight_decay=0.0, micro_batch_tokens=micro, compiled=True)
-    row |= {"micro_batch_tokens": micro, "predicted_gb": round(sum(rank_bytes(
-        size, num_ranks=num_ranks, zero_stage=stage, dtype="bfloat16", micro_batch_tokens=micro).values()) / 1e9, 2)}
+                  context_tokens=context_tokens, weight_decay=0.0, micro_batch=micro, compiled=True)
+    row |= {"micro_batch_tokens": micro.tokens, "predicted_gb": round(sum(rank_bytes(
+        size, num_ranks=num_ranks, zero_stage=stage, dtype="bfloat16", micro_batch=micro).values()) / 1e9, 2)}
     compiled_before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
     def step() -> None:

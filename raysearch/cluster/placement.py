@@ -15,7 +15,7 @@ Bytes of one rank of n, for P parameters of b bytes each (Rajbhandari et al. 202
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from raysearch.config import Study
 from raysearch.models.model import ModelSize
@@ -46,7 +46,15 @@ class Placement:
     """Plain lines: why this one, and why none that is smaller."""
 
 
-def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, micro_batch_tokens: int) -> dict[str, float]:
+class MicroBatch(NamedTuple):
+    """What one rank has in memory at a time."""
+
+    tokens: int
+    is_checkpointed: bool
+    """Of each layer only its input is kept, and the rest is computed again in the backward pass (Chen et al. 2016)."""
+
+
+def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, micro_batch: MicroBatch) -> dict[str, float]:
     """Bytes of one rank by purpose, at the moment when they are most."""
     itemsize = ITEMSIZE[dtype]
     total, share = size.num_parameters, size.num_parameters / num_ranks
@@ -59,8 +67,10 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
         "Adam moments": 8 * optimizer,
         "mask": optimizer,
     }
-    activations = ACTIVATION_BYTES * itemsize / 2 * size.hidden_size * size.num_layers * micro_batch_tokens
-    logits = (LOGIT_BYTES[dtype] * min(size.vocab_size * micro_batch_tokens, LOGITS_AT_ONCE)
+    layer = itemsize * size.hidden_size * micro_batch.tokens
+    whole = ACTIVATION_BYTES / 2 * layer
+    activations = size.num_layers * layer + whole if micro_batch.is_checkpointed else size.num_layers * whole
+    logits = (LOGIT_BYTES[dtype] * min(size.vocab_size * micro_batch.tokens, LOGITS_AT_ONCE)
               + (4 + itemsize) * size.vocab_size * size.hidden_size)  # and the head's gradient
     late = {0: itemsize * total * (dtype != "float32"), 1: 4 * share, 2: 0.0,
             3: 4 * min(share, GATHERED_PARAMETERS)}[zero_stage]
@@ -68,17 +78,22 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
     return {purpose: float(num_bytes) for purpose, num_bytes in {**always, **passing}.items() if num_bytes}
 
 
-def micro_batch(size: ModelSize, study: Study, num_ranks: int, zero_stage: int, budget: float) -> int:
-    """Tokens of the largest micro-batch that fits `budget` bytes, or of one sequence where none does."""
+def largest_micro_batch(size: ModelSize, study: Study, num_ranks: int, zero_stage: int, budget: float) -> MicroBatch:
+    """The largest that fits `budget` bytes, checkpointed only where a single sequence would not fit else; a checkpointed
+    sequence where none fits."""
+    context_tokens = study.data.context_tokens
+    num_sequences = study.training.batch_tokens // num_ranks // context_tokens
+    choices = [context_tokens * number for number in range(num_sequences, 0, -1)
+               if num_sequences % number == 0 and (number == 1 or context_tokens * number <= MOST_MICRO_TOKENS)]
     if study.cluster.micro_batch_tokens != "auto":
-        return study.cluster.micro_batch_tokens
-    num_sequences = study.training.batch_tokens // num_ranks // study.data.context_tokens
-    for number in range(num_sequences, 1, -1):
-        tokens = number * study.data.context_tokens
-        if num_sequences % number == 0 and tokens <= MOST_MICRO_TOKENS and budget >= sum(rank_bytes(
-                size, num_ranks=num_ranks, zero_stage=zero_stage, dtype=study.model.dtype, micro_batch_tokens=tokens).values()):
-            return tokens
-    return study.data.context_tokens
+        choices = [study.cluster.micro_batch_tokens]
+    for is_checkpointed in (False, True):
+        for tokens in choices:
+            found = MicroBatch(tokens, is_checkpointed)
+            need = rank_bytes(size, num_ranks=num_ranks, zero_stage=zero_stage, dtype=study.model.dtype, micro_batch=found)
+            if sum(need.values()) <= budget:
+                return found
+    return MicroBatch(choices[-1], True)
 
 
 def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Placement:
@@ -87,16 +102,16 @@ def place(study: Study, size: ModelSize, gpu_bytes: int, num_gpus: int) -> Place
     budget = USABLE * gpu_bytes * min(1.0, study.cluster.gpus_per_rank)
     refused: list[str] = []
     for num_ranks, stage in _choices(study, num_gpus):
-        tokens = micro_batch(size, study, num_ranks, stage, budget)
-        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.model.dtype, micro_batch_tokens=tokens)
+        micro_batch = largest_micro_batch(size, study, num_ranks, stage, budget)
+        need = rank_bytes(size, num_ranks=num_ranks, zero_stage=stage, dtype=study.model.dtype, micro_batch=micro_batch)
         what = f"{num_ranks} rank{'s' * (num_ranks > 1)} at ZeRO-{stage}"
         if sum(need.values()) <= budget:
             terms = " + ".join(f"{purpose} {_gb(num_bytes)}" for purpose, num_bytes in need.items())
             lines = [f"{what}: {_gb(sum(need.values()))} of the {_gb(budget)} GB that each may use "
                      f"({USABLE:.0%} of {study.cluster.gpus_per_rank:g} GPU of {_gb(gpu_bytes)} GB)", f"  = {terms} GB",
                      f"  for {size.num_parameters / 1e6:,.1f} M parameters in {study.model.dtype}, "
-                     f"{study.training.batch_tokens // num_ranks} tokens per rank and step, {tokens} at a time; estimated, "
-                     "evaluation not counted"]
+                     f"{study.training.batch_tokens // num_ranks} tokens per rank and step, {micro_batch.tokens} at a time"
+                     f"{' with checkpointed activations' * micro_batch.is_checkpointed}; estimated, evaluation not counted"]
             lines += [f"  too large: {', '.join(refused)}"] if refused else []
             return Placement(num_ranks, stage, "\n".join(lines))
         refused.append(f"{what} {_gb(sum(need.values()))} GB")

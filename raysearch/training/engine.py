@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
 from raysearch.training.loss import Loss, next_token_loss, take_loss
@@ -110,18 +111,21 @@ class Engine:
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
-                 base: Mapping[str, Tensor] | None = None, micro_batch_tokens: int | None = None,
+                 base: Mapping[str, Tensor] | None = None, micro_batch: MicroBatch | None = None,
                  compiled: bool = False) -> None:
         self.device = _join(timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage, self.is_compiled = zero_stage, compiled
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size
-        self.micro_sequences = (micro_batch_tokens or batch_tokens // self.world_size) // context_tokens
+        micro_batch = micro_batch or MicroBatch(batch_tokens // self.world_size, is_checkpointed=False)
+        self.micro_sequences = micro_batch.tokens // context_tokens
 
         def load() -> PreTrainedModel:
             model = load_model(model_path, getattr(torch, dtype))
             if dtype == "bfloat16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 multiply_in_fp32(model)
+            if micro_batch.is_checkpointed and model.supports_gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})
             take_loss(model, compiled, is_partitioned=zero_stage == 3)
             self.prunables: list[Prunable] = prunable_parameters(model, prunable)
             self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())

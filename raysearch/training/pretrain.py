@@ -26,7 +26,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.cluster.placement import USABLE, micro_batch
+from raysearch.cluster.placement import USABLE, largest_micro_batch
 from raysearch.config import study_of
 from raysearch.kernels.device import device_name
 from raysearch.models.model import model_size
@@ -255,11 +255,11 @@ def train_loop(job: dict[str, Any]) -> None:
     study = study_of(path=str(random_model), dtype=job["dtype"], batch_tokens=job["batch_tokens"],
                      context_tokens=shape.context_tokens)
     num_workers = dist.get_world_size()
-    micro_batch_tokens = micro_batch(model_size(str(random_model)), study, num_workers, job["zero_stage"],
-                                     USABLE * memory_bytes() / (1 if job["dtype"] == "bfloat16" else num_workers))
+    micro_batch = largest_micro_batch(model_size(str(random_model)), study, num_workers, job["zero_stage"],
+                                      USABLE * memory_bytes() / (1 if job["dtype"] == "bfloat16" else num_workers))
     engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
                     batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens, weight_decay=shape.weight_decay,
-                    micro_batch_tokens=micro_batch_tokens, compiled=can_compile())
+                    micro_batch=micro_batch, compiled=can_compile())
     first_step = _load_checkpoint(engine)
     clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
                    job["checkpoint_every_s"])

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from raysearch.cluster.placement import USABLE, micro_batch
+from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch
 from raysearch.config import Study, higher_is_better
 from raysearch.evaluation import (
     Evaluation,
@@ -37,12 +37,12 @@ class Worker:
     def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
-        remembered = ledger.micro_batch_tokens().get(self.gang)
+        planned, remembered = self._micro_batch(), ledger.micro_batch_tokens().get(self.gang)
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
             weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base,
-            micro_batch_tokens=remembered or self._micro_batch_tokens(),
+            micro_batch=planned if remembered is None else planned._replace(tokens=remembered),
             compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
         self.vocab_size = vocab_size(self.engine.model.config)
         self.scorer = Scorer(self.engine.model, inputs.tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
@@ -50,12 +50,12 @@ class Worker:
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
-    def _micro_batch_tokens(self) -> int:
+    def _micro_batch(self) -> MicroBatch:
         cluster = self.study.cluster
         assert isinstance(cluster.num_ranks, int), "placed"
         assert isinstance(cluster.zero_stage, int), "placed"
         share = min(1.0, cluster.gpus_per_rank) if cluster.gpus_per_rank else 1 / cluster.num_ranks
-        return micro_batch(model_size(self.study.model.path), self.study, cluster.num_ranks, cluster.zero_stage,
+        return largest_micro_batch(model_size(self.study.model.path), self.study, cluster.num_ranks, cluster.zero_stage,
                            USABLE * memory_bytes() * share)
 
     def halve_micro_batch(self) -> bool:

@@ -3,7 +3,7 @@
 
 import pytest
 
-from raysearch.cluster.placement import micro_batch, place, rank_bytes
+from raysearch.cluster.placement import MicroBatch, largest_micro_batch, place, rank_bytes
 from raysearch.config import Study, study_of
 from raysearch.models.model import ModelSize
 
@@ -21,7 +21,7 @@ def auto(**settings: object) -> Study:
 
 def test_the_parts_are_the_known_ones() -> None:
     need = rank_bytes(ModelSize(7 * 10**9, 4096, 32, 32_000), num_ranks=1, zero_stage=0, dtype="bfloat16",
-                      micro_batch_tokens=1024)
+                      micro_batch=MicroBatch(1024, False))
     parts = ("weights", "gradients", "fp32 master", "Adam moments")
     assert sum(need[part] for part in parts) == 18 * 7e9  # Rajbhandari et al. 2020, 2 + 2 + K = 12 bytes; fp32 gradients
     assert need["mask"] == 7e9
@@ -33,17 +33,20 @@ def test_the_parts_are_the_known_ones() -> None:
     (BOOKS_30M, 65_536, 11.06e9)])
 def test_what_was_measured_was_predicted(size: ModelSize, tokens: int, measured: float) -> None:
     """Peaks of ZeRO-0 on an H200, 2026-11-27."""
-    need = rank_bytes(size, num_ranks=1, zero_stage=0, dtype="bfloat16", micro_batch_tokens=tokens)
+    need = rank_bytes(size, num_ranks=1, zero_stage=0, dtype="bfloat16", micro_batch=MicroBatch(tokens, False))
     assert sum(need.values()) == pytest.approx(measured, rel=0.07)
 
 
 def test_a_micro_batch_is_the_largest_that_fits() -> None:
     study = auto(batch_tokens=524_288, num_ranks=1, zero_stage=0)
-    assert micro_batch(GPT2, study, 1, 0, GPU_BYTES) == 65_536
-    assert micro_batch(GPT2, study, 1, 0, 9e9) == 16_384
-    assert micro_batch(GPT2, study, 1, 0, 1e9) == 1024  # a sequence; what does not fit shows when it runs
-    assert micro_batch(GPT2, study.replaced(micro_batch_tokens=2048), 1, 0, 1e9) == 2048
-    assert micro_batch(GPT2, auto(batch_tokens=3 * 5 * 1024), 1, 0, 5.4e9) == 5 * 1024  # it divides the step
+    assert largest_micro_batch(GPT2, study, 1, 0, GPU_BYTES) == (65_536, False)
+    assert largest_micro_batch(GPT2, study, 1, 0, 9e9) == (16_384, False)
+    assert largest_micro_batch(GPT2, study.replaced(micro_batch_tokens=2048), 1, 0, 9e9) == (2048, False)
+    assert largest_micro_batch(GPT2, auto(batch_tokens=3 * 5 * 1024), 1, 0, 5.4e9) == (5 * 1024, False)  # it divides the step
+    long = auto(context_tokens=16_384, batch_tokens=65_536)
+    assert largest_micro_batch(GPT2, long, 1, 0, 9e9) == (16_384, False)
+    assert largest_micro_batch(GPT2, long, 1, 0, 5e9) == (16_384, True)
+    assert largest_micro_batch(GPT2, long, 1, 0, 1e9) == (16_384, True)  # what does not fit shows when it runs
 
 
 def test_the_presets_fit_one_gpu() -> None:
@@ -52,10 +55,10 @@ def test_the_presets_fit_one_gpu() -> None:
 
 
 def test_activations_are_counted_per_token() -> None:
-    need = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="bfloat16", micro_batch_tokens=16_384)
+    need = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="bfloat16", micro_batch=MicroBatch(16_384, False))
     assert need["activations"] == 34 * 768 * 12 * 16_384
     assert need["logits"] == 4 * 2**28 + 6 * 50_257 * 768
-    fp32 = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="float32", micro_batch_tokens=16_384)
+    fp32 = rank_bytes(GPT2, num_ranks=1, zero_stage=0, dtype="float32", micro_batch=MicroBatch(16_384, False))
     assert fp32["activations"] == 2 * need["activations"]
     assert "fp32 master" not in fp32  # the weights themselves
 
@@ -63,7 +66,7 @@ def test_activations_are_counted_per_token() -> None:
 @pytest.mark.parametrize(("stage", "per_parameter"), [(1, 2 + 2 + 13 / 4), (2, 2 + 4 / 4 + 13 / 4), (3, 6 / 4 + 13 / 4)])
 def test_stages_shard_what_they_say(stage: int, per_parameter: float) -> None:
     size = ModelSize(4 * 10**9, 1, 1, 1)
-    need = rank_bytes(size, num_ranks=4, zero_stage=stage, dtype="bfloat16", micro_batch_tokens=1)
+    need = rank_bytes(size, num_ranks=4, zero_stage=stage, dtype="bfloat16", micro_batch=MicroBatch(1, False))
     held = sum(value for name, value in need.items() if name not in ("gathered weights", "other gradients", "logits"))
     assert held == pytest.approx(per_parameter * 4e9)
 
