@@ -17,11 +17,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
                   help="Search over pruning schedules for GPT language models.")
 Out = Annotated[Path, typer.Option(help="Directory to write to.")]
 StudyDir = Annotated[str, typer.Argument(help="Directory of a study, or its URI.", metavar="DIR")]
+TextField = Annotated[str, typer.Option(help="Field or column of the corpus that holds the text.")]
 StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every process that forks after it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warns in every process that forks after it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray hides no GPU from an actor that asks for none
@@ -61,6 +62,7 @@ def demo(out: Out = Path("demo")) -> None:
 def pretrain(
     preset: Annotated[str, typer.Option(help="tiny, books-30m, gpt2-small or gpt-efficio-950m.")] = "tiny",
     corpus: Annotated[str, typer.Option(help='"builtin", files, or a Hugging Face dataset.')] = "builtin",
+    text_field: TextField = "text",
     out: Out = Path("model"),
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the preset's number by default.")] = None,
     num_workers: Annotated[int, typer.Option(help="Ranks.")] = 1,
@@ -69,7 +71,7 @@ def pretrain(
     """Train a dense GPT with Ray Train and DeepSpeed; the same command resumes."""
     from raysearch.training.pretrain import pretrain as run
 
-    run(preset, corpus, out, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
+    run(preset, corpus, out, text_field=text_field, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
 
 
 @app.command()
@@ -92,6 +94,7 @@ def prune(
     learning_rate: float = 3e-4,
     prunable: Annotated[str, typer.Option(help="matrices, or all to add the embeddings.")] = "matrices",
     corpus: Annotated[str | None, typer.Option(help="Text to fine-tune and evaluate on.")] = None,
+    text_field: TextField = "text",
     tasks: Annotated[str, typer.Option(help="Comma-separated; from the corpus or --data-dir.")] = "",
     data_dir: str | None = None,
     num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
@@ -106,7 +109,8 @@ def prune(
     from raysearch.prune import run_prune
 
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
-    given = context.params | {"tasks": tuple(tasks.split(",")) if tasks else ("text", "last_word", "choice") if corpus else ()}
+    default = ("text", "last_word", "choice") if corpus else ()
+    given = context.params | {"tasks": comma_separated(tasks, "--tasks") if tasks else default}
     del given["out"]
     if not context_tokens:  # run_prune has a default that the model's limit bounds
         del given["context_tokens"]
@@ -254,6 +258,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Comma-separated; `raysearch tasks` lists them.")],
     data_dir: Annotated[Path | None, typer.Option(help="Local files; the hub without it.")] = None,
     corpus: Annotated[str, typer.Option(help="For the tasks text, last_word and choice.")] = "builtin",
+    text_field: TextField = "text",
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1)] = None,
@@ -267,9 +272,9 @@ def evaluate(
     from analysis.tables import aligned, with_stderr
     from raysearch.evaluate import evaluate_model
 
-    scored = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
-                            batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty(),
-                            say=lambda line: print(line, file=sys.stderr, flush=True))
+    scored = evaluate_model(model, comma_separated(tasks, "--tasks"), data_dir=data_dir, corpus=corpus, text_field=text_field,
+                            limit=limit, num_fewshot=num_fewshot, batch_tokens=batch_tokens, backend=backend, samples=samples,
+                            progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr, flush=True))
     if json:
         echo(dumps(scored))
         return
@@ -291,9 +296,10 @@ def kernels(
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference
 
-    if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
+    counts = comma_separated(tokens, "--tokens")
+    if not all(count.isdecimal() and int(count) for count in counts):
         raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
-    result = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")])
+    result = sparsify_for_inference(open_model(model), num_tokens=list(map(int, counts)))
     header = ["layer", "shape", "pattern", "sparsity", "tokens", "backend", "dense us", "sparse us", "ratio", "share of time"]
     dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in result.layers) for count in result.model_ratio}
     rows = [[layer.name, f"{layer.shape[0]}x{layer.shape[1]}", layer.pattern, f"{layer.sparsity:.3f}", str(count),
@@ -338,6 +344,14 @@ def tasks() -> None:
 
     for row in describe_tasks():
         echo("\n".join(f"{name + ':':<15}{value}" for name, value in row.items()) + "\n")
+
+
+def comma_separated(text: str, option: str) -> tuple[str, ...]:
+    """The names in an option, each once."""
+    names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
+        raise ValueError(f"{option} must be names with commas between them, got {text!r}")
+    return names
 
 
 def default_directory(space: str) -> str:

@@ -175,6 +175,8 @@ class DataSettings(Frozen):
     corpus: Place | None = "builtin"
     """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
     dataset name; None where nothing is fine-tuned."""
+    text_field: Place = "text"
+    """Where a row holds its text, in all formats but .txt."""
     context_tokens: int = Field(128, ge=2)
     epoch_tokens: int | None = Field(None, ge=1)
     """Tokens that count as one epoch; None is the whole train split."""

@@ -76,7 +76,7 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)

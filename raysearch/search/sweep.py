@@ -53,7 +53,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     ledger = Ledger(directory)
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
     study = resolve(study if given is None else study.replaced(num_trials=len(given)))
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
     if given is None:
         sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written

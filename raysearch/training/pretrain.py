@@ -31,7 +31,8 @@ from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
 from raysearch.study.storage import location
-from raysearch.training.data import Blocks, load_documents, pack, split_documents, train_tokenizer
+from raysearch.training.corpus import load_documents
+from raysearch.training.data import Blocks, pack, split_documents, train_tokenizer
 from raysearch.training.engine import Engine
 from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
@@ -65,6 +66,7 @@ def pretrain(
     corpus: str,
     out: Path,
     *,
+    text_field: str = "text",
     steps: int | None = None,
     seed: int = 0,
     num_workers: int = 1,
@@ -95,7 +97,7 @@ def pretrain(
     out = location(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
-    documents = split_documents(load_documents(corpus))
+    documents = split_documents(load_documents(corpus, text_field, echo))
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": hash_json(documents)}
     del settings["note"]
@@ -108,7 +110,8 @@ def pretrain(
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
-    blocks = {split: pack(corpus, tokenizer, shape.context_tokens, split, cache_dir) for split in ("train", "report")}
+    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, cache_dir, echo)
+              for split in ("train", "report")}
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
     job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,

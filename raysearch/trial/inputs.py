@@ -14,7 +14,8 @@ from raysearch.evaluation import (
 )
 from raysearch.models.model import context_limit, fingerprint, load_config, load_tokenizer, model_folder, stored_dtype
 from raysearch.study.records import root_key
-from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents
+from raysearch.training.corpus import Say, load_documents, quiet
+from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 
@@ -38,9 +39,9 @@ def resolve(study: Study) -> Study:
     return study.replaced(path=model, dtype=stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype)
 
 
-def read_inputs(study: Study) -> Inputs:
-    """Reads and packs the corpus, makes the tasks and hashes what determines the results; ValueError of one sentence for
-    bad input."""
+def read_inputs(study: Study, say: Say = quiet) -> Inputs:
+    """Reads and packs the corpus, makes the tasks and hashes what determines the results; says how far a long corpus is.
+    ValueError of one sentence for bad input."""
     model_hash = fingerprint(study.model.path)
     tokenizer = load_tokenizer(study.model.path)
     config = load_config(study.model.path)
@@ -56,8 +57,8 @@ def read_inputs(study: Study) -> Inputs:
         raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")
     if study.data.corpus is not None:
-        documents = split_documents(load_documents(study.data.corpus))
-        blocks = pack(study.data.corpus, tokenizer, study.data.context_tokens, "train")
+        documents = split_documents(load_documents(study.data.corpus, study.data.text_field, say))
+        blocks = pack(documents["train"], tokenizer, study.data.context_tokens, "train", say=say)
     folder = Path(evaluation.data_dir) if evaluation.data_dir else None
     tasks = {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
              + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,8 +116,8 @@ def test_a_killed_worker_resumes_and_two_ranks_train_the_same_model(
     plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache")
     pack, marker = module.pack, tmp_path / "killed"
 
-    def killing_pack(corpus: str, tokenizer: PreTrainedTokenizerBase, context: int, split: str, cache: Path) -> Blocks:
-        blocks = pack(corpus, tokenizer, context, split, cache)
+    def killing_pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str, *rest: Any) -> Blocks:
+        blocks = pack(documents, tokenizer, context, split, *rest)
         return BlocksThatKillOnce(blocks.path, blocks.fingerprint, marker) if split == "train" else blocks
 
     monkeypatch.setattr(module, "pack", killing_pack)
