@@ -51,6 +51,10 @@ class Progress:
             of_control = control is not None and job["key"] == control.keys[-1]
             self._report_line("report split, dense control" if of_control else "report split", job["key"])
 
+    def never_began(self, trial: TrialRecord) -> None:
+        self.count["failed"] += 1
+        self._failed_line(trial)
+
     def _failed_line(self, trial: TrialRecord) -> None:
         if trial.status == "failed":
             self.echo(f"{trial.name} failed: {trial.reason}")

@@ -22,6 +22,9 @@ from raysearch.trial.inputs import Inputs
 from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
 
+MAX_FAILED_ASKS = 3
+"""Times in a row that the space may fail before no further trial is asked for."""
+
 
 class StudySearcher(Searcher):
     """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the dense control and the report.
@@ -42,6 +45,8 @@ class StudySearcher(Searcher):
         self._reported: set[str] = set()
         self._control_was_begun = False
         """In this sweep, or left out for lack of time: one that fails is not tried again before the next sweep."""
+        self._num_failed_asks = 0
+        """In a row."""
         journal = open_journal(ledger, study, echo)
         recorded = {trial.number for trial in ledger.trials()}
         self._interrupted: list[int] = []
@@ -87,8 +92,10 @@ class StudySearcher(Searcher):
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
-        if self.sampler.num_asked < self.study.search.num_trials and not out_of_time:
-            return self._ask()
+        while (self.sampler.num_asked < self.study.search.num_trials and not out_of_time
+               and self._num_failed_asks < MAX_FAILED_ASKS):
+            if (job := self._ask()) is not None:
+                return job
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
         if not self._control_was_begun:
@@ -101,12 +108,27 @@ class StudySearcher(Searcher):
                 return {"kind": "report", "key": key}
         return None
 
-    def _ask(self) -> Job:
+    def _ask(self) -> Job | None:
+        """The next trial's job; None where the space makes no trial, which is recorded as one that failed."""
         asked = self.sampler.ask()
         config = asked.trial if isinstance(asked.trial, TrialConfig) else None
-        actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
-        record = TrialRecord(number=asked.number, config=config, actions=actions, parameters=asked.parameters,
+        record = TrialRecord(number=asked.number, config=config, actions=(), parameters=asked.parameters,
                              distributions=asked.distributions, started_at=utc_now())
+        try:
+            if isinstance(asked.trial, ValueError):
+                raise asked.trial
+            actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
+        except ValueError as error:
+            self._num_failed_asks += 1
+            failed = self._failed(record, str(error), None)
+            self.sampler.end(failed)
+            self.progress.never_began(failed)
+            if self._num_failed_asks == MAX_FAILED_ASKS:
+                self.progress.echo(f"no further trial is asked for: the space failed {MAX_FAILED_ASKS} times in a row; a "
+                                   "mended one is another study, with an --out of its own")
+            return None
+        self._num_failed_asks = 0
+        record = record.model_copy(update={"actions": actions})
         self.ledger.write_trial(record)
         return self._trial_job(record)
 
