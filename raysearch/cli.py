@@ -3,6 +3,7 @@
 A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_TRACEBACK=1 shows where it was found.
 """
 
+import errno
 import os
 import shlex
 import sys
@@ -37,8 +38,26 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise
-        text = f"{error.filename or 'a file'}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-        fail(" ".join(str(text).split()))
+        fail(" ".join(sentence(error).split()))
+
+
+def sentence(error: Exception) -> str:
+    """What was given, the rule and the way out; an OSError has only the first two."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    path = str(error.filename or "a file")
+    denied = error.errno in (errno.EACCES, errno.EPERM) and not os.path.exists(path)  # else it was to be read
+    if denied or error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        cache = os.environ.get("RAYSEARCH_CACHE") or str(Path("~/.cache/raysearch").expanduser())
+        place = "set RAYSEARCH_CACHE to a folder" if path.startswith(cache) else "give a place with --out"
+        return f"{path}: cannot be written ({error.strerror}); {place} that can be"
+    return f"{path}: {error.strerror}"
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """ValueError unless a file can be written there, before hours are spent on what it shall hold."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"{option} must be a file in a folder that exists and can be written, got {path}")
 
 
 def fail(sentence: str, code: int = 2) -> None:
@@ -272,6 +291,7 @@ def evaluate(
     from analysis.tables import aligned, with_stderr
     from raysearch.evaluate import evaluate_model
 
+    check_file(samples, "--samples")
     scored = evaluate_model(model, comma_separated(tasks, "--tasks"), data_dir=data_dir, corpus=corpus, text_field=text_field,
                             limit=limit, num_fewshot=num_fewshot, batch_tokens=batch_tokens, backend=backend, samples=samples,
                             progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr, flush=True))
@@ -328,6 +348,7 @@ def bench_kernels(
     from raysearch import kernel_benchmark as benchmark
 
     groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
+    check_file(out, "--out")
     if cases not in groups:
         raise ValueError(f"--cases must be one of {', '.join(groups)}, got {cases!r}")
     if cases != "cpu" and not torch.cuda.is_available():

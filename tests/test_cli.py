@@ -1,11 +1,14 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
+from synthetic_study import SyntheticStudy
 from transformers import AutoModelForCausalLM
 
 
@@ -49,6 +52,41 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("sweep", "no.such.space"), "search space no.such.space: cannot be imported", tmp_path)
     refused(run("sweep", "search_spaces.demo", "--time-budget", "soon"), "--time-budget must be a positive time", tmp_path)
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
+    """Call it: the system refuses every write into the folder."""
+    mounted = []
+
+    def refuse(folder: Path) -> None:
+        if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
+            pytest.skip("needs the right to mount")
+        mounted.append(folder)
+
+    yield refuse
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_of_a_read_only_study_everything_can_be_had(run: Run, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.5], report=True)
+    read_only(tmp_path / "study")
+    advice = "cannot be written (Read-only file system); give a place with --out that can be"
+    pick = ("pick", "study", "--max-bytes", "1GB")
+    for command, name in ((("report", "study"), "report.html"), (pick, "pick.json")):
+        assert run(*command) == (2, "", f"raysearch: {tmp_path}/study/{name}: {advice}\n")
+        assert run(*command, "--out", name)[0] == 0
+    for command in ("results", "status"):
+        assert run(command, "study")[0] == 0
+
+
+@pytest.mark.parametrize("out", ["given/x", "given/x/y", "a" * 300])
+def test_a_place_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path, out: str, tiny_model: Path) -> None:
+    (tmp_path / "given").write_text("")
+    refused(run("prune", tiny_model, "--sparsity", 0.5, "--out", out), "give a place with --out that can be", tmp_path)
 
 
 def test_trials_from_a_file_are_refused_in_one_sentence(run: Run, tmp_path: Path) -> None:
