@@ -33,9 +33,9 @@ class StudySearcher(Searcher):
     """
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
-                 given: Sequence[GivenTrial] | None = None) -> None:
+                 given: Sequence[GivenTrial] | None = None, show: Callable[[int | None], object] = lambda number: None) -> None:
         super().__init__()
-        self.ledger, self.study, self.inputs = ledger, study, inputs
+        self.ledger, self.study, self.inputs, self.show = ledger, study, inputs, show
         self.progress = Progress(ledger, study, inputs.root_key, echo)
         self.finished = False
         self.dense_failed = False
@@ -81,6 +81,8 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED
         self._running[trial_id] = job
         self.progress.started(job)
+        if job["kind"] in RECORDED:
+            self.show(job["number"])
         return job
 
     def _next_job(self) -> Job | None:
@@ -123,6 +125,7 @@ class StudySearcher(Searcher):
             failed = self._failed(record, str(error), None)
             self.sampler.end(failed)
             self.progress.never_began(failed)
+            self.show(failed.number)
             if self._num_failed_asks == MAX_FAILED_ASKS:
                 self.progress.echo(f"no further trial is asked for: the space failed {MAX_FAILED_ASKS} times in a row; a "
                                    "mended one is another study, with an --out of its own")
@@ -155,6 +158,7 @@ class StudySearcher(Searcher):
         if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
             self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
         self.progress.round_done(job)
+        self.show(job["number"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self._running.pop(trial_id, None)
@@ -167,6 +171,8 @@ class StudySearcher(Searcher):
             self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
         if result is not None or error:
             self.progress.ended(job, error)
+        if job["kind"] != "report":
+            self.show(job.get("number"))
 
     def _end(self, number: int, error: bool) -> None:
         """The sampler hears the trial's end. Where its processes died, they could not write it, so it is written here."""

@@ -16,7 +16,7 @@ from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
 from raysearch.cluster.joining import placed, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
-from raysearch.search.loggers import logger_callbacks
+from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
@@ -50,8 +50,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
-    ledger = Ledger(directory)
-    loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
+    ledger, hashed = Ledger(directory), GIVEN if given is not None else space_hash(space)
+    loggers = Loggers(ledger, trackers(ledger.directory, mlflow_uri, wandb_project), echo)
     study = resolve(study if given is None else study.replaced(num_trials=len(given)))
     inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
@@ -69,8 +69,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     with ledger.lock():
         if given is not None:
             check_given(given, ledger.trials())
-        attached = ledger.attach(StudyRecord(study=study, space=space_name,
-                                             space_hash=GIVEN if given is not None else space_hash(space),
+        attached = ledger.attach(StudyRecord(study=study, space=space_name, space_hash=hashed,
                                              root_key=inputs.root_key, provenance=provenance(device_name("cpu"))))
         if attached:
             ledger.delete_leftovers()
@@ -78,14 +77,15 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, loggers.show)
         if searcher.has_work():
             start_ray(study, autoscaling)
-            interrupted = run_tune(ledger, study, searcher, loggers)
+            interrupted = run_tune(ledger, study, searcher)
             ledger.delete_leftovers()
             if searcher.dense_failed:
                 raise ValueError("the dense baseline could not be scored, so no trial can run: "
                                  + last_line(ledger.log_path(-1, 0)))
+        loggers.show_all()
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
@@ -94,10 +94,11 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
 
 
-def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: list[tune.Callback]) -> bool:
+def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     """Runs Tune until the searcher has finished; True when it was interrupted before."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # ours know the trials
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
     base = put_base(study)
     trainable = tune.with_resources(
@@ -112,7 +113,7 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: lis
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.search.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=storage_path, storage_filesystem=filesystem,
-                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0, callbacks=loggers,
+                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0,
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )

@@ -13,7 +13,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
-    tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
+    tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
 
 A round is named by its key, a hash of everything that determines it, so two trials with a common prefix share records.

@@ -72,7 +72,8 @@ def test_a_sweep_and_all_that_reads_it(store: StorePath, tmp_path: Path, tiny_mo
     assert not (tmp_path / "study").exists()
     assert location(ledger.trial(0).log_path).is_file()
     everything = [path for pattern in ("*", "*/*", "*/*/*", "*/*/*/*") for path in store.glob(pattern)]
-    assert {"result.json", "study.json", "journal.log"} <= {path.name for path in everything}
+    assert {"study.json", "journal.log"} <= {path.name for path in everything}
+    assert len([path for path in everything if path.name.startswith("events.out.tfevents")]) == 3  # dense, and two trials
     assert not [str(path) for path in everything if SECRET.encode() in path.read_bytes()]
     assert SECRET not in out + err
 
