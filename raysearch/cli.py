@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+import raysearch
 from raysearch.units import parse_seconds
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -23,14 +24,7 @@ StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3
 
 
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # or tokenizers warns in every process that forks after it
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray hides no GPU from an actor that asks for none
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of one trial starve the others
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and tables, which no log can use
-    if not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+    raysearch.set_environment()
     try:
         app()
     except KeyboardInterrupt:
@@ -176,6 +170,14 @@ def sweep(
 
 
 @app.command()
+def space(new: Annotated[str, typer.Option(help="Module to write, such as search_spaces.mine.", metavar="NAME")]) -> None:
+    """Write a search space to begin with, a copy of the demo's, below the current folder."""
+    from raysearch.search.space import new_space
+
+    echo(f"{new_space(new)}: change STUDY and space(trial) there, then: raysearch plan {shlex.quote(new)}")
+
+
+@app.command()
 def plan(
     space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
     out: StudyOut = None,
@@ -261,14 +263,8 @@ def export(
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     from analysis.pick import read_pick
-    from raysearch.deploy.export import export as run
-    from raysearch.study.ledger import Ledger
-    from raysearch.trial.round import recover_weights
 
-    picked = read_pick(pick_file)
-    ledger = Ledger.open(picked.study_directory)
-    recover_weights(ledger, picked.key, echo)
-    echo(str(run(ledger, picked.key, out, format)))
+    echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))
 
 
 @app.command()

@@ -2,8 +2,9 @@
 
 import ast
 import importlib
-import importlib.util
+import importlib.resources
 import inspect
+import keyword
 import os
 import sys
 import sysconfig
@@ -17,6 +18,7 @@ import optuna
 
 import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
+from raysearch.study.files import new_file
 from raysearch.study.records import FORMAT, TrialRecord, hash_json
 from raysearch.study.text import json_lines
 from raysearch.trial.actions import resolve_actions
@@ -50,6 +52,19 @@ def load_space(name: str) -> tuple[Study, Space]:
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format {FORMAT}; give "
                          f"STUDY = {nested(study)}")
     return parse(Study, study, f"{name}.STUDY"), space
+
+
+def new_space(name: str) -> Path:
+    """Writes the demo's space as the module of this name, below the current folder; ValueError where there is one."""
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in name.split(".")):
+        raise ValueError(f"--new must be the name of a Python module, such as search_spaces.mine, got {name!r}")
+    file = Path(*name.split(".")).with_suffix(".py")
+    if file.exists():
+        raise ValueError(f"--new {name}: {file} exists already; give another name")
+    text = (importlib.resources.files("search_spaces") / "demo.py").read_text()
+    with new_file(file.absolute()) as aside:
+        aside.write_text(text.replace("demo/model", "models/mine"))
+    return file
 
 
 def in_space(error: BaseException) -> str:
