@@ -7,8 +7,10 @@ import errno
 import os
 import shlex
 import sys
+import threading
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,8 +25,13 @@ TextField = Annotated[str, typer.Option(help="Field or column of the corpus that
 StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
 
 
+SILENT_S = 8.0
+
+
 def main() -> None:
     raysearch.set_environment()
+    ended = threading.Event()
+    threading.Thread(target=keep_talking, args=(ended,), daemon=True).start()
     try:
         app()
     except KeyboardInterrupt:
@@ -33,6 +40,26 @@ def main() -> None:
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise
         fail(" ".join(sentence(error).split()))
+    finally:
+        ended.set()
+        _now.clear()
+
+
+_now: dict[str, Any] = {}
+"""Of the command that runs: what it is "doing", since when ("began"), when it "said" something."""
+
+
+def doing(what: str) -> None:
+    """From now on the command is never silent for long."""
+    _now.update(doing=what, began=time.monotonic(), said=time.monotonic())
+
+
+def keep_talking(ended: threading.Event) -> None:
+    """A line whenever a command that said what it is doing was silent for SILENT_S, in a long run for a twentieth of it."""
+    while not ended.wait(0.5):
+        if _now and time.monotonic() - _now["said"] > max(SILENT_S, (time.monotonic() - _now["began"]) / 20):
+            _now["said"] = time.monotonic()
+            print(f"[{_now['said'] - _now['began']:4.0f} s] still {_now['doing']}", file=sys.__stdout__, flush=True)
 
 
 def sentence(error: Exception) -> str:
@@ -61,11 +88,13 @@ def fail(sentence: str, code: int = 2) -> None:
 
 def echo(line: str) -> None:
     print(line, flush=True)
+    _now.update(said=time.monotonic()) if _now else None
 
 
 @app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Everything in minutes: train a tiny GPT, search, draw the frontier, pick, export."""
+    doing("at the demo")
     from raysearch.demo import run_demo
 
     run_demo(out, echo)
@@ -82,9 +111,10 @@ def pretrain(
     zero_stage: Annotated[int, typer.Option(min=0, max=3)] = 0,
 ) -> None:
     """Train a dense GPT with Ray Train and DeepSpeed; the same command resumes."""
+    doing("training")
     from raysearch.training.pretrain import pretrain as run
 
-    run(preset, corpus, out, text_field=text_field, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
+    run(preset, corpus, out, text_field=text_field, steps=steps, num_workers=num_workers, zero_stage=zero_stage, echo=echo)
 
 
 @app.command()
@@ -118,6 +148,7 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
+    doing("at the trial")
     from raysearch.config import TrialConfig
     from raysearch.prune import run_prune
 
@@ -146,6 +177,7 @@ def sweep(
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
+    doing("at the sweep")
     from raysearch.search.space import load_space, read_trials
     from raysearch.search.sweep import sweep as run
 
@@ -185,6 +217,7 @@ def plan(
     """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
     from raysearch.plan import describe_plan, make_plan
 
+    doing("measuring")
     echo("measuring one short round on this machine ...")
     echo(describe_plan(make_plan(space, out or default_directory(space), echo)))
 
@@ -262,6 +295,7 @@ def export(
     format: Annotated[str, typer.Option(help="dense (transformers loads it) or compressed (smaller).")] = "dense",
 ) -> None:
     """Write the picked candidate as a deployment folder."""
+    doing("exporting")
     from analysis.pick import read_pick
 
     echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))

@@ -1,11 +1,15 @@
 """Joining the Ray cluster, and what fits it."""
 
 import os
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 
 import ray
 import torch
+from ray.job_config import JobConfig
 
+import raysearch
 from raysearch.cluster.placement import place
 from raysearch.config import Study
 from raysearch.models.model import model_size
@@ -46,8 +50,12 @@ def connect_ray() -> None:
     """Connects to the cluster of RAY_ADDRESS, or that `ray start` noted here, or starts a local one."""
     if ray.is_initialized():
         return
+    home = str(Path(raysearch.__path__[0]).parent)
+    # or the workers would look into the current folder first, where a file of the user may be named like a module of ours
+    job = JobConfig(_client_job=True, _py_driver_sys_path=[home] * (home not in sysconfig.get_paths().values()))
     try:
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True)
+        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True,
+                 job_config=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else job)
     except RuntimeError as error:  # the versions of Ray or Python differ, and the rest of the message says how
         raise ValueError(f"the Ray cluster that runs here cannot be joined: {error}; use its Python, or unset RAY_ADDRESS "
                          "and stop it") from error

@@ -29,6 +29,8 @@ class Progress:
         self._before = self.count["done"] + self.count["stopped"] + self.count["failed"]
 
     def started(self, job: Job) -> None:
+        if job["kind"] == "dense":
+            self.echo("scoring the dense baseline on both splits")
         self.count["running"] += job["kind"] == "trial"
 
     def round_done(self, job: Job) -> None:

@@ -68,7 +68,6 @@ class Sampler:
     def end(self, trial: TrialRecord) -> None:
         """The trial will not go on. Optuna hears its last candidate: samplers on parameters know nothing of rounds."""
         rounds = [*self.observations.get(None, []), *self.observations.get(trial.number, [])]
-        assert rounds or not trial.actions, "the dense baseline is observed before any trial ends that began"
         state, values, constraints = outcome(trial, rounds[-1].values if rounds else None)
         handle = optuna.Trial(self.optuna_study, self.optuna_study.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():

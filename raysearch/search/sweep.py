@@ -79,6 +79,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         interrupted = False
         searcher = StudySearcher(ledger, study, space, inputs, echo, given, loggers.show)
         if searcher.has_work():
+            echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)
             interrupted = run_tune(ledger, study, searcher)
             ledger.delete_leftovers()

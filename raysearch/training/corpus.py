@@ -92,7 +92,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
 def _files(corpus: str) -> list[Path]:
     """The files that a path, folder or glob names, of a file and its compressed copy the file; empty when it reads like a
     dataset's name."""
-    path = Path(corpus).expanduser()
+    path = Path(corpus.strip() or "/nowhere").expanduser()
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise ValueError(f"corpus {corpus}: a file must end in {ENDINGS}, got {path.name}")

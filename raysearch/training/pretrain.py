@@ -26,6 +26,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from raysearch.cluster.joining import connect_ray
 from raysearch.kernels.device import device_name
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
@@ -175,8 +176,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> PretrainResult | None:
 
 def _resources(num_workers: int) -> dict[str, float]:
     """What each worker gets of the cluster: a GPU if there is one for each, and its share of the cores if not."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    connect_ray()
     have = ray.cluster_resources()
     if have.get("GPU", 0) >= num_workers:
         return {"CPU": 1, "GPU": 1}
