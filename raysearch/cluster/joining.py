@@ -5,6 +5,7 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import ray
 import torch
 from ray.job_config import JobConfig
@@ -76,3 +77,12 @@ def start_ray(study: Study, autoscaling: bool = False) -> None:
         raise ValueError(f"one trial needs {study.cluster.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
                          f"{len(nodes)} nodes ({have} in all) have room for {num_fitting}; lower num_ranks, add nodes, or "
                          "give --autoscaling where the cluster adds them when they are needed")
+
+
+def use_rays_network() -> None:
+    """Gloo takes the interface that has Ray's address of this node, unless GLOO_SOCKET_IFNAME names another; else it takes what
+    the host's name resolves to, which may be 127.0.0.1. Call it before the process group is made."""
+    address = ray.util.get_node_ip_address()
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)

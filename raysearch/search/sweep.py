@@ -5,12 +5,14 @@ rounds are found, trials that were running start again from their last finished 
 Nothing of Ray is restored.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ray import tune
+from ray.tune import TuneError
 
 from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
 from raysearch.cluster.joining import placed, start_ray
@@ -24,7 +26,7 @@ from raysearch.search.space import GIVEN, GivenTrial, Space, check_given, sample
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
-from raysearch.study.storage import AnyPath, StorePath
+from raysearch.study.storage import AnyPath, StorePath, check_bucket
 from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
@@ -52,6 +54,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     """
     ledger, hashed = Ledger(directory), GIVEN if given is not None else space_hash(space)
     loggers = Loggers(ledger, trackers(ledger.directory, mlflow_uri, wandb_project), echo)
+    check_bucket(ledger.directory)
     study = resolve(study if given is None else study.replaced(num_trials=len(given)))
     inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
@@ -101,6 +104,8 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
     os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # ours know the trials
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
+    for name in ("ray.tune", "ray.train"):  # a trial's end has a line of ours, and a log with its traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     base = put_base(study)
     trainable = tune.with_resources(
         tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
@@ -121,6 +126,10 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     try:
         with stopping_on_signals(), out_of_memory_as_death():
             tuner.fit()
+    except TuneError as error:  # Tune has made text of what arose in the searcher: a store that refuses, a damaged record
+        if isinstance(error.__context__, OSError | ValueError):
+            raise error.__context__ from None
+        raise
     except (KeyboardInterrupt, SystemExit):
         searcher.progress.echo("stopped by a signal; the same command goes on from the last finished round")
         raise

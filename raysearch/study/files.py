@@ -33,8 +33,8 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
     try:
         return write()
     except OSError as error:
-        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error}); free or mend the storage, "
-                      "and the same sweep goes on") from error
+        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error.strerror or error}); free or mend "
+                      "the storage, and the same sweep goes on") from error
 
 
 @contextlib.contextmanager

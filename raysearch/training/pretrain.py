@@ -26,7 +26,7 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.cluster.joining import connect_ray
+from raysearch.cluster.joining import connect_ray, use_rays_network
 from raysearch.kernels.device import device_name
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
@@ -248,6 +248,7 @@ def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> 
 def train_loop(job: dict[str, Any]) -> None:
     """What every Ray Train worker runs: train from the last checkpoint on, checkpoint, validate, write the model."""
     work, shape, blocks, num_steps = job["work"], job["shape"], job["blocks"], job["num_steps"]
+    use_rays_network()
     if job["dtype"] == "float32":
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(job["num_threads"])
