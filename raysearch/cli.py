@@ -36,7 +36,9 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last finished round", code=130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("pretraining failed"):
+            raise
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise
         fail(" ".join(sentence(error).split()))

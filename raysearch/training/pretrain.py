@@ -7,6 +7,7 @@ working folder beside the result, named by a hash of the settings: the same call
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,11 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.train
 import torch
@@ -26,8 +29,11 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from raysearch.cluster.ending import stopping_on_signals
 from raysearch.cluster.joining import connect_ray, use_rays_network
+from raysearch.cluster.placement import rank_bytes
 from raysearch.kernels.device import device_name
+from raysearch.models.model import size_of
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
@@ -37,6 +43,7 @@ from raysearch.training.data import Blocks, pack, split_documents, train_tokeniz
 from raysearch.training.engine import Engine
 from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
+from raysearch.units import human_bytes
 
 PROGRESS_S = 5.0
 MAX_WARMUP_STEPS = 100
@@ -115,13 +122,18 @@ def pretrain(
               for split in ("train", "report")}
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
+    echo(memory_needed(shape, num_workers=num_workers, zero_stage=zero_stage, batch_tokens=batch_tokens, resources=resources))
     job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
            "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
            "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
-    with _progress_lines(work / "progress.json", num_steps, echo):
-        _fit(job, num_workers, resources)
+    try:
+        with stopping_on_signals(), _progress_lines(work / "progress.json", num_steps, echo):
+            _fit(job, num_workers, resources)
+    except (KeyboardInterrupt, SystemExit):
+        echo("stopped by a signal; the same command goes on from the last checkpoint")
+        raise
     measured = json.loads((work / "measured.json").read_text())
     if "failure" in measured:
         raise RuntimeError(f"pretraining failed: {measured['failure']}")
@@ -144,6 +156,20 @@ def pretrain(
     echo(f"validation loss {done.validation_loss:.3f} nats/token (unigram {unigram:.3f}), {done.num_parameters:,} "
          f"parameters, {done.train_s:.0f} s of training, {done.total_s:.0f} s in total: {out}")
     return done
+
+
+def memory_needed(shape: Preset, *, num_workers: int, zero_stage: int, batch_tokens: int, resources: dict[str, float]) -> str:
+    """One line: what placement.py counts for a rank, and what there is where ranks run on this machine's processors."""
+    size = size_of(shape.config())
+    needs = rank_bytes(size, num_ranks=num_workers, zero_stage=zero_stage, rank_tokens=batch_tokens // num_workers,
+                       dtype="bfloat16" if resources.get("GPU") else "float32")
+    total = sum(needs.values())
+    line = f"each of {num_workers} ranks needs about {human_bytes(total)} of memory"
+    free = psutil.virtual_memory().available
+    if resources.get("GPU"):
+        return f"{line} on its GPU"
+    more = "; that is MORE than there is: use a smaller preset, or more machines" if num_workers * total > free else ""
+    return f"{line}, and {human_bytes(free)} are free here{more}"
 
 
 def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
@@ -210,11 +236,15 @@ def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> 
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         ),
     )
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends it is one sentence of ours
     try:
-        trainer.fit()
+        ThreadPoolExecutor(1).submit(trainer.fit).result()  # in the main thread Ray Train takes Ctrl-C for itself
     except ray.train.TrainingFailedError as error:
         causes = [str(cause).strip().splitlines()[-1] for cause in getattr(error, "worker_failures", {}).values()]
-        raise RuntimeError(f"pretraining failed: {'; '.join(dict.fromkeys(causes)) or error}") from error
+        reason = "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[0]
+        if "memory" in str(error) or "died unexpectedly" in str(error):
+            reason = f"a rank was killed, as one is that needs more memory than there is ({reason})"
+        raise RuntimeError(f"pretraining failed: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -231,8 +261,9 @@ def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> 
                 if now["step"] != last_step:
                     last_step = now["step"]
                     left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
-                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  "
-                         f"{now['tokens_per_s']:,.0f} tokens/s  {left_s:,.0f} s left")
+                    left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
+                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  "
+                         f"{left} left")
             if finishing:
                 return
 

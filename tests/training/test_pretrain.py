@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import raysearch.training.pretrain as module
 from raysearch.training.data import Blocks
 from raysearch.training.presets import PRESETS, Preset
-from raysearch.training.pretrain import pretrain
+from raysearch.training.pretrain import memory_needed, pretrain
 
 TOY = Preset(num_layers=1, width=32, num_heads=2, context_tokens=16, vocab_size=300, batch_tokens=128, num_steps=60,
              learning_rate=1e-2, weight_decay=0.1, note="for tests")
@@ -135,3 +136,14 @@ def test_divergence_is_one_sentence_and_leaves_no_model(
     with pytest.raises(RuntimeError, match=r"^pretraining failed: the loss became (nan|inf) by step \d+; lower the "):
         pretrain("hot", corpus, tmp_path / "hot", steps=20, cache_dir=tmp_path / "cache", echo=lambda line: None)
     assert not (tmp_path / "hot").exists()
+
+
+def test_what_a_machine_needs_is_said_before_it_starts() -> None:
+    def line(name: str, **resources: float) -> str:
+        return memory_needed(PRESETS[name], num_workers=1, zero_stage=0, batch_tokens=PRESETS[name].batch_tokens,
+                             resources=resources)
+
+    assert re.match(r"each of 1 ranks needs about 25\.\d+ GB of memory, and [\d.]+ .B are free here", line("books-30m", CPU=2))
+    assert "MORE than there is" in line("gpt-efficio-950m", CPU=2)
+    assert "MORE" not in line("tiny", CPU=2)
+    assert line("gpt2-small", GPU=1).endswith("GB of memory on its GPU")
