@@ -251,6 +251,8 @@ class ClusterSettings(Frozen):
     round_limit_s: float = Field(3600.0, gt=0)
     """A round that takes longer is taken for stuck: its gang is ended and started again, once, and then its trial fails
     with the stack of every rank."""
+    wait_for_nodes_s: float = Field(600.0, gt=0)
+    """How long a sweep waits where nodes were lost and no gang fits any more; then it ends, and the same command goes on."""
     gpus_per_rank: float = Field(0.0, ge=0)
     cpus_per_rank: float = Field(1.0, gt=0)
 

@@ -13,8 +13,8 @@ from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks,
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 from raysearch.models.model import load_tokenizer
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
-from raysearch.training.corpus import Say, load_documents, quiet
-from raysearch.training.data import check_tokenizer, split_documents
+from raysearch.training.corpus import Say, quiet
+from raysearch.training.data import check_tokenizer, load_splits
 
 TIMED_FORWARDS = 50
 """What timing sparse kernels for one number of tokens costs, about: 32 forwards of the model, and those of its layers."""
@@ -36,8 +36,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
         raise ValueError(f"backend must be auto or dense, got {backend!r}")
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
-        documents = split_documents(load_documents(corpus, text_field, say))
-        tasks = heldout_tasks(documents["report"], from_corpus, limit=limit) + tasks
+        tasks = heldout_tasks(load_splits(corpus, text_field, say)["report"], from_corpus, limit=limit) + tasks
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     tokenizer = load_tokenizer(model_path)
     check_tokenizer(tokenizer, model.config.vocab_size)

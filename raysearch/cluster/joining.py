@@ -65,18 +65,23 @@ def connect_ray() -> None:
 def start_ray(study: Study, autoscaling: bool = False) -> None:
     """Connects, and checks that one gang fits into the cluster, unless that adds nodes by itself."""
     connect_ray()
-    if autoscaling:
-        return
+    if not autoscaling and (short := shortage(study)):
+        raise ValueError(f"{short}; lower num_ranks, add nodes, or give --autoscaling where the cluster adds them when they "
+                         "are needed")
+
+
+def shortage(study: Study) -> str:
+    """What one gang needs and the cluster has not; "" where it fits."""
     needs = {"CPU": study.cluster.cpus_per_rank} | ({"GPU": study.cluster.gpus_per_rank} if study.cluster.gpus_per_rank else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # rank by rank: the sum of the cluster's CPUs says nothing about one; and 0.3 / 0.1 is 2.9999999999999996
     num_fitting = sum(min(int(node.get(name, 0) / need + 1e-9) for name, need in needs.items()) for node in nodes)
-    if num_fitting < study.cluster.num_ranks:
-        each = " and ".join(f"{need:g} {name}" for name, need in needs.items())
-        have = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in needs)
-        raise ValueError(f"one trial needs {study.cluster.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
-                         f"{len(nodes)} nodes ({have} in all) have room for {num_fitting}; lower num_ranks, add nodes, or "
-                         "give --autoscaling where the cluster adds them when they are needed")
+    if num_fitting >= study.cluster.num_ranks:
+        return ""
+    each = " and ".join(f"{need:g} {name}" for name, need in needs.items())
+    have = ", ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}" for name in needs)
+    return (f"one trial needs {study.cluster.num_ranks} ranks of {each}, each rank on one node, but the cluster's "
+            f"{len(nodes)} nodes ({have} in all) have room for {num_fitting}")
 
 
 def use_rays_network() -> None:

@@ -201,6 +201,14 @@ class StudySearcher(Searcher):
         self.ledger.write_trial(trial)
         return trial
 
+    def waits(self, reason: str) -> None:
+        """No gang fits the cluster: trials whose gang is gone have not failed, as their ranks wrote, but wait for another."""
+        self.progress.echo(f"waiting for nodes, at most {self.study.cluster.wait_for_nodes_s:g} s: {reason}")
+        for job in list(self._running.values()):
+            trial = self.ledger.trial(job["number"]) if job["kind"] in RECORDED else None
+            if trial is not None and trial.status == "failed":
+                self.ledger.write_trial(trial.model_copy(update={"status": "running", "reason": f"waits for nodes: {reason}"}))
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal and the ledger are the state."""
 

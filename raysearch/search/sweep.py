@@ -5,17 +5,20 @@ rounds are found, trials that were running start again from their last finished 
 Nothing of Ray is restored.
 """
 
+import contextlib
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray import tune
 from ray.tune import TuneError
 
 from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
-from raysearch.cluster.joining import placed, start_ray
+from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.search.loggers import Loggers, trackers
@@ -84,7 +87,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         if searcher.has_work():
             echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)
-            interrupted = run_tune(ledger, study, searcher)
+            with contextlib.nullcontext() if autoscaling else watching_nodes(study, searcher):
+                interrupted = run_tune(ledger, study, searcher)
             ledger.delete_leftovers()
             if searcher.dense_failed:
                 raise ValueError("the dense baseline could not be scored, so no trial can run: "
@@ -96,6 +100,43 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     keys = {key for trial in trials for key in trial.keys}
     return SweepResult(ledger.directory, interrupted, len(trials), len(keys),
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
+
+
+WATCH_S = 5.0
+
+
+@contextlib.contextmanager
+def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
+    """While nodes are lost and no gang fits, says so, and ends the block with a ValueError after `wait_for_nodes_s`: Tune would
+    wait for ever."""
+    ended = threading.Event()
+
+    def give_up(*_: object) -> None:
+        raise ValueError(f"no trial could run for {study.cluster.wait_for_nodes_s:g} s: {shortage(study)}; add nodes, or lower "
+                         "num_ranks, and the same command goes on")
+
+    def watch() -> None:
+        began = None
+        while not ended.wait(WATCH_S):
+            short = shortage(study)
+            if short and began is None:
+                began = time.monotonic()
+                searcher.waits(short)
+            elif not short:
+                began = None
+            elif time.monotonic() - began > study.cluster.wait_for_nodes_s:
+                os.kill(os.getpid(), signal.SIGUSR1)  # whose handler runs in the main thread, which waits in Tune
+                return
+
+    before = signal.signal(signal.SIGUSR1, give_up)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:

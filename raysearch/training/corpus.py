@@ -44,21 +44,26 @@ def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> list[s
     three also compressed (.gz, .bz2, .xz, .zst); a folder that `datasets` saved; or a Hugging Face dataset as NAME or
     NAME:CONFIG. Of a dataset with splits the train split is read. Raises ValueError of one sentence.
     """
+    return ["".join(parts) for parts in load_parts(corpus, field, say)]
+
+
+def load_parts(corpus: str, field: str = "text", say: Say = quiet) -> list[list[str]]:
+    """As `load_documents`, each document in the parts in which it was read: joining a long one takes its memory twice."""
     if corpus == "builtin":
-        return list(_builtin_documents())
-    texts = progress(_texts(corpus, field), say, lambda num_chars: f"corpus {corpus}: {num_chars / 1e6:,.0f} M characters read")
-    documents = [text for text in texts if text and not text.isspace()]
+        return [[text] for text in _builtin_documents()]
+    found = progress(_texts(corpus, field), say, lambda num_chars: f"corpus {corpus}: {num_chars / 1e6:,.0f} M characters read")
+    documents = [parts for parts in found if any(part and not part.isspace() for part in parts)]
     if not documents:
         raise ValueError(f"corpus {corpus}: holds no text; give one with at least a few thousand words")
     return documents
 
 
-def progress(texts: Iterable[str], say: Say, line: Callable[[int], str]) -> Iterator[str]:
-    """The texts; every PROGRESS_S it says what `line` makes of the characters so far."""
+def progress(documents: Iterable[list[str]], say: Say, line: Callable[[int], str]) -> Iterator[list[str]]:
+    """The documents; every PROGRESS_S it says what `line` makes of the characters so far."""
     num_chars, said = 0, time.monotonic()
-    for text in texts:
-        yield text
-        num_chars += len(text)
+    for parts in documents:
+        yield parts
+        num_chars += sum(map(len, parts))
         if time.monotonic() > said + PROGRESS_S:
             said = time.monotonic()
             say(line(num_chars))
@@ -113,34 +118,38 @@ def _files(corpus: str) -> list[Path]:
     return []
 
 
-def _texts(corpus: str, field: str) -> Iterator[str]:
-    """Non-empty texts; some may be blank."""
+def _texts(corpus: str, field: str) -> Iterator[list[str]]:
+    """Documents in parts; some may be blank."""
     files = _files(corpus)
     if not files:
-        yield from _column(f"corpus {corpus}", _dataset(corpus), field)
+        yield from map(_whole, _column(f"corpus {corpus}", _dataset(corpus), field))
     for file in files:
         where, suffix = f"corpus {file}", plain_suffix(file)
         if file.is_dir():
-            yield from _column(where, _saved_dataset(file), field)
+            yield from map(_whole, _column(where, _saved_dataset(file), field))
         elif suffix == ".parquet":
-            yield from _parquet_texts(file, field)
+            yield from map(_whole, _parquet_texts(file, field))
         elif suffix == ".txt":
             yield from _plain_texts(file)
         else:
             for place, row in _json_rows(file, where):
-                yield from _row_text(row, field, place)
+                yield from map(_whole, _row_text(row, field, place))
 
 
-def _plain_texts(file: Path) -> Iterator[str]:
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _plain_texts(file: Path) -> Iterator[list[str]]:
     with open_text(file, f"corpus {file}") as lines:
         parts: list[str] = []
         while chunk := lines.readlines(CHUNK_CHARS):  # not by lines: an object for each would take twice the text's memory
             first, *others = SEPARATOR.split("".join(chunk))
             parts.append(first)
             for other in others:
-                yield "".join(parts)
+                yield parts
                 parts = [other]
-        yield "".join(parts)
+        yield parts
 
 
 def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
-from raysearch.training.corpus import END_OF_TEXT, Say, progress, quiet
+from raysearch.training.corpus import END_OF_TEXT, Say, load_parts, progress, quiet
 
 FORMAT_VERSION = 1  # of the packed files; a change makes every cached file stale
 BATCH_CHARS = 2**21
@@ -40,10 +40,23 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
     documents are first cut into pieces of at most 4000 characters at the ends of paragraphs. Raises ValueError when
     there are not three different pieces.
     """
-    if len(documents) < MIN_DOCUMENTS_TO_SPLIT:
+    return _split([[document] for document in documents])
+
+
+def load_splits(corpus: str, field: str = "text", say: Say = quiet) -> dict[str, list[str]]:
+    """`split_documents` of `load_documents`, without a long document's text twice in memory."""
+    return _split(load_parts(corpus, field, say))
+
+
+def _split(parts_of: list[list[str]]) -> dict[str, list[str]]:
+    """Of documents in parts, which are used up."""
+    if len(parts_of) < MIN_DOCUMENTS_TO_SPLIT:
         low, high = PIECE_CHARS
-        num_chars = min(max(sum(map(len, documents)) // MIN_DOCUMENTS_TO_SPLIT, low), high)
-        documents = [piece for document in documents for piece in _pieces(document, num_chars)]
+        num_chars = min(max(sum(len(part) for parts in parts_of for part in parts) // MIN_DOCUMENTS_TO_SPLIT, low), high)
+        documents = [piece for parts in parts_of for piece in _pieces(parts, num_chars)]
+    else:
+        documents = ["".join(parts) for parts in parts_of]
+        parts_of.clear()
     position = {text: int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]) / 2**64
                 for text in documents}
     if len(position) < 3:
@@ -58,17 +71,23 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
     return {split: [text for text in documents if split_of[text] == split] for split in SPLITS}
 
 
-def _pieces(document: str, num_chars: int) -> Iterator[str]:
-    """The document in pieces of at most `num_chars`, each ending with a paragraph, else a line, else a word."""
-    start, middle = 0, num_chars // 2
-    while len(document) - start > num_chars:
-        ends = (document.rfind(mark, start + middle, start + num_chars - len(mark)) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > start + middle), start + num_chars)
-        if not document[start:end].isspace():
-            yield document[start:end]
-        start = end
-    if document[start:].strip():
-        yield document[start:]
+def _pieces(parts: list[str], num_chars: int) -> Iterator[str]:
+    """The document, whose parts are used up, in pieces of at most `num_chars`, each ending with a paragraph, else a line,
+    else a word."""
+    rest, middle = "", num_chars // 2
+    parts.reverse()
+    while parts:
+        text, start = rest + parts.pop(), 0
+        while len(text) - start > num_chars:
+            low, high = start + middle, start + num_chars
+            ends = (text.rfind(mark, low, high - len(mark)) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((end for end in ends if end > low), high)
+            if not text[start:end].isspace():
+                yield text[start:end]
+            start = end
+        rest = text[start:]
+    if rest.strip():
+        yield rest
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -151,11 +170,11 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: 
     path = (cache_dir or default_cache_dir()) / "blocks" / f"{fingerprint}.npy"
     if not path.is_file():
         stream = _token_stream(documents, tokenizer, say)
-        num_blocks = len(stream) // context
-        if not num_blocks:
-            raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {len(stream)} tokens; "
+        num_tokens = sum(map(len, stream))
+        if num_tokens < context:
+            raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
                              "give more text or a shorter context")
-        _write_array(path, stream[: num_blocks * context].reshape(num_blocks, context))
+        _write_array(path, stream, (num_tokens // context, context))
     return Blocks(path.resolve(), fingerprint)
 
 
@@ -174,15 +193,17 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{tokenizer.eos_token_id} {type(tokenizer).__name__} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
 
 
-def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, say: Say) -> NDArray[np.unsignedinteger]:
+def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, say: Say) -> list[NDArray[np.unsignedinteger]]:
+    """In parts: joined they would take their memory twice."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     total = sum(map(len, documents)) / 1e6
-    texts = progress(documents, say, lambda num_chars: f"corpus: {num_chars / 1e6:,.0f} of {total:,.0f} M characters tokenized")
-    stream = [np.zeros(0, dtype)]
-    for batch in _batches(texts):
+    batches = progress(_batches(documents), say,
+                       lambda num_chars: f"corpus: {num_chars / 1e6:,.0f} of {total:,.0f} M characters tokenized")
+    stream = []
+    for batch in batches:
         ids = (each for text_ids in token_ids(tokenizer, batch, False) for each in (text_ids, [tokenizer.eos_token_id]))
         stream.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
-    return np.concatenate(stream)
+    return stream
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -207,12 +228,18 @@ def token_ids(tokenizer: Any, texts: Sequence[str], special: bool | None) -> lis
     return tokenizer(list(texts), return_attention_mask=False, verbose=False, **options)["input_ids"]  # type: ignore[no-any-return]
 
 
-def _write_array(path: Path, array: NDArray[np.unsignedinteger]) -> None:
-    """Writes aside, fsyncs and moves: a reader sees no file or the whole one."""
+def _write_array(path: Path, parts: Sequence[NDArray[np.unsignedinteger]], shape: tuple[int, int]) -> None:
+    """Writes what of the parts fills the shape, in the bytes of np.save: aside, fsynced and moved, so that a reader sees no
+    file or the whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            np.save(file, array)
+            header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            num_left = shape[0] * shape[1]
+            for part in parts:
+                file.write(part[:num_left].tobytes())
+                num_left -= min(num_left, len(part))
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)

@@ -38,8 +38,7 @@ from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
 from raysearch.study.storage import location
-from raysearch.training.corpus import load_documents
-from raysearch.training.data import Blocks, pack, split_documents, train_tokenizer
+from raysearch.training.data import Blocks, load_splits, pack, train_tokenizer
 from raysearch.training.engine import Engine
 from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
@@ -105,7 +104,7 @@ def pretrain(
     out = location(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
-    documents = split_documents(load_documents(corpus, text_field, echo))
+    documents = load_splits(corpus, text_field, echo)
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": hash_json(documents)}
     del settings["note"]
