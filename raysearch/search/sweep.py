@@ -111,9 +111,12 @@ def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
     wait for ever."""
     ended = threading.Event()
 
+    given_up: list[str] = []
+
     def give_up(*_: object) -> None:
-        raise ValueError(f"no trial could run for {study.cluster.wait_for_nodes_s:g} s: {shortage(study)}; add nodes, or lower "
-                         "num_ranks, and the same command goes on")
+        given_up.append(f"no trial could run for {study.cluster.wait_for_nodes_s:g} s: {shortage(study)}; add nodes, or lower "
+                        "num_ranks, and the same command goes on")
+        raise KeyboardInterrupt  # which ends Tune
 
     def watch() -> None:
         began = None
@@ -125,18 +128,23 @@ def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
             elif not short:
                 began = None
             elif time.monotonic() - began > study.cluster.wait_for_nodes_s:
-                os.kill(os.getpid(), signal.SIGUSR1)  # whose handler runs in the main thread, which waits in Tune
+                os.kill(os.getpid(), signal.SIGUSR2)  # the main thread waits in Tune, which takes SIGUSR1 for itself
                 return
 
-    before = signal.signal(signal.SIGUSR1, give_up)
+    before = signal.signal(signal.SIGUSR2, give_up)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield
+    except KeyboardInterrupt:
+        if not given_up:
+            raise
     finally:
         ended.set()
         watcher.join()
-        signal.signal(signal.SIGUSR1, before)
+        signal.signal(signal.SIGUSR2, before)
+    if given_up:
+        raise ValueError(given_up[0])
 
 
 def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:

@@ -154,7 +154,7 @@ def test_lost_nodes_without_which_no_gang_fits_are_waited_for_and_then_given_up(
     space = tmp_path / "space.py"
     space.write_text(space.read_text().replace('"round_limit_s"', '"wait_for_nodes_s": 20.0, "round_limit_s"'))
     process = sweep(tmp_path, address=cluster.address)
-    wait_until(lambda: len(records(tmp_path)) >= 2, process)
+    wait_until(lambda: len(records(tmp_path)) >= 2, process, limit_s=200)
     (node,) = homes(cluster, "ray::Rank").values()
     cluster.remove_node(node, allow_graceful=False)
     code, out, err = finish(process)
