@@ -3,42 +3,85 @@
 A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_TRACEBACK=1 shows where it was found.
 """
 
+import errno
 import os
 import shlex
 import sys
+import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+import raysearch
 from raysearch.units import parse_seconds
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search over pruning schedules for GPT language models.")
 Out = Annotated[Path, typer.Option(help="Directory to write to.")]
 StudyDir = Annotated[str, typer.Argument(help="Directory of a study, or its URI.", metavar="DIR")]
+TextField = Annotated[str, typer.Option(help="Field or column of the corpus that holds the text.")]
 StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
 
 
+SILENT_S = 8.0
+
+
 def main() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns in every process that forks after it
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray hides no GPU from an actor that asks for none
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of one trial starve the others
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune's boxes and tables, which no log can use
-    if not Path("/dev/nvidiactl").exists():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it found no GPU
+    raysearch.set_environment()
+    ended = threading.Event()
+    threading.Thread(target=keep_talking, args=(ended,), daemon=True).start()
     try:
         app()
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last finished round", code=130)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("pretraining failed"):
+            raise
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise
-        text = f"{error.filename or 'a file'}: {error.strerror}" if isinstance(error, OSError) and error.strerror else error
-        fail(" ".join(str(text).split()))
+        fail(" ".join(sentence(error).split()))
+    finally:
+        ended.set()
+        _now.clear()
+
+
+_now: dict[str, Any] = {}
+"""Of the command that runs: what it is "doing", since when ("began"), when it "said" something."""
+
+
+def doing(what: str) -> None:
+    """From now on the command is never silent for long."""
+    _now.update(doing=what, began=time.monotonic(), said=time.monotonic())
+
+
+def keep_talking(ended: threading.Event) -> None:
+    """A line whenever a command that said what it is doing was silent for SILENT_S, in a long run for a twentieth of it."""
+    while not ended.wait(0.5):
+        if _now and time.monotonic() - _now["said"] > max(SILENT_S, (time.monotonic() - _now["began"]) / 20):
+            _now["said"] = time.monotonic()
+            print(f"[{_now['said'] - _now['began']:4.0f} s] still {_now['doing']}", file=sys.__stdout__, flush=True)
+
+
+def sentence(error: Exception) -> str:
+    """What was given, the rule and the way out; an OSError has only the first two."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    path = str(error.filename or "a file")
+    denied = error.errno in (errno.EACCES, errno.EPERM) and not os.path.exists(path)  # else it was to be read
+    if denied or error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
+        cache = os.environ.get("RAYSEARCH_CACHE") or str(Path("~/.cache/raysearch").expanduser())
+        place = "set RAYSEARCH_CACHE to a folder" if path.startswith(cache) else "give a place with --out"
+        return f"{path}: cannot be written ({error.strerror}); {place} that can be"
+    return f"{path}: {error.strerror}"
+
+
+def check_file(path: Path | None, option: str) -> None:
+    """ValueError unless a file can be written there, before hours are spent on what it shall hold."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise ValueError(f"{option} must be a file in a folder that exists and can be written, got {path}")
 
 
 def fail(sentence: str, code: int = 2) -> None:
@@ -48,6 +91,7 @@ def fail(sentence: str, code: int = 2) -> None:
 
 def echo(line: str) -> None:
     print(line, flush=True)
+    _now.update(said=time.monotonic()) if _now else None
 
 
 def check_folder(model: str) -> None:
@@ -66,6 +110,7 @@ def warn_of(damage: Sequence[str]) -> None:
 @app.command()
 def demo(out: Out = Path("demo")) -> None:
     """Everything in minutes: train a tiny GPT, search, draw the frontier, pick, export."""
+    doing("at the demo")
     from raysearch.demo import run_demo
 
     run_demo(out, echo)
@@ -75,6 +120,7 @@ def demo(out: Out = Path("demo")) -> None:
 def pretrain(
     preset: Annotated[str, typer.Option(help="tiny, books-30m, gpt2-small or gpt-efficio-950m.")] = "tiny",
     corpus: Annotated[str, typer.Option(help='"builtin", files, or a Hugging Face dataset.')] = "builtin",
+    text_field: TextField = "text",
     out: Out = Path("model"),
     steps: Annotated[int | None, typer.Option(help="Optimizer steps; the preset's number by default.")] = None,
     num_workers: Annotated[int, typer.Option(help="Ranks.")] = 1,
@@ -85,9 +131,10 @@ def pretrain(
 
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    doing("training")
     from raysearch.training.pretrain import pretrain as run
 
-    run(preset, corpus, out, steps=steps, num_workers=num_workers, zero_stage=zero_stage)
+    run(preset, corpus, out, text_field=text_field, steps=steps, num_workers=num_workers, zero_stage=zero_stage, echo=echo)
 
 
 @app.command()
@@ -110,6 +157,7 @@ def prune(
     learning_rate: float = 3e-4,
     prunable: Annotated[str, typer.Option(help="matrices, or all to add the embeddings.")] = "matrices",
     corpus: Annotated[str | None, typer.Option(help="Text to fine-tune and evaluate on.")] = None,
+    text_field: TextField = "text",
     tasks: Annotated[str, typer.Option(help="Comma-separated; from the corpus or --data-dir.")] = "",
     data_dir: str | None = None,
     num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
@@ -121,11 +169,13 @@ def prune(
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
     check_folder(model)
+    doing("at the trial")
     from raysearch.config import TrialConfig
     from raysearch.prune import run_prune
 
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
-    given = context.params | {"tasks": tuple(tasks.split(",")) if tasks else ("text", "last_word", "choice") if corpus else ()}
+    default = ("text", "last_word", "choice") if corpus else ()
+    given = context.params | {"tasks": comma_separated(tasks, "--tasks") if tasks else default}
     del given["out"]
     if not context_tokens:  # run_prune has a default that the model's limit bounds
         del given["context_tokens"]
@@ -148,6 +198,7 @@ def sweep(
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
 ) -> None:
     """Search: Ray Tune runs trials that Optuna proposes. The same command resumes or extends."""
+    doing("at the sweep")
     from raysearch.search.space import load_space, read_trials
 
     if keep not in ("frontier", "all", "none"):
@@ -173,6 +224,14 @@ def sweep(
 
 
 @app.command()
+def space(new: Annotated[str, typer.Option(help="Module to write, such as search_spaces.mine.", metavar="NAME")]) -> None:
+    """Write a search space to begin with, a copy of the demo's, below the current folder."""
+    from raysearch.search.space import new_space
+
+    echo(f"{new_space(new)}: change STUDY and space(trial) there, then: raysearch plan {shlex.quote(new)}")
+
+
+@app.command()
 def plan(
     space: Annotated[str, typer.Argument(help="Search space module, such as search_spaces.demo.")],
     out: StudyOut = None,
@@ -183,6 +242,7 @@ def plan(
     load_space(space)
     from raysearch.plan import describe_plan, make_plan
 
+    doing("measuring")
     echo("measuring one short round on this machine ...")
     echo(describe_plan(make_plan(space, out or default_directory(space), echo)))
 
@@ -268,16 +328,10 @@ def export(
     format: Annotated[str, typer.Option(help="dense (transformers loads it) or compressed (smaller).")] = "dense",
 ) -> None:
     """Write the picked candidate as a deployment folder."""
+    doing("exporting")
     from analysis.pick import read_pick
-    from raysearch.study.ledger import Ledger
 
-    picked = read_pick(pick_file)
-    ledger = Ledger.open(picked.study_directory)
-    from raysearch.deploy.export import export as run
-    from raysearch.trial.round import recover_weights
-
-    recover_weights(ledger, picked.key, echo)
-    echo(str(run(ledger, picked.key, out, format)))
+    echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))
 
 
 @app.command()
@@ -286,6 +340,7 @@ def evaluate(
     tasks: Annotated[str, typer.Option(help="Comma-separated; `raysearch tasks` lists them.")],
     data_dir: Annotated[Path | None, typer.Option(help="Local files; the hub without it.")] = None,
     corpus: Annotated[str, typer.Option(help="For the tasks text, last_word and choice.")] = "builtin",
+    text_field: TextField = "text",
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task.")] = None,
     num_fewshot: Annotated[int | None, typer.Option(min=0)] = None,
     batch_tokens: Annotated[int | None, typer.Option(min=1)] = None,
@@ -300,9 +355,10 @@ def evaluate(
     from analysis.tables import aligned, with_stderr
     from raysearch.evaluate import evaluate_model
 
-    scored = evaluate_model(model, tasks.split(","), data_dir=data_dir, corpus=corpus, limit=limit, num_fewshot=num_fewshot,
-                            batch_tokens=batch_tokens, backend=backend, samples=samples, progress=sys.stderr.isatty(),
-                            say=lambda line: print(line, file=sys.stderr, flush=True))
+    check_file(samples, "--samples")
+    scored = evaluate_model(model, comma_separated(tasks, "--tasks"), data_dir=data_dir, corpus=corpus, text_field=text_field,
+                            limit=limit, num_fewshot=num_fewshot, batch_tokens=batch_tokens, backend=backend, samples=samples,
+                            progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr, flush=True))
     if json:
         echo(dumps(scored))
         return
@@ -325,10 +381,10 @@ def kernels(
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference
 
-    if not all(count.strip().isdecimal() and int(count) for count in tokens.split(",")):
+    counts = comma_separated(tokens, "--tokens")
+    if not all(count.isdecimal() and int(count) for count in counts):
         raise ValueError(f"--tokens must be whole numbers of 1 or more, comma-separated, got {tokens!r}")
-    result = sparsify_for_inference(open_model(model), num_tokens=[int(count) for count in tokens.split(",")],
-                                    say=echo)
+    result = sparsify_for_inference(open_model(model), num_tokens=list(map(int, counts)), say=echo)
     header = ["layer", "shape", "pattern", "sparsity", "tokens", "backend", "dense us", "sparse us", "ratio", "share of time"]
     dense_us = {count: sum(layer.choices[count].dense_us or 0 for layer in result.layers) for count in result.model_ratio}
     rows = [[layer.name, f"{layer.shape[0]}x{layer.shape[1]}", layer.pattern, f"{layer.sparsity:.3f}", str(count),
@@ -357,6 +413,7 @@ def bench_kernels(
     from raysearch import kernel_benchmark as benchmark
 
     groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
+    check_file(out, "--out")
     if cases not in groups:
         raise ValueError(f"--cases must be one of {', '.join(groups)}, got {cases!r}")
     if cases != "cpu" and not torch.cuda.is_available():
@@ -373,6 +430,14 @@ def tasks() -> None:
 
     for row in describe_tasks():
         echo("\n".join(f"{name + ':':<15}{value}" for name, value in row.items()) + "\n")
+
+
+def comma_separated(text: str, option: str) -> tuple[str, ...]:
+    """The names in an option, each once."""
+    names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if not names:
+        raise ValueError(f"{option} must be names with commas between them, got {text!r}")
+    return names
 
 
 def default_directory(space: str) -> str:

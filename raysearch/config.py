@@ -176,6 +176,8 @@ class DataSettings(Frozen):
     corpus: Place | None = "builtin"
     """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
     dataset name; None where nothing is fine-tuned."""
+    text_field: Place = "text"
+    """Where a row holds its text, in all formats but .txt."""
     context_tokens: int = Field(128, ge=2)
     epoch_tokens: int | None = Field(None, ge=1)
     """Tokens that count as one epoch; None is the whole train split."""
@@ -255,6 +257,8 @@ class ClusterSettings(Frozen):
     by placement.py. Halved where memory runs out nevertheless, which the study remembers."""
     compile: Literal["auto"] | bool = "auto"
     """Train through torch.compile. `auto`: on a GPU where there is a C compiler."""
+    wait_for_nodes_s: float = Field(600.0, gt=0)
+    """How long a sweep waits where nodes were lost and no gang fits any more; then it ends, and the same command goes on."""
     gpus_per_rank: float = Field(0.0, ge=0)
     cpus_per_rank: float = Field(1.0, gt=0)
 

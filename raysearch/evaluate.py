@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks,
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 from raysearch.models.model import check_causal, dtype_note, first_line, load_tokenizer, stored_dtype, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
-from raysearch.training.data import check_tokenizer, load_documents, split_documents
+from raysearch.training.corpus import Say, quiet
+from raysearch.training.data import check_tokenizer, load_splits
 
 TIMED_FORWARDS = 50
 """What timing sparse kernels for one number of tokens costs, about: 32 forwards of the model, and those of its layers."""
@@ -24,7 +25,7 @@ MAX_TIMING_S = 30.0
 
 def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | None, corpus: str, limit: int | None,
                    num_fewshot: int | None, batch_tokens: int | None, samples: Path | None, progress: bool,
-                   backend: str = "auto", say: Callable[[str], object] = lambda line: None) -> dict[str, Any]:
+                   text_field: str = "text", backend: str = "auto", say: Say = quiet) -> dict[str, Any]:
     """{"results": {task: {metric: value, metric_stderr: value, "num_items": n}}, "num_truncated": n, "kernels": ...}.
 
     backend "auto" replaces the linear layers of a pruned model by sparse ones where those are measured to be faster, and
@@ -36,7 +37,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
         raise ValueError(f"backend must be auto or dense, got {backend!r}")
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
-        tasks = heldout_tasks(split_documents(load_documents(corpus))["report"], from_corpus, limit=limit) + tasks
+        tasks = heldout_tasks(load_splits(corpus, text_field, say)["report"], from_corpus, limit=limit) + tasks
     if not (Path(model_path) / COMPRESSED).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
         say(note)
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")

@@ -79,7 +79,7 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     study, space = load_space(space_name)
     study = placed(resolve(study), None, echo)
     started = time.perf_counter()
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, echo)
     inputs_s = time.perf_counter() - started
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)

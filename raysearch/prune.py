@@ -37,7 +37,7 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
     if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
         echo(note)
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, echo)
     if study.evaluation.tasks:  # nothing is searched, but results and report have to show something
         study = study.replaced(objectives=("num_nonzero", metric_names(inputs.tasks["selection"])[0]))
     actions = resolve_actions(config, study, inputs.num_train_tokens)

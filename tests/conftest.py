@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from commands import run  # noqa: F401  a fixture for all folders
-from s3 import anywhere, refusing_store, s3, store  # noqa: F401
+from s3 import anywhere, refused_writes, refusing_store, s3, store  # noqa: F401
 from tiny_models import story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast

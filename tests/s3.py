@@ -3,14 +3,16 @@
 import os
 import threading
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import raysearch.study.files
 from raysearch.study.storage import AnyPath, StorePath, location
 
+_SERVERS: dict[str, Any] = {}
 SECRET = "planted0f3c9a77"
 
 
@@ -22,6 +24,7 @@ def s3() -> Iterator[str]:
     started = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     started.start()
     address = "{}:{}".format(*started.get_host_and_port())
+    _SERVERS[address] = started._server
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_CONFIG_FILE": os.devnull,
                             "AWS_EC2_METADATA_DISABLED": "true", "AWS_SHARED_CREDENTIALS_FILE": os.devnull}.items():
@@ -35,6 +38,24 @@ def s3() -> Iterator[str]:
 
 def request(url: str, method: str, data: bytes | None = None) -> None:
     urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)).close()
+
+
+@pytest.fixture
+def refused_writes(s3: str) -> Iterator[list[str]]:
+    """Methods that the server refuses while they are in the list; it still answers to all others."""
+    methods: list[str] = []
+    answer = _SERVERS[s3].app
+
+    def application(environ: dict[str, Any], start: Callable[..., object]) -> Iterable[bytes]:
+        if environ["REQUEST_METHOD"] not in methods:
+            return answer(environ, start)
+        body = b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+        start("403 Forbidden", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    _SERVERS[s3].app = application
+    yield methods
+    _SERVERS[s3].app = answer
 
 
 @pytest.fixture

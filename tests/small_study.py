@@ -1,5 +1,6 @@
 """A sweep in this process: the searcher's jobs by a rank of its own, with real models, rounds and journals, but without Ray."""
 
+import contextlib
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +50,7 @@ def sweep(directory: Path, study: Study, worker: Worker, monkeypatch: pytest.Mon
     """`raysearch sweep`, which says what it finds to `echo`; the kinds of the jobs that ran."""
     ran: list[str] = []
 
-    def run(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: object) -> bool:
+    def run(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
         worker.ledger, worker.loaded_key = ledger, None
         ran.extend(run_jobs(searcher, worker))
         return not searcher.finished
@@ -57,5 +58,6 @@ def sweep(directory: Path, study: Study, worker: Worker, monkeypatch: pytest.Mon
     with monkeypatch.context() as patch:
         patch.setattr(sweep_module, "start_ray", lambda *_: None)
         patch.setattr(sweep_module, "run_tune", run)
+        patch.setattr(sweep_module, "watching_nodes", lambda *_: contextlib.nullcontext())
         sweep_module.sweep("small_study", directory, study, proposes, echo)
     return ran

@@ -36,7 +36,7 @@ DOORS = {  # heavy dependency -> the only places that import it
     "lm_eval": {"raysearch/evaluation/"},
     "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
                      "raysearch/deploy/"},
-    "datasets": {"raysearch/training/data.py", "raysearch/evaluation/"},
+    "datasets": {"raysearch/training/corpus.py", "raysearch/evaluation/"},
     "triton": {"raysearch/kernels/"},
     "pandas": {"analysis/"},
     "plotly": {"analysis/"},

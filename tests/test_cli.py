@@ -1,14 +1,21 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
+from synthetic_study import SyntheticStudy
 from transformers import AutoModelForCausalLM
+
+from raysearch import cli
 
 
 def refused(result: tuple[int, str, str], sentence: str, folder: Path) -> None:
@@ -51,6 +58,41 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("sweep", "no.such.space"), "search space no.such.space: cannot be imported", tmp_path)
     refused(run("sweep", "search_spaces.demo", "--time-budget", "soon"), "--time-budget must be a positive time", tmp_path)
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
+    """Call it: the system refuses every write into the folder."""
+    mounted = []
+
+    def refuse(folder: Path) -> None:
+        if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
+            pytest.skip("needs the right to mount")
+        mounted.append(folder)
+
+    yield refuse
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_of_a_read_only_study_everything_can_be_had(run: Run, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.5], report=True)
+    read_only(tmp_path / "study")
+    advice = "cannot be written (Read-only file system); give a place with --out that can be"
+    pick = ("pick", "study", "--max-bytes", "1GB")
+    for command, name in ((("report", "study"), "report.html"), (pick, "pick.json")):
+        assert run(*command) == (2, "", f"raysearch: {tmp_path}/study/{name}: {advice}\n")
+        assert run(*command, "--out", name)[0] == 0
+    for command in ("results", "status"):
+        assert run(command, "study")[0] == 0
+
+
+@pytest.mark.parametrize("out", ["given/x", "given/x/y", "a" * 300])
+def test_a_place_that_cannot_be_written_is_one_sentence(run: Run, tmp_path: Path, out: str, tiny_model: Path) -> None:
+    (tmp_path / "given").write_text("")
+    refused(run("prune", tiny_model, "--sparsity", 0.5, "--out", out), "give a place with --out that can be", tmp_path)
 
 
 def test_trials_from_a_file_are_refused_in_one_sentence(run: Run, tmp_path: Path) -> None:
@@ -146,3 +188,132 @@ def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(arguments: s
               f"print([name for name in {heavy!r} if name in sys.modules], code or 0)")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.stdout.splitlines()[-1] == f"[] {code}", done.stderr
+
+
+GIVEN = {  # files that the cases below name
+    "utf16.jsonl": b'\xff\xfe{\x00"\x00', "latin.txt": b"caf\xe9", "list.jsonl": b'{"text": ["a"]}',
+    "torn.jsonl.gz": b"\x1f\x8b\x08\x00",
+    "blank.txt": b" \n", "rows.jsonl": b"[1]", "field.jsonl": b'{"story": "a"}', "short.txt": b"one two", "a.pdf": b"x",
+    "data/hellaswag/validation.jsonl": b'{"ctx": "a", "endings": ["", "b"], "label": 1}\n',
+    "data/lambada/test.jsonl": b'{"text": 1}',
+    "data/storycloze/test.csv": b"a,b\n1,2\n", "data/nq_open/validation.jsonl": b"caf\xe9", "empty.json": b"{}", "file": b"",
+    "no_space.py": b"STUDY = {'model': {'path': 'm'}}", "syntax.py": b"STUDY = {\n", "raises.py": b"1 / 0",
+    "settings.py": b"STUDY = {'model': {'path': 'm'}, 'search': {'num_trials': 0}}\ndef space(trial): return {}",
+    "section.py": b"STUDY = {'model': {'path': 'm'}, 'serach': {}}\ndef space(trial): return {}",
+    "list.py": b"STUDY = []\ndef space(trial): return {}",
+    "trials.jsonl": b'{"target_sparsity": 2}', "no_trials.jsonl": b"\n",
+}
+PRUNE = ("prune", "MODEL", "--out", "out", "--context-tokens", "64", "--batch-tokens", "256", "--sparsity", "0.5")
+EVALUATE = ("evaluate", "MODEL", "--limit", "2", "--tasks")
+SWEEP = ("sweep", "search_spaces.demo", "--out", "out")
+BAD = [
+    # a corpus
+    ((*PRUNE, "--corpus", "given/utf16.jsonl"), "given/utf16.jsonl, line 1: "),
+    ((*PRUNE, "--corpus", "given/latin.txt"), "given/latin.txt, line 1: must be UTF-8 text, or UTF-16"),
+    ((*PRUNE, "--corpus", "given/list.jsonl"), "every row needs a field `text` with a string or null, got a list in it"),
+    ((*PRUNE, "--corpus", "given/field.jsonl"), "got the fields story; name the field that holds the text with --text-field"),
+    ((*PRUNE, "--corpus", "given/field.jsonl", "--text-field", "tale"), "needs a field `tale`"),
+    ((*PRUNE, "--corpus", "given/torn.jsonl.gz"), "cannot be read"),
+    ((*PRUNE, "--corpus", "given/blank.txt"), "holds no text"),
+    ((*PRUNE, "--corpus", "given/short.txt"), "at least 3 different passages"),
+    ((*PRUNE, "--corpus", "given/a.pdf"), "a file must end in .txt"),
+    ((*PRUNE, "--corpus", "given/*.md"), "no file that ends in"),
+    ((*PRUNE, "--corpus", "./nowhere"), "no such file or folder"),
+    ((*PRUNE, "--corpus", ""), "no such file or folder"),
+    ((*PRUNE, "--corpus", "no-owner/no-data-of-raysearch"), "neither a file or folder here nor a Hugging Face dataset"),
+    # tasks
+    ((*EVALUATE, "hellaswag", "--data-dir", "given/data"), "line 1: field 'endings' must be a list of two texts or more, none"),
+    ((*EVALUATE, "lambada, hellaswag", "--data-dir", "given/data"), "line 1: field 'text' must be a text of two words"),
+    ((*EVALUATE, "storycloze", "--data-dir", "given/data"), "line 2: field 'InputSentence1' is missing; the fields are a, b"),
+    ((*EVALUATE, "nq_open", "--data-dir", "given/data"), "validation.jsonl, line 1: must be UTF-8 text"),
+    ((*EVALUATE, "triviaqa", "--data-dir", "given/data"), "needs the file given/data/triviaqa/validation.jsonl"),
+    ((*EVALUATE, " , "), "--tasks must be names with commas between them, got ' , '"),
+    ((*EVALUATE, "last_wrd"), "task 'last_wrd' is not known; the nearest names are last_word"),
+    ((*EVALUATE, "text", "--corpus", "given/blank.txt"), "holds no text"),
+    ((*EVALUATE, "text", "--samples", "nowhere/x.jsonl"), "--samples must be a file in a folder that exists and can be"),
+    ((*EVALUATE, "text", "--samples", "given"), "--samples must be a file"),
+    ((*EVALUATE, "text", "--backend", "fast"), "backend must be auto or dense, got 'fast'"),
+    ((*EVALUATE, "text", "--num-fewshot", "999"), "num_fewshot must be below"),
+    ((*PRUNE, "--tasks", "lambada"), "task 'lambada'"),
+    ((*PRUNE, "--tasks", "text"), "tasks text are made from the corpus's held-out documents, but corpus is None"),
+    # a model
+    (("evaluate", "nowhere", "--tasks", "text"), "model nowhere: no such folder"),
+    (("evaluate", "given", "--tasks", "text"), "given"),
+    (("prune", "given/file", "--out", "out", "--sparsity", "0.5"), "given/file"),
+    (("kernels", "nowhere"), "nowhere"),
+    (("kernels", "MODEL", "--tokens", "0"), "--tokens must be whole numbers of 1 or more"),
+    (("kernels", "MODEL", "--tokens", ","), "--tokens must be names with commas"),
+    # settings
+    ((*PRUNE, "--context-tokens", "65"), "context_tokens"),
+    ((*PRUNE, "--batch-tokens", "100"), "batch_tokens must be a multiple of context_tokens"),
+    ((*PRUNE, "--zero-stage", "7"), "zero_stage"),
+    ((*PRUNE, "--criterion", "luck"), "criterion"),
+    ((*PRUNE, "--pattern", "stripes"), "pattern"),
+    ((*PRUNE, "--eval-items", "0"), "num_items"),
+    ((*PRUNE, "--learning-rate", "0"), "learning_rate"),
+    # spaces
+    (("sweep", "given.no_space", "--out", "out"), "must define STUDY (a dict of settings) and space(trial)"),
+    (("sweep", "given.syntax", "--out", "out"), "given/syntax.py, line 1: SyntaxError"),
+    (("sweep", "given.raises", "--out", "out"), "given/raises.py, line 1: ZeroDivisionError: division by zero"),
+    (("sweep", "given.settings", "--out", "out"), "search.num_trials: Input should be greater than or equal to 1 (got 0)"),
+    (("sweep", "given.section", "--out", "out"), "serach: no such field; the fields are model, data"),
+    (("plan", "given.list"), "must define STUDY"),
+    (("plan", "given/list.py"), "search space given/list.py: cannot be imported"),
+    (("plan", ""), "search space : cannot be imported"),
+    (("space", "--new", "a b"), "--new must be the name of a Python module"),
+    (("space", "--new", "given.raises"), "exists already; give another name"),
+    # a sweep
+    ((*SWEEP, "--keep", "some"), "--keep must be frontier, all or none, got 'some'"),
+    ((*SWEEP, "--time-budget", "-3m"), "--time-budget must be a positive time"),
+    ((*SWEEP, "--trials-from", "given/trials.jsonl"), "line 1: target_sparsity: Input should be less than 1"),
+    ((*SWEEP, "--trials-from", "given/no_trials.jsonl"), "holds no trial"),
+    ((*SWEEP, "--trials-from", "given"), "given: cannot be read (Is a directory)"),
+    (("sweep", "search_spaces.demo", "--out", "s3://user:secret@bucket/x"), "a URI must hold no credentials"),
+    (("sweep", "search_spaces.demo", "--out", "ftp://host/x"), "pyarrow cannot open it"),
+    # a study
+    (("results", "given"), "holds no study (study.json is missing)"),
+    (("results", "given/file"), "no such study directory"),
+    (("report", "nowhere"), "no such study directory"),
+    (("status", "given"), "holds no study"),
+    (("pick", "given", "--max-bytes", "1GB"), "holds no study"),
+    (("pick", "given", "--max-bytes", "much"), "a size must be a number of bytes such as 1200000, 300MB or 1.2GB"),
+    (("pick", "given", "--max-drop", "text"), "max-drop"),
+    (("export", "nowhere.json", "--out", "out"), "nowhere.json"),
+    (("export", "given/empty.json", "--out", "out"), "not a pick of this version of raysearch"),
+    # pretraining, benchmarks
+    (("pretrain", "--preset", "huge", "--out", "out"), "preset must be one of tiny"),
+    (("pretrain", "--steps", "0", "--out", "out"), "steps must be at least 1, got 0"),
+    (("pretrain", "--num-workers", "3", "--out", "out"), "num_workers must divide the 4 sequences of a batch, got 3"),
+    (("pretrain", "--corpus", "given/latin.txt", "--out", "out"), "given/latin.txt, line 1"),
+    (("pretrain", "--out", "given/file"), "is a file; give a directory with --out"),
+    (("pretrain", "--out", "given"), "holds something else"),
+    (("bench-kernels", "--out", "nowhere/x.json", "--cases", "cpu"), "--out must be a file in a folder that exists"),
+]
+
+
+def test_a_command_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "SILENT_S", 0.2)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    ended = threading.Event()
+    thread = threading.Thread(target=cli.keep_talking, args=(ended,))
+    thread.start()
+    cli.doing("at the sweep")
+    time.sleep(1.5)
+    ended.set()
+    thread.join()
+    cli._now.clear()
+    assert re.match(r"\[ +\d s\] still at the sweep\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), BAD)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(run: Run, tiny_model: Path, tmp_path: Path,
+                                                             arguments: tuple[str, ...], sentence: str) -> None:
+    for name, content in GIVEN.items():
+        (tmp_path / "given" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "given" / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*(str(tiny_model) if each == "MODEL" else each for each in arguments))
+    assert (code, err.count("\n")) == (2, 1), err
+    assert err.startswith("raysearch: ")
+    assert sentence in err, err
+    assert [path for path in sorted(tmp_path.rglob("*")) if path not in before and "__pycache__" not in path.parts] == []

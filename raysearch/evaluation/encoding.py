@@ -6,6 +6,8 @@ from weakref import WeakKeyDictionary
 
 from lm_eval.models.utils import has_bos_prefix
 
+from raysearch.training.data import token_ids
+
 Tokens = tuple[int, ...]
 
 MAX_CACHED = 500_000
@@ -26,7 +28,8 @@ def encode(tokenizer: Any, prefix_token_id: int, strings: Sequence[str],
     for flag, special in ((False, add_special_tokens), (True, False)):
         group = [text for text, starts in zip(missing, starts_with_bos) if starts is flag]
         if group:
-            cache.update({(text, add_special_tokens): ids for text, ids in zip(group, _tokenize(tokenizer, group, special))})
+            cache.update({(text, add_special_tokens): tuple(ids)
+                          for text, ids in zip(group, token_ids(tokenizer, group, special))})
     return [cache[text, add_special_tokens] for text in strings]
 
 
@@ -49,12 +52,3 @@ def encode_pairs(tokenizer: Any, prefix_token_id: int, pairs: Sequence[tuple[str
         else:
             encoded.append(((prefix_token_id,), alone))
     return encoded
-
-
-def _tokenize(tokenizer: Any, texts: list[str], special: bool | None) -> list[Tokens]:
-    """tokenizer(texts), by the shortest way through a fast tokenizer: on all cores, ids and nothing else."""
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is not None and fast.padding is None and fast.truncation is None:
-        return [tuple(encoding.ids) for encoding in fast.encode_batch_fast(texts, add_special_tokens=special is not False)]
-    options = {} if special is None else {"add_special_tokens": special}
-    return [tuple(ids) for ids in tokenizer(texts, return_attention_mask=False, verbose=False, **options)["input_ids"]]

@@ -136,6 +136,10 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability in nats, is greedy) of each (context, continuation)."""
         pairs = self.encode_pairs([request.args for request in requests])
+        for request, (_, continuation) in zip(requests, pairs):
+            if not continuation:
+                raise ValueError(f"task {request.task_name}, item {request.doc_id}: its continuation must be at least one "
+                                 f"token, but this tokenizer makes none of {request.args[1]!r:.80}; mend or remove the item")
         return self.score(pairs)
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:

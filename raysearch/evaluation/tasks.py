@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
+from raysearch.study.text import json_lines, open_text
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -47,18 +48,28 @@ class FileTask:
 
     files: tuple[str, ...]  # below the data directory, the first that exists
     lm_eval_name: str | None  # the hub task of lm-eval, None where lm-eval has none
-    fields: Mapping[str, Callable[[Any], bool]]
+    fields: Mapping[str, "Rule"]
     to_item: Callable[[Item], Item]
     config: Mapping[str, Any]
     variant: str
+
+
+class Rule(NamedTuple):
+    """What a field must hold."""
+
+    text: str
+    holds: Callable[[Any], bool]
 
 
 def _is_text(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _is_answers(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(answer, str) for answer in value)
+def _is_texts(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+TEXT = Rule("a text that is not blank", _is_text)
 
 
 def _question(description: str, question: str, until: Sequence[str], **metric: object) -> Item:
@@ -70,7 +81,7 @@ def _question(description: str, question: str, until: Sequence[str], **metric: o
     }
 
 
-_QUESTION_FIELDS: Mapping[str, Callable[[Any], bool]] = {"question": _is_text, "answer": _is_answers}
+_QUESTION_FIELDS = {"question": TEXT, "answer": Rule("a list of texts", _is_texts)}
 
 STORY_COLUMNS = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4", "RandomFifthSentenceQuiz1",
                  "RandomFifthSentenceQuiz2", "AnswerRightEnding")
@@ -78,15 +89,15 @@ STORY_COLUMNS = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSen
 FILE_TASKS: dict[str, FileTask] = {
     "lambada": FileTask(
         ("lambada/test.jsonl",), "lambada_openai",
-        {"text": lambda value: _is_text(value) and bool(value.rpartition(" ")[0].strip())},
+        {"text": Rule("a text of two words or more, with a space before the last",
+                      lambda value: _is_text(value) and all(map(str.strip, value.rpartition(" ")[::2])))},
         lambda row: {"context": row["text"].rpartition(" ")[0], "target": " " + row["text"].rpartition(" ")[2]},
         {**_LAST_WORD, "metric_list": [_PERPLEXITY, _ACC]},
         "OpenAI's passages, as they are; target = the text after the last space, right when every token is the argmax",
     ),
     "storycloze": FileTask(
         ("storycloze/test.csv", "storycloze/validation.csv", "storycloze/test.jsonl"), "storycloze_2016",
-        {**{column: _is_text for column in STORY_COLUMNS[:6]},
-         "AnswerRightEnding": lambda value: str(value) in ("1", "2")},
+        {**dict.fromkeys(STORY_COLUMNS[:6], TEXT), "AnswerRightEnding": Rule("1 or 2", lambda value: str(value) in ("1", "2"))},
         lambda row: {"context": " ".join(row[column] for column in STORY_COLUMNS[:4]),
                      "choices": [row[column] for column in STORY_COLUMNS[4:6]],
                      "label": int(row["AnswerRightEnding"]) - 1},
@@ -95,9 +106,10 @@ FILE_TASKS: dict[str, FileTask] = {
     ),
     "hellaswag": FileTask(
         ("hellaswag/validation.jsonl",), "hellaswag",
-        {"ctx": _is_text, "endings": lambda value: _is_answers(value) and len(value) > 1,
-         "label": lambda value: isinstance(value, int) and not isinstance(value, bool) and value >= 0},
-        lambda row: {"context": row["ctx"], "choices": row["endings"], "label": row["label"]},
+        {"ctx": TEXT, "endings": Rule("a list of two texts or more, none of them blank",
+                                      lambda value: _is_texts(value) and len(value) > 1 and all(map(str.strip, value))),
+         "label": Rule("the number of the right ending, from 0 on", lambda value: str(value).isdecimal())},  # "3" on the hub
+        lambda row: {"context": row["ctx"], "choices": row["endings"], "label": int(row["label"])},
         {**_CHOICE, "metric_list": [_ACC, _ACC_NORM]},
         "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
     ),
@@ -160,8 +172,10 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
         cut, config, _ = HELDOUT_CONFIGS[name]
         items = cut(documents, limit=limit, seed=seed)
         if not items:
-            raise ValueError(f"task {name!r} finds no item in the held-out documents: they need more running text; "
-                             f"got {len(documents)} documents of {sum(map(len, documents))} characters")
+            others = [other for other in HELDOUT_CONFIGS if HELDOUT_CONFIGS[other][0](documents, limit=1, seed=seed)]
+            raise ValueError(f"task {name!r} finds no item in the held-out documents, which need more running text; got "
+                             f"{len(documents)} documents of {sum(map(len, documents))} characters, which can serve "
+                             f"{' and '.join(others) or 'no task'}")
         item_tasks.append(ItemTask({"task": name, **config}, items, items[:SHOT_POOL]))
     return item_tasks
 
@@ -260,39 +274,27 @@ def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "I
 
 
 def _items(path: Path, task: FileTask) -> Iterator[Item]:
-    for number, row in _csv_rows(path) if path.suffix == ".csv" else _json_rows(path):
-        for field, is_valid in task.fields.items():
+    for number, row in _csv_rows(path) if path.suffix == ".csv" else json_lines(path):
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: must be a JSON object, got {row!r:.80}")
+        for field, rule in task.fields.items():
             if field not in row:
-                raise ValueError(f"{path}, line {number}: field {field!r} is missing")
-            if not is_valid(row[field]):
-                raise ValueError(f"{path}, line {number}: field {field!r} is not valid; got {row[field]!r:.80}")
+                raise ValueError(f"{where}: field {field!r} is missing; the fields are {', '.join(row) or 'none'}")
+            if not rule.holds(row[field]):
+                raise ValueError(f"{where}: field {field!r} must be {rule.text}, got {row[field]!r:.80}")
         item = task.to_item(row)
         if item.get("label", 0) >= len(item.get("choices", [0])):
-            raise ValueError(f"{path}, line {number}: field 'label' must be below the number of endings, "
-                             f"{len(item['choices'])}; got {item['label']}")
+            raise ValueError(f"{where}: field 'label' must be below the number of endings, {len(item['choices'])}, got "
+                             f"{item['label']}")
         yield {"item_id": content_id(json.dumps(item, sort_keys=True)), **item}
 
 
-def _json_rows(path: Path) -> Iterator[tuple[int, Item]]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.strip())
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON, {error.msg} at column {error.colno}; got "
-                                 f"{line.strip()!r:.80}; mend or remove the line") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: must be a JSON object; got {line.strip()!r:.80}")
-            yield number, row
-
-
 def _csv_rows(path: Path) -> Iterator[tuple[int, Item]]:
-    with path.open(encoding="utf-8-sig", newline="") as lines:
+    with open_text(path, newline="") as lines:
         reader = csv.DictReader(lines)
         for row in reader:
-            yield reader.line_num, {field: value for field, value in row.items() if value is not None}
+            yield reader.line_num, {field: value for field, value in row.items() if field and value is not None}
 
 
 def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":

@@ -171,7 +171,10 @@ def from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 def model_size(path: str) -> ModelSize:
     """Counted on the folder's configuration; its weights are not read."""
-    config = load_config(path)
+    return size_of(load_config(path))
+
+
+def size_of(config: PretrainedConfig) -> ModelSize:
     model = from_config(config, torch.float32)
     model.tie_weights()
     return ModelSize(sum(parameter.numel() for parameter in model.parameters()), config.hidden_size,

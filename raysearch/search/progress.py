@@ -40,7 +40,9 @@ class Progress:
         return {status: statuses.count(status) for status in ("running", "done", "stopped", "failed")}
 
     def started(self, job: Job) -> None:
-        if job["kind"] == "trial":
+        if job["kind"] == "dense":
+            self.echo("scoring the dense baseline on both splits")
+        elif job["kind"] == "trial":
             self._status[job["number"]] = "running"
         elif job["kind"] == "report":
             self._reports_began_s = self._reports_began_s or time.monotonic() - self.began
@@ -70,6 +72,10 @@ class Progress:
             control = last_control(self.ledger)
             of_control = control is not None and job["key"] == control.keys[-1]
             self._report_line("report split, dense control" if of_control else "report split", job["key"])
+
+    def never_began(self, trial: TrialRecord) -> None:
+        self._status[trial.number] = "failed"
+        self._failed_line(trial)
 
     def _failed_line(self, trial: TrialRecord) -> None:
         if trial.status == "failed":

@@ -18,7 +18,8 @@ from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 
 class Asked(NamedTuple):
     number: int
-    trial: GivenTrial
+    trial: GivenTrial | ValueError
+    """The error where the space makes none."""
     parameters: dict[str, Any]
     """What was sampled; empty for a given trial."""
     distributions: dict[str, str]
@@ -48,12 +49,17 @@ class Sampler:
         """By trial, in order; None is the dense baseline, the round 0 of all."""
 
     def ask(self) -> Asked:
-        """The next trial; ValueError where the space contradicts itself."""
+        """The next trial."""
         trial = self.optuna_study.ask()
-        proposed = draw(self.space, trial) if self.given is None else self.given[self.num_asked]
-        distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
-        if self.proposals is not None:
-            self.proposals.check(distributions)
+        proposed: GivenTrial | ValueError
+        distributions = {}
+        try:
+            proposed = draw(self.space, trial) if self.given is None else self.given[self.num_asked]
+            distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+            if self.proposals is not None:
+                self.proposals.check(distributions)
+        except ValueError as error:
+            proposed = error
         self.num_asked += 1
         return Asked(trial.number, proposed, dict(trial.params), distributions)
 
@@ -66,8 +72,7 @@ class Sampler:
     def end(self, trial: TrialRecord) -> None:
         """The trial will not go on. Optuna hears its last candidate: samplers on parameters know nothing of rounds."""
         rounds = [*self.observations.get(None, []), *self.observations.get(trial.number, [])]
-        assert rounds, "the dense baseline is observed before any trial ends"
-        state, values, constraints = outcome(trial, rounds[-1].values)
+        state, values, constraints = outcome(trial, rounds[-1].values if rounds else None)
         handle = optuna.Trial(self.optuna_study, self.optuna_study.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():
             handle.set_user_attr(name, value)

@@ -23,6 +23,9 @@ from raysearch.trial.inputs import Inputs
 from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
 
+MAX_FAILED_ASKS = 3
+"""Times in a row that the space may fail before no further trial is asked for."""
+
 
 class StudySearcher(Searcher):
     """Hands out jobs: the dense baseline, interrupted trials, new trials, and at the end the dense control and the report.
@@ -31,10 +34,10 @@ class StudySearcher(Searcher):
     """
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
-                 given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = (),
-                 proposals: Proposals | None = None) -> None:
+                 given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = (), proposals: Proposals | None = None,
+                 show: Callable[[int | None], object] = lambda number: None) -> None:
         super().__init__()
-        self.ledger, self.study, self.inputs = ledger, study, inputs
+        self.ledger, self.study, self.inputs, self.show = ledger, study, inputs, show
         records = ledger.trials()
         self.progress = Progress(ledger, study, inputs.root_key, echo, records)
         self.finished = False
@@ -50,6 +53,8 @@ class StudySearcher(Searcher):
         """Known once no trial can change the frontier any more."""
         self._control_was_begun = False
         """In this sweep, or left out for lack of time: one that fails is not tried again before the next sweep."""
+        self._num_failed_asks = 0
+        """In a row."""
         journal = open_journal(ledger, study, echo, records)
         recorded = {trial.number for trial in records}
         self._interrupted: list[int] = []
@@ -88,6 +93,8 @@ class StudySearcher(Searcher):
             return Searcher.FINISHED
         self._running[trial_id] = job
         self.progress.started(job)
+        if job["kind"] in RECORDED:
+            self.show(job["number"])
         return job
 
     def _next_job(self) -> Job | None:
@@ -101,8 +108,10 @@ class StudySearcher(Searcher):
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
-        if self.sampler.num_asked < self.study.search.num_trials and not out_of_time:
-            return self._ask()
+        while (self.sampler.num_asked < self.study.search.num_trials and not out_of_time
+               and self._num_failed_asks < MAX_FAILED_ASKS):
+            if (job := self._ask()) is not None:
+                return job
         if any(job["kind"] != "report" for job in self._running.values()):
             return None
         if not self._control_was_begun:
@@ -121,15 +130,31 @@ class StudySearcher(Searcher):
         except (OSError, ValueError) as error:
             self.refusal = self.refusal or error
 
-    def _ask(self) -> Job:
+    def _ask(self) -> Job | None:
+        """The next trial's job; None where the space makes no trial, which is recorded as one that failed."""
         asked = self.sampler.ask()
         config = asked.trial if isinstance(asked.trial, TrialConfig) else None
-        actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
-        record = TrialRecord(number=asked.number, config=config, actions=actions, parameters=asked.parameters,
+        record = TrialRecord(number=asked.number, config=config, actions=(), parameters=asked.parameters,
                              distributions=asked.distributions, started_at=utc_now())
         if self.ledger.trial_path(record.number).exists():
             raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
                              "another one; move it to another folder if it is not of this study")
+        try:
+            if isinstance(asked.trial, ValueError):
+                raise asked.trial
+            actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
+        except ValueError as error:
+            self._num_failed_asks += 1
+            failed = self._failed(record, str(error), None)
+            self.sampler.end(failed)
+            self.progress.never_began(failed)
+            self.show(failed.number)
+            if self._num_failed_asks == MAX_FAILED_ASKS:
+                self.progress.echo(f"no further trial is asked for: the space failed {MAX_FAILED_ASKS} times in a row; a "
+                                   "mended one is another study, with an --out of its own")
+            return None
+        self._num_failed_asks = 0
+        record = record.model_copy(update={"actions": actions})
         self.ledger.write_trial(record)
         return self._trial_job(record)
 
@@ -157,6 +182,7 @@ class StudySearcher(Searcher):
             if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
                 self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
             self.progress.round_done(job)
+            self.show(job["number"])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         job = self._running.pop(trial_id, None)
@@ -170,6 +196,8 @@ class StudySearcher(Searcher):
                 self.progress.echo(f"{job['kind']} job failed: {last_line(self.ledger.log_path(-1, 0))}")
             if result is not None or error:
                 self.progress.ended(job, error)
+            if job["kind"] not in ("report", "mend"):
+                self.show(job.get("number"))
 
     def _end(self, number: int, error: bool) -> None:
         """The sampler hears the trial's end. Where its processes died, they could not write it, so it is written here."""
@@ -198,6 +226,14 @@ class StudySearcher(Searcher):
                                          "crashed": True})
         self.ledger.write_trial(trial)
         return trial
+
+    def waits(self, reason: str) -> None:
+        """No gang fits the cluster: trials whose gang is gone have not failed, as their ranks wrote, but wait for another."""
+        self.progress.echo(f"waiting for nodes, at most {self.study.cluster.wait_for_nodes_s:g} s: {reason}")
+        for job in list(self._running.values()):
+            trial = self.ledger.trial(job["number"]) if job["kind"] in RECORDED else None
+            if trial is not None and trial.status == "failed":
+                self.ledger.write_trial(trial.model_copy(update={"status": "running", "reason": f"waits for nodes: {reason}"}))
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal and the ledger are the state."""

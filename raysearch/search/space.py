@@ -4,16 +4,22 @@ Heavy imports are inside, so that a mistyped name is told at once.
 """
 
 import importlib
+import importlib.resources
 import importlib.util
-import json
+import keyword
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
+from raysearch.study.files import new_file
 from raysearch.study.records import FORMAT, TrialRecord, hash_json
+from raysearch.study.text import json_lines
 
 if TYPE_CHECKING:
     import optuna
@@ -27,15 +33,22 @@ MAX_SETTLED = 20
 
 
 def load_space(name: str) -> tuple[Study, Space]:
-    """`STUDY` and `space` of a search space module, importable by name from here; ValueError of one sentence."""
-    sys.path.insert(0, os.getcwd())
+    """`STUDY` and `space` of a search space module, importable by name from here; ValueError of one sentence. The current
+    folder comes first for this import alone, also inside a package that is installed under the same name."""
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
+        importlib.invalidate_caches()
+        parent, local = name.rpartition(".")[0], os.path.join(here, *name.split(".")[:-1])
+        if parent and os.path.isdir(local) and local not in (path := importlib.import_module(parent).__path__):
+            path.insert(0, local)
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f"search space {name}: cannot be imported ({error}); give a module such as "
-                         "search_spaces.demo, importable from the current folder") from error
+    except (Exception, SystemExit) as error:
+        is_missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+        reason = f"{error}; give a module such as search_spaces.demo, importable from the current folder"
+        raise ValueError(f"search space {name}: cannot be imported: {reason if is_missing else in_space(error)}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
     study, space = getattr(module, "STUDY", None), getattr(module, "space", None)
     if not isinstance(study, dict) or not callable(space):
         raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
@@ -44,6 +57,37 @@ def load_space(name: str) -> tuple[Study, Space]:
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format {FORMAT}; give "
                          f"STUDY = {nested(study)}")
     return parse(Study, study, f"{name}.STUDY"), space
+
+
+def new_space(name: str) -> Path:
+    """Writes the demo's space as the module of this name, below the current folder; ValueError where there is one."""
+    if not all(part.isidentifier() and not keyword.iskeyword(part) for part in name.split(".")):
+        raise ValueError(f"--new must be the name of a Python module, such as search_spaces.mine, got {name!r}")
+    file = Path(*name.split(".")).with_suffix(".py")
+    if file.exists():
+        raise ValueError(f"--new {name}: {file} exists already; give another name")
+    text = (importlib.resources.files("search_spaces") / "demo.py").read_text()
+    with new_file(file.absolute()) as aside:
+        aside.write_text(text.replace("demo/model", "models/mine"))
+    return file
+
+
+def in_space(error: BaseException) -> str:
+    """Where in the user's code the error arose, by what parameter, and what it is."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}; mend it"
+    where, parameter = "", ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        file = frame.f_code.co_filename
+        if frame.f_globals.get("__name__", "").startswith("optuna."):
+            parameter = parameter or f"parameter {frame.f_locals['name']!r}: " * ("name" in frame.f_locals)
+        elif not file.startswith(("<frozen", *NOT_THE_USERS)):
+            where, parameter = f"{file}, line {line}: ", ""
+    return f"{where}{parameter}{type(error).__name__}: {str(error).rstrip('.')}; mend it"
+
+
+NOT_THE_USERS = (str(Path(raysearch.__file__).parent), *sysconfig.get_paths().values())
+"""Folders of raysearch, of Python's library and of what is installed."""
 
 
 class Proposals:
@@ -95,26 +139,15 @@ GivenTrial = TrialConfig | tuple[Action, ...]
 def read_trials(file: Path) -> list[GivenTrial]:
     """The trials of a file of JSON lines, blank ones left out: an object is a trial's settings, a list is its actions.
     ValueError names the line."""
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--trials-from {file}: cannot be read ({error}); give a file of JSON lines, each the settings of one "
-                         "trial") from error
     trials: list[GivenTrial] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, fields in json_lines(file, f"--trials-from {file}"):
         where = f"--trials-from {file}, line {number}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: is not JSON ({error}); give one object of trial settings in each line") from error
         if isinstance(fields, list) and fields and all(isinstance(action, dict) for action in fields):
             trials.append(tuple(parse(Action, action, f"{where}, action {index}") for index, action in enumerate(fields, 1)))
         elif isinstance(fields, dict):
             trials.append(parse(TrialConfig, fields, where))
         else:
-            raise ValueError(f"{where}: must be an object of trial settings, or a list of actions, got {line.strip()[:40]}")
+            raise ValueError(f"{where}: must be an object of trial settings, or a list of actions, got {fields!r:.40}")
     if not trials:
         raise ValueError(f"--trials-from {file}: holds no trial; give one object of trial settings in each line")
     return trials
@@ -144,7 +177,10 @@ def sample_trials(study: Study, space: Space, inputs: "Inputs", num_trials: int)
 
 def draw(space: Space, trial: "optuna.Trial") -> TrialConfig:
     """The configuration that `space` makes of one Optuna trial."""
-    fields = space(trial)
+    try:
+        fields = space(trial)
+    except Exception as error:
+        raise ValueError(f"space(trial): {in_space(error)}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"space(trial) must return a dict of trial settings, got {type(fields).__name__}")
     return parse(TrialConfig, fields, "space(trial)")

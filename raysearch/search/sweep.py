@@ -5,19 +5,24 @@ rounds are found, trials that were running start again from their last finished 
 Nothing of Ray is restored.
 """
 
+import contextlib
+import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ray import tune
+from ray.tune import TuneError
 
 from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
-from raysearch.cluster.joining import placed, start_ray
+from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.models.model import dtype_note
-from raysearch.search.loggers import logger_callbacks
+from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
@@ -26,7 +31,7 @@ from raysearch.search.space import GIVEN, GivenTrial, Proposals, Space, check_gi
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
-from raysearch.study.storage import AnyPath, StorePath
+from raysearch.study.storage import AnyPath, StorePath, check_bucket
 from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
@@ -54,11 +59,12 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     Raises ValueError of one sentence for bad input, before anything is written.
     """
     ledger = Ledger(directory)
-    loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
+    loggers = Loggers(ledger, trackers(ledger.directory, mlflow_uri, wandb_project), echo)
+    check_bucket(ledger.directory)
     study = resolve(study if given is None else study.replaced(num_trials=len(given)))
     if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
         echo(note)
-    inputs = read_inputs(study)
+    inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
     if given is None:
         sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
@@ -86,16 +92,19 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals, loggers.show)
         if searcher.has_work():
+            echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)
-            interrupted = run_tune(ledger, study, searcher, loggers)
+            with contextlib.nullcontext() if autoscaling else watching_nodes(study, searcher):
+                interrupted = run_tune(ledger, study, searcher)
             if searcher.refusal:
                 raise searcher.refusal
             ledger.delete_leftovers()
             if searcher.dense_failed:
                 raise ValueError("the dense baseline could not be scored, so no trial can run: "
                                  + last_line(ledger.log_path(-1, 0)))
+        loggers.show_all()
         if keep != "all" and not interrupted:
             delete_unneeded(ledger, study, keep, echo)
     trials = ledger.trials()
@@ -104,11 +113,59 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
                        sum(trial.status == "failed" for trial in trials), time.monotonic() - started)
 
 
-def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: list[tune.Callback]) -> bool:
+WATCH_S = 5.0
+
+
+@contextlib.contextmanager
+def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
+    """While nodes are lost and no gang fits, says so, and ends the block with a ValueError after `wait_for_nodes_s`: Tune would
+    wait for ever."""
+    ended = threading.Event()
+
+    given_up: list[str] = []
+
+    def give_up(*_: object) -> None:
+        given_up.append(f"no trial could run for {study.cluster.wait_for_nodes_s:g} s: {shortage(study)}; add nodes, or lower "
+                        "num_ranks, and the same command goes on")
+        raise KeyboardInterrupt  # which ends Tune
+
+    def watch() -> None:
+        began = None
+        while not ended.wait(WATCH_S):
+            short = shortage(study)
+            if short and began is None:
+                began = time.monotonic()
+                searcher.waits(short)
+            elif not short:
+                began = None
+            elif time.monotonic() - began > study.cluster.wait_for_nodes_s:
+                os.kill(os.getpid(), signal.SIGUSR2)  # the main thread waits in Tune, which takes SIGUSR1 for itself
+                return
+
+    before = signal.signal(signal.SIGUSR2, give_up)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not given_up:
+            raise
+    finally:
+        ended.set()
+        watcher.join()
+        signal.signal(signal.SIGUSR2, before)
+    if given_up:
+        raise ValueError(given_up[0])
+
+
+def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     """Runs Tune until the searcher has finished; True when it was interrupted before."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+    os.environ["TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"] = "1"  # ours know the trials
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
+    for name in ("ray.tune", "ray.train"):  # a trial's end has a line of ours, and a log with its traceback
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     base = put_base(study)
     trainable = tune.with_resources(
         tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
@@ -122,13 +179,17 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher, loggers: lis
         tune_config=tune.TuneConfig(search_alg=searcher, num_samples=-1, max_concurrent_trials=study.search.max_concurrent,
                                     reuse_actors=True),
         run_config=tune.RunConfig(storage_path=storage_path, storage_filesystem=filesystem,
-                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0, callbacks=loggers,
+                                  name=time.strftime("%Y%m%d-%H%M%S"), verbose=0,
                                   checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
     try:
         with stopping_on_signals(), out_of_memory_as_death():
             tuner.fit()
+    except TuneError as error:  # Tune has made text of what arose in the searcher: a store that refuses, a damaged record
+        if isinstance(error.__context__, OSError | ValueError):
+            raise error.__context__ from None
+        raise
     except (KeyboardInterrupt, SystemExit):
         searcher.progress.echo("stopped by a signal; the same command goes on from the last finished round")
         raise

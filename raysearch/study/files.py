@@ -35,8 +35,8 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
     try:
         return write()
     except OSError as error:
-        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error}); free or mend the storage, "
-                      "and the same sweep goes on") from error
+        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error.strerror or error}); free or mend "
+                      "the storage, and the same sweep goes on") from error
 
 
 @contextlib.contextmanager
@@ -48,17 +48,28 @@ def new_file(path: AnyPath) -> Iterator[Path]:
             yield Path(folder) / path.name
             path.upload(Path(folder) / path.name)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a move is whole within one file system only
+    with _naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a move is whole within one file system only
     os.close(handle)
     aside = Path(name)
     try:
         yield aside
-        settle(aside)
-        os.replace(aside, path)
+        with _naming(path):
+            settle(aside)
+            os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names `path`, not what is written aside for it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def settle(file: Path) -> None:
@@ -104,9 +115,10 @@ def set_aside(path: AnyPath) -> str:
 def folder_aside(path: AnyPath) -> Iterator[Path]:
     """A local folder, beside `path` where that is local, which is deleted at the end."""
     beside = path.parent if isinstance(path, Path) else None
-    if beside:
-        beside.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}." if beside else "raysearch-"))
+    with _naming(path) if isinstance(path, Path) else contextlib.nullcontext():
+        if beside:
+            beside.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}." if beside else "raysearch-"))
     try:
         yield aside
     finally:

@@ -18,8 +18,8 @@ of the same names on a store (storage.py), where a round exists once its record.
     trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
-    tune/                    Ray Tune's own files: TensorBoard's events, results as JSON and CSV, errors
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
+    tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
     ...damaged               a file as it was found damaged (damage.py), before the sweep made it again
 

@@ -172,8 +172,10 @@ def objective_values(record: RoundRecord, objectives: Sequence[str]) -> tuple[fl
 
 def hash_json(value: object) -> str:
     """First 16 hex digits of the sha256 of the canonical JSON of `value`."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    for part in json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).iterencode(value):
+        digest.update(part.encode())  # in parts: a value may be a whole corpus
+    return digest.hexdigest()[:16]
 
 
 def canonical(settings: Frozen) -> dict[str, Any]:

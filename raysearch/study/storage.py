@@ -27,10 +27,11 @@ SECRET_NAMES = re.compile("secret|token|password|signature|sas|access_key|accoun
 WITH_USERS = ("abfs", "abfss", "hdfs", "viewfs")
 """Schemes whose URIs name a container or an account before the @."""
 CHUNK_BYTES = 16 * 2**20
+NO_BUCKET = "the bucket does not exist; create it, or mend the URI"
 CREDENTIALS = ("give them in the environment (on S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), in a file (~/.aws) or by the "
                "machine's role")
 REASONS = (
-    ("NO_SUCH_BUCKET|[Bb]ucket '.*' not found", "the bucket does not exist; create it, or mend the URI"),
+    ("NO_SUCH_BUCKET|[Bb]ucket '.*' not found", NO_BUCKET),
     ("ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE_DOES_NOT_MATCH|INVALID_CLIENT_TOKEN|HTTP status 40[13]|OAuth2 access token"
      "|PERMISSION_DENIED",
      f"the store refuses these credentials, or there are none; {CREDENTIALS}"),
@@ -143,7 +144,7 @@ class StorePath:
         closes makes an object of what it has so far. (pyarrow.fs.copy_files ignores errors of the last request.)"""
 
         def put() -> None:
-            with (io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, self._named(),
+            with (io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file, self._named(writes=True),
                   self.filesystem.open_output_stream(self.path) as stream):
                 shutil.copyfileobj(file, stream, CHUNK_BYTES)
 
@@ -151,11 +152,11 @@ class StorePath:
             thread.submit(put).result()
 
     def unlink(self, missing_ok: bool = False) -> None:
-        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext(), self._named():
+        with contextlib.suppress(FileNotFoundError) if missing_ok else contextlib.nullcontext(), self._named(writes=True):
             self.filesystem.delete_file(self.path)
 
     def replace(self, target: "StorePath") -> None:
-        with self._named():
+        with self._named(writes=True):
             self.filesystem.move(self.path, target.path)
 
     def _info(self) -> Any:
@@ -175,7 +176,7 @@ class StorePath:
         return [StorePath(self.root, str(PurePosixPath(info.path).relative_to(above)), info) for info in infos]
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
+    def _named(self, writes: bool = False) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
@@ -183,7 +184,20 @@ class StorePath:
         except OSError as error:
             if "NO_SUCH_KEY" in str(error):  # a move, which pyarrow makes of a copy, says it so
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self)) from None
-            raise OSError(errno.EIO, _reason(error), str(self)) from error
+            reason = _reason(error)
+            if writes and CREDENTIALS in reason:
+                with contextlib.suppress(OSError):  # unless reading is refused as well
+                    self.filesystem.get_file_info(self.path)
+                    reason = "the store refuses to write here; give these credentials the right to put and to delete objects"
+            raise OSError(errno.EIO, reason, str(self)) from error
+
+
+def check_bucket(path: "AnyPath") -> None:
+    """ValueError where the bucket of a store does not exist, which reading below it does not tell."""
+    if isinstance(path, StorePath):
+        with contextlib.suppress(OSError):  # not everybody who may write below it may ask for the bucket
+            if path.filesystem.get_file_info(path.path.split("/")[0]).type.name == "NotFound":
+                raise ValueError(f"{path}: {NO_BUCKET}")
 
 
 def _reason(error: Exception) -> str:

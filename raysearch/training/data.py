@@ -1,22 +1,17 @@
-"""Text: a corpus becomes documents, three splits, a tokenizer, and packed blocks of tokens in a memory-mapped file."""
+"""Documents become three splits, a tokenizer, and packed blocks of tokens in a memory-mapped file."""
 
-import ast
 import bisect
 import functools
-import glob
 import hashlib
+import itertools
 import json
 import math
 import os
-import pydoc_data.topics
-import re
-import sysconfig
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,155 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
+from raysearch.training.corpus import END_OF_TEXT, Say, load_parts, progress, quiet
 
-if TYPE_CHECKING:
-    import datasets
-
-
-END_OF_TEXT = "<|endoftext|>"
-SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 FORMAT_VERSION = 1  # of the packed files; a change makes every cached file stale
-MIN_DOCSTRING_CHARS = 200
-NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
-
-
-def load_documents(corpus: str) -> list[str]:
-    """The non-empty documents of a corpus, in a fixed order.
-
-    `corpus` is "builtin" (Python's own documentation and the docstrings of its standard library); a file, folder or
-    glob of .txt (documents separated by a line <|endoftext|>), .jsonl, .json or .parquet (a field `text`); or a Hugging
-    Face dataset as NAME or NAME:CONFIG, of which the train split is read. Raises ValueError of one sentence.
-    """
-    if corpus == "builtin":
-        return list(_builtin_documents())
-    files = _files(corpus)
-    found = [text for file in files for text in _read_file(file)] if files else _read_dataset(corpus)
-    documents = [text for text in found if text.strip()]
-    if not documents:
-        raise ValueError(f"corpus {corpus}: holds no text; give one with at least a few thousand words")
-    return documents
-
-
-@functools.cache
-def _builtin_documents() -> tuple[str, ...]:
-    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
-    library = Path(sysconfig.get_path("stdlib"))
-    for folder, subfolders, names in os.walk(library):
-        subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
-        for name in sorted(names):
-            if name.endswith(".py"):
-                try:
-                    tree = ast.parse((Path(folder) / name).read_bytes())
-                except (SyntaxError, ValueError):  # templates and samples that are no Python
-                    continue
-                documents += _docstrings(tree)
-    return tuple(dict.fromkeys(documents))
-
-
-def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
-    text = ast.get_docstring(node)
-    if text and len(text) >= MIN_DOCSTRING_CHARS:
-        yield text
-    for child in node.body:
-        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            yield from _docstrings(child)
-
-
-def _files(corpus: str) -> list[Path]:
-    """The files that a path, folder or glob names; empty when it reads like a dataset's name."""
-    path = Path(corpus).expanduser()
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise ValueError(f"corpus {corpus}: a file must end in {', '.join(SUFFIXES)}, got {path.name}")
-        return [path]
-    if path.is_dir() or glob.has_magic(corpus):
-        pattern = str(path / "**" / "*") if path.is_dir() else str(path)
-        files = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if name.endswith(SUFFIXES))
-        if not files:
-            raise ValueError(f"corpus {corpus}: no file that ends in {', '.join(SUFFIXES)} in it")
-        return files
-    if corpus.endswith(SUFFIXES) or corpus.startswith(("/", ".", "~")) or corpus.count("/") > 1 or not corpus.strip():
-        raise ValueError(f"corpus {corpus!r}: no such file or folder; give a path that exists, a Hugging Face dataset "
-                         'name, or "builtin"')
-    return []
-
-
-def _read_file(file: Path) -> list[str]:
-    try:
-        if file.suffix == ".parquet":
-            return _read_parquet(file)
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(f"corpus {file}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"corpus {file}: must be UTF-8 text, got byte {error.object[error.start]:#04x} "
-                         f"at {error.start}; convert it") from error
-    if file.suffix == ".txt":
-        return re.split(f"^{re.escape(END_OF_TEXT)}$", text, flags=re.MULTILINE)
-    return _read_json(file, text)
-
-
-def _read_json(file: Path, text: str) -> list[str]:
-    """JSON lines, or one JSON array."""
-    array = file.suffix == ".json" and text.lstrip().startswith("[")
-    texts = []
-    for number, line in enumerate([text] if array else text.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"corpus {file}: line {error.lineno if array else number} is not JSON ({error.msg}); "
-                             "repair or remove it") from error
-        for row in value if array else [value]:
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                fields = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
-                raise ValueError(f"corpus {file}: every row needs a field `text` with a string, got {fields} "
-                                 f"in line {number}; rename the field that holds the text")
-            texts.append(row["text"])
-    return texts
-
-
-def _read_parquet(file: Path) -> list[str]:
-    datasets = _quiet_datasets()
-    with tempfile.TemporaryDirectory() as aside:  # datasets would keep an Arrow copy in its own cache
-        try:
-            data = datasets.Dataset.from_parquet(str(file), cache_dir=aside, keep_in_memory=True)
-        except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:  # Arrow's are ValueErrors
-            reason = _first_line(error.__cause__ or error)
-            raise ValueError(f"corpus {file}: cannot be read as Parquet ({reason}); write it again") from error
-        return _text_column(str(file), data)
-
-
-def _read_dataset(corpus: str) -> list[str]:
-    name, _, config = corpus.partition(":")
-    try:
-        data = _quiet_datasets().load_dataset(name, config or None, split="train")
-    except Exception as error:  # the hub's client, fsspec and the readers each raise their own kinds
-        raise ValueError(f"corpus {corpus}: neither a file or folder here nor a Hugging Face dataset that loads "
-                         f'({_first_line(error)}); check the name and the network, or use "builtin"') from error
-    return _text_column(corpus, data)
-
-
-def _quiet_datasets() -> ModuleType:
-    """datasets without bars and log lines: what it has to say is in its exceptions."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
-def _text_column(corpus: str, data: "datasets.Dataset") -> list[str]:
-    if "text" not in data.column_names or data.features["text"].dtype not in ("string", "large_string"):
-        raise ValueError(f"corpus {corpus}: needs a column `text` of strings, got {', '.join(data.column_names)}; "
-                         "rename the column that holds the text")
-    return [text for text in data["text"] if text]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
+BATCH_CHARS = 2**21
+"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps of a token, some 100 bytes, stays small."""
 
 SPLITS = ("train", "selection", "report")
 HELD_OUT_SHARE = 0.05  # of the documents, for selection and again for report
@@ -189,10 +40,23 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
     documents are first cut into pieces of at most 4000 characters at the ends of paragraphs. Raises ValueError when
     there are not three different pieces.
     """
-    if len(documents) < MIN_DOCUMENTS_TO_SPLIT:
+    return _split([[document] for document in documents])
+
+
+def load_splits(corpus: str, field: str = "text", say: Say = quiet) -> dict[str, list[str]]:
+    """`split_documents` of `load_documents`, without a long document's text twice in memory."""
+    return _split(load_parts(corpus, field, say))
+
+
+def _split(parts_of: list[list[str]]) -> dict[str, list[str]]:
+    """Of documents in parts, which are used up."""
+    if len(parts_of) < MIN_DOCUMENTS_TO_SPLIT:
         low, high = PIECE_CHARS
-        num_chars = min(max(sum(map(len, documents)) // MIN_DOCUMENTS_TO_SPLIT, low), high)
-        documents = [piece for document in documents for piece in _pieces(document, num_chars)]
+        num_chars = min(max(sum(len(part) for parts in parts_of for part in parts) // MIN_DOCUMENTS_TO_SPLIT, low), high)
+        documents = [piece for parts in parts_of for piece in _pieces(parts, num_chars)]
+    else:
+        documents = ["".join(parts) for parts in parts_of]
+        parts_of.clear()
     position = {text: int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]) / 2**64
                 for text in documents}
     if len(position) < 3:
@@ -207,16 +71,23 @@ def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
     return {split: [text for text in documents if split_of[text] == split] for split in SPLITS}
 
 
-def _pieces(document: str, num_chars: int) -> Iterator[str]:
-    """The document in pieces of at most `num_chars`, each ending with a paragraph, else a line, else a word."""
-    while len(document) > num_chars:
-        ends = (document.rfind(mark, num_chars // 2, num_chars - len(mark)) + len(mark) for mark in ("\n\n", "\n", " "))
-        end = next((end for end in ends if end > num_chars // 2), num_chars)
-        if document[:end].strip():
-            yield document[:end]
-        document = document[end:]
-    if document.strip():
-        yield document
+def _pieces(parts: list[str], num_chars: int) -> Iterator[str]:
+    """The document, whose parts are used up, in pieces of at most `num_chars`, each ending with a paragraph, else a line,
+    else a word."""
+    rest, middle = "", num_chars // 2
+    parts.reverse()
+    while parts:
+        text, start = rest + parts.pop(), 0
+        while len(text) - start > num_chars:
+            low, high = start + middle, start + num_chars
+            ends = (text.rfind(mark, low, high - len(mark)) + len(mark) for mark in ("\n\n", "\n", " "))
+            end = next((end for end in ends if end > low), high)
+            if not text[start:end].isspace():
+                yield text[start:end]
+            start = end
+        rest = text[start:]
+    if rest.strip():
+        yield rest
 
 
 def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -287,25 +158,23 @@ def _permutation(num: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation
 
 
-def pack(
-    corpus: str, tokenizer: PreTrainedTokenizerBase, context: int, split: str, cache_dir: Path | None = None
-) -> Blocks:
-    """One split of a corpus in blocks of `context` tokens: documents in order, an end of text behind each, no tail.
+def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str,
+         cache_dir: Path | None = None, say: Say = quiet) -> Blocks:
+    """The documents of one split in blocks of `context` tokens: in order, an end of text behind each, no tail.
 
     Made once and cached under a hash of the text, the tokenizer, `context` and `split`; two processes may make the same
     file at once. Raises ValueError when the split fills no block.
     """
     check_tokenizer(tokenizer, 2**32)
-    documents = split_documents(load_documents(corpus))[split]
     fingerprint = _fingerprint(documents, tokenizer, context, split)
     path = (cache_dir or default_cache_dir()) / "blocks" / f"{fingerprint}.npy"
     if not path.is_file():
-        stream = _token_stream(documents, tokenizer)
-        num_blocks = len(stream) // context
-        if not num_blocks:
-            raise ValueError(f"corpus {corpus}: its {split} split must fill one block of {context} tokens, got "
-                             f"{len(stream)} tokens; give more text or a shorter context")
-        _write_array(path, stream[: num_blocks * context].reshape(num_blocks, context))
+        stream = _token_stream(documents, tokenizer, say)
+        num_tokens = sum(map(len, stream))
+        if num_tokens < context:
+            raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
+                             "give more text or a shorter context")
+        _write_array(path, stream, (num_tokens // context, context))
     return Blocks(path.resolve(), fingerprint)
 
 
@@ -324,22 +193,53 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{tokenizer.eos_token_id} {type(tokenizer).__name__} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
 
 
-def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.unsignedinteger]:
+def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, say: Say) -> list[NDArray[np.unsignedinteger]]:
+    """In parts: joined they would take their memory twice."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    total = sum(map(len, documents)) / 1e6
+    batches = progress(_batches(documents), say,
+                       lambda num_chars: f"corpus: {num_chars / 1e6:,.0f} of {total:,.0f} M characters tokenized")
     stream = []
-    for start in range(0, len(documents), 256):
-        batch = tokenizer(list(documents[start : start + 256]), add_special_tokens=False, verbose=False,
-                          return_attention_mask=False)["input_ids"]
-        stream += [np.array([*ids, tokenizer.eos_token_id], dtype=dtype) for ids in batch]
-    return np.concatenate(stream)
+    for batch in batches:
+        ids = (each for text_ids in token_ids(tokenizer, batch, False) for each in (text_ids, [tokenizer.eos_token_id]))
+        stream.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
+    return stream
 
 
-def _write_array(path: Path, array: NDArray[np.unsignedinteger]) -> None:
-    """Writes aside, fsyncs and moves: a reader sees no file or the whole one."""
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_chars = 0
+    for text in texts:
+        batch.append(text)
+        num_chars += len(text)
+        if num_chars >= BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], special: bool | None) -> list[Sequence[int]]:
+    """tokenizer(texts), by the shortest way through a fast tokenizer: on all cores, ids and nothing else."""
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None and fast.padding is None and fast.truncation is None and not tokenizer.split_special_tokens:
+        return [encoding.ids for encoding in fast.encode_batch_fast(list(texts), add_special_tokens=special is not False)]
+    options = {} if special is None else {"add_special_tokens": special}
+    return tokenizer(list(texts), return_attention_mask=False, verbose=False, **options)["input_ids"]  # type: ignore[no-any-return]
+
+
+def _write_array(path: Path, parts: Sequence[NDArray[np.unsignedinteger]], shape: tuple[int, int]) -> None:
+    """Writes what of the parts fills the shape, in the bytes of np.save: aside, fsynced and moved, so that a reader sees no
+    file or the whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            np.save(file, array)
+            header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            num_left = shape[0] * shape[1]
+            for part in parts:
+                file.write(part[:num_left].tobytes())
+                num_left -= min(num_left, len(part))
             file.flush()
             os.fsync(file.fileno())
             os.chmod(file.name, 0o644)

@@ -7,6 +7,7 @@ working folder beside the result, named by a hash of the settings: the same call
 
 import contextlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -14,11 +15,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import ray
 import ray.train
 import torch
@@ -26,18 +29,21 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.cluster.placement import USABLE, largest_micro_batch
+from raysearch.cluster.ending import stopping_on_signals
+from raysearch.cluster.joining import connect_ray, use_rays_network
+from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
 from raysearch.kernels.device import device_name
-from raysearch.models.model import model_size
+from raysearch.models.model import ModelSize, size_of
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
 from raysearch.study.storage import location
-from raysearch.training.data import Blocks, load_documents, pack, split_documents, train_tokenizer
+from raysearch.training.data import Blocks, load_splits, pack, train_tokenizer
 from raysearch.training.engine import Engine, can_compile, memory_bytes
 from raysearch.training.finetune import learning_rate_at, train
 from raysearch.training.presets import PRESETS, Preset
+from raysearch.units import human_bytes
 
 PROGRESS_S = 5.0
 MAX_WARMUP_STEPS = 100
@@ -68,6 +74,7 @@ def pretrain(
     corpus: str,
     out: Path,
     *,
+    text_field: str = "text",
     steps: int | None = None,
     seed: int = 0,
     num_workers: int = 1,
@@ -98,7 +105,7 @@ def pretrain(
     out = location(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
-    documents = split_documents(load_documents(corpus))
+    documents = load_splits(corpus, text_field, echo)
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": hash_json(documents)}
     del settings["note"]
@@ -111,16 +118,22 @@ def pretrain(
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
-    blocks = {split: pack(corpus, tokenizer, shape.context_tokens, split, cache_dir) for split in ("train", "report")}
+    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, cache_dir, echo)
+              for split in ("train", "report")}
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
     job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
            "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
            "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
+    echo(memory_needed(shape, job, num_workers))
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
-    with _progress_lines(work / "progress.json", num_steps, echo):
-        _fit(job, num_workers, resources)
+    try:
+        with stopping_on_signals(), _progress_lines(work / "progress.json", num_steps, echo):
+            _fit(job, num_workers, resources)
+    except (KeyboardInterrupt, SystemExit):
+        echo("stopped by a signal; the same command goes on from the last checkpoint")
+        raise
     measured = json.loads((work / "measured.json").read_text())
     if "failure" in measured:
         raise ValueError(f"pretraining failed: {measured['failure']}")
@@ -143,6 +156,27 @@ def pretrain(
     echo(f"validation loss {done.validation_loss:.3f} nats/token (unigram {unigram:.3f}), {done.num_parameters:,} "
          f"parameters, {done.train_s:.0f} s of training, {done.total_s:.0f} s in total: {out}")
     return done
+
+
+def planned(shape: Preset, job: dict[str, Any], num_workers: int) -> tuple[ModelSize, MicroBatch]:
+    """(the model's size, what a worker has in memory at a time); as if it were on a machine like this one."""
+    size, is_gpu = size_of(shape.config()), job["dtype"] == "bfloat16"
+    study = study_of(path="", dtype=job["dtype"], batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens)
+    return size, largest_micro_batch(size, study, num_workers, job["zero_stage"],
+                                     USABLE * memory_bytes() / (1 if is_gpu else num_workers))
+
+
+def memory_needed(shape: Preset, job: dict[str, Any], num_workers: int) -> str:
+    """One line: what placement.py counts for a rank, and what there is where ranks run on this machine's processors."""
+    size, micro_batch = planned(shape, job, num_workers)
+    total = sum(rank_bytes(size, num_ranks=num_workers, zero_stage=job["zero_stage"], dtype=job["dtype"],
+                           micro_batch=micro_batch).values())
+    line = f"each of {num_workers} ranks needs about {human_bytes(total)} of memory, {micro_batch.tokens} tokens at a time"
+    free = psutil.virtual_memory().available
+    if job["dtype"] == "bfloat16":
+        return f"{line}, on its GPU"
+    more = "; that is MORE than there is: use a smaller preset, or more machines" if num_workers * total > free else ""
+    return f"{line}, and {human_bytes(free)} are free here{more}"
 
 
 def unigram_loss(train: Blocks, held_out: Blocks, vocab_size: int) -> float:
@@ -175,8 +209,7 @@ def _finished(out: Path, settings: dict[str, Any]) -> PretrainResult | None:
 
 def _resources(num_workers: int) -> dict[str, float]:
     """What each worker gets of the cluster: a GPU if there is one for each, and its share of the cores if not."""
-    if not ray.is_initialized():
-        ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    connect_ray()
     have = ray.cluster_resources()
     if have.get("GPU", 0) >= num_workers:
         return {"CPU": 1, "GPU": 1}
@@ -210,11 +243,15 @@ def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> 
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE"}},
         ),
     )
+    logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends it is one sentence of ours
     try:
-        trainer.fit()
+        ThreadPoolExecutor(1).submit(trainer.fit).result()  # in the main thread Ray Train takes Ctrl-C for itself
     except ray.train.TrainingFailedError as error:
         causes = [str(cause).strip().splitlines()[-1] for cause in getattr(error, "worker_failures", {}).values()]
-        raise RuntimeError(f"pretraining failed: {'; '.join(dict.fromkeys(causes)) or error}") from error
+        reason = "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[0]
+        if "memory" in str(error) or "died unexpectedly" in str(error):
+            reason = f"a rank was killed, as one is that needs more memory than there is ({reason})"
+        raise RuntimeError(f"pretraining failed: {reason}") from error
 
 
 @contextlib.contextmanager
@@ -231,8 +268,9 @@ def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> 
                 if now["step"] != last_step:
                     last_step = now["step"]
                     left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
-                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  "
-                         f"{now['tokens_per_s']:,.0f} tokens/s  {left_s:,.0f} s left")
+                    left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
+                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  "
+                         f"{left} left")
             if finishing:
                 return
 
@@ -248,18 +286,14 @@ def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> 
 def train_loop(job: dict[str, Any]) -> None:
     """What every Ray Train worker runs: train from the last checkpoint on, checkpoint, validate, write the model."""
     work, shape, blocks, num_steps = job["work"], job["shape"], job["blocks"], job["num_steps"]
+    use_rays_network()
     if job["dtype"] == "float32":
         os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(job["num_threads"])
     random_model = _random_model(work / "random", shape, job["seed"])
-    study = study_of(path=str(random_model), dtype=job["dtype"], batch_tokens=job["batch_tokens"],
-                     context_tokens=shape.context_tokens)
-    num_workers = dist.get_world_size()
-    micro_batch = largest_micro_batch(model_size(str(random_model)), study, num_workers, job["zero_stage"],
-                                      USABLE * memory_bytes() / (1 if job["dtype"] == "bfloat16" else num_workers))
     engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
                     batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens, weight_decay=shape.weight_decay,
-                    micro_batch=micro_batch, compiled=can_compile())
+                    micro_batch=planned(shape, job, dist.get_world_size())[1], compiled=can_compile())
     first_step = _load_checkpoint(engine)
     clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
                    job["checkpoint_every_s"])

@@ -26,7 +26,8 @@ from raysearch.models.model import (
     vocab_size,
 )
 from raysearch.study.records import root_key
-from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents
+from raysearch.training.corpus import Say, quiet
+from raysearch.training.data import Blocks, check_tokenizer, load_splits, pack
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 
@@ -55,9 +56,9 @@ def resolve(study: Study) -> Study:
     return study.replaced(path=model, dtype=dtype)
 
 
-def read_inputs(study: Study) -> Inputs:
-    """Reads and packs the corpus, makes the tasks and hashes what determines the results; ValueError of one sentence for
-    bad input."""
+def read_inputs(study: Study, say: Say = quiet) -> Inputs:
+    """Reads and packs the corpus, makes the tasks and hashes what determines the results; says how far a long corpus is.
+    ValueError of one sentence for bad input."""
     model_hash = fingerprint(study.model.path)
     config = load_config(study.model.path)
     tokenizer: Any = None
@@ -75,8 +76,8 @@ def read_inputs(study: Study) -> Inputs:
         raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")
     if study.data.corpus is not None:
-        documents = split_documents(load_documents(study.data.corpus))
-        blocks = pack(study.data.corpus, tokenizer, study.data.context_tokens, "train")
+        documents = load_splits(study.data.corpus, study.data.text_field, say)
+        blocks = pack(documents["train"], tokenizer, study.data.context_tokens, "train", say=say)
     folder = Path(evaluation.data_dir) if evaluation.data_dir else None
     tasks = {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
              + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)

@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import torch
 
+from raysearch.cluster.joining import use_rays_network
 from raysearch.config import Study
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, config_hash
@@ -35,6 +36,7 @@ class Rank:
     def __init__(self, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef],
                  environment: dict[str, str]) -> None:
         os.environ.update(environment)
+        use_rays_network()
         if not study.cluster.gpus_per_rank:
             os.environ["DS_ACCELERATOR"] = "cpu"
         torch.set_num_threads(max(1, int(study.cluster.cpus_per_rank)))

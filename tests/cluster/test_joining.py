@@ -1,8 +1,12 @@
 """Joining the Ray cluster, and what auto makes of it."""
 
+import os
+import socket
+
+import psutil
 import pytest
 
-from raysearch.cluster.joining import gpu_memory, placed
+from raysearch.cluster.joining import gpu_memory, placed, use_rays_network
 from raysearch.config import Study, study_of
 
 
@@ -25,3 +29,19 @@ def test_this_machine_has_a_gpu_or_says_so(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     with pytest.raises(ValueError, match="auto needs a GPU to measure"):
         gpu_memory()
+
+
+def test_gloo_takes_the_interface_of_rays_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    (name, address), *_ = [(name, each.address) for name, addresses in psutil.net_if_addrs().items() for each in addresses
+                           if each.family == socket.AF_INET]
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: address)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "given")
+    use_rays_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "given"
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    use_rays_network()
+    assert os.environ["GLOO_SOCKET_IFNAME"] == name
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "203.0.113.1")
+    use_rays_network()
+    assert "GLOO_SOCKET_IFNAME" not in os.environ

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from faults import wait_until
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna_dashboard import wsgi
@@ -93,17 +94,12 @@ def test_optuna_dashboard_opens_the_journal(watched: Watched) -> None:
 
 def test_tensorboard_has_every_round(watched: Watched) -> None:
     trial = watched.ledger.trial(0)
-    (folder,) = watched.ledger.directory.glob("tune/*/*number=0*")
-    results = [json.loads(line) for line in (folder / "result.json").read_text().splitlines()]
-    rounds = [result for result in results if not result["done"]]
-    assert [result["key"] for result in rounds] == list(trial.keys)
-    for result, key in zip(rounds, trial.keys):
-        record = watched.ledger.candidate(key)
-        assert result["text/bits_per_byte"] == record.metrics["text/bits_per_byte"].value
-        assert (result["sparsity"], result["num_nonzero"], result["depth"]) == (
-            record.sparsity, record.num_nonzero, record.depth)
-    (events,) = folder.glob("events.out.tfevents.*")
-    assert {b"ray/tune/sparsity", b"ray/tune/text/bits_per_byte"} <= set(re.findall(rb"ray/tune/[\w/]+", events.read_bytes()))
+    (events,) = watched.ledger.directory.glob("tune/study trial 0/events.out.tfevents.*")
+    data = events.read_bytes()
+    assert all(name in data for name in (b"sparsity", b"text/bits_per_byte", b"report/text/bits_per_byte", b"learning_rate"))
+    assert all(key.encode() in data for key in trial.keys)
+    assert not any(name in data for name in (b"pid", b"timestamp", b"time_since_restore", b"config_hash"))
+    assert len(list(watched.ledger.directory.glob("tune/*/events.*"))) == 1 + 3  # the dense baseline, and each trial once
 
 
 def test_logs_are_in_the_study(watched: Watched) -> None:
@@ -126,3 +122,28 @@ def test_keep_frontier_says_what_it_deleted(watched: Watched) -> None:
     reported = {path.parent.name for path in watched.ledger.directory.glob("rounds/*/report.json")}
     assert kept == reported - {watched.ledger.study().root_key}
     assert f"deleted {len(watched.ledger.rounds()) - 1 - len(kept)} files" in line
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_study_has_one_run_for_each_trial(tmp_path: Path, tiny_model: Path, stories: Path,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    write_space(tmp_path, tiny_model, stories, num_trials=3, max_concurrent=1)
+    options = ("--mlflow", f"sqlite:///{tmp_path}/runs.db", "--wandb", "project")
+    first, record = sweep(tmp_path, *options), tmp_path / "study" / "trials" / "00000.json"
+    wait_until(lambda: record.is_file() and '"keys": []' not in record.read_text(), first)
+    first.kill()
+    first.communicate()
+    code, out, err = finish(sweep(tmp_path, *options))
+    assert code == 0, out + err
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/runs.db")
+    runs = client.search_runs([client.get_experiment_by_name("study").experiment_id])
+    assert {(run.info.run_name, run.info.status) for run in runs} == {
+        ("study dense", "FINISHED"), ("study trial 0", "FINISHED"), ("study trial 1", "FAILED"), ("study trial 2", "FINISHED")}
+    assert len(runs) == len(list((tmp_path / "wandb").glob("offline-run-*"))) == 4
+    for trial in Ledger.open(tmp_path / "study").trials():
+        (run,) = [run for run in runs if run.info.run_name == f"study trial {trial.number}"]
+        assert run.data.params["learning_rate"] == str(trial.config.learning_rate)
+        assert [run.data.tags[f"key {depth}"] for depth in range(1, len(trial.keys) + 1)] == list(trial.keys)

@@ -17,6 +17,8 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from sweeps import ROOT, finish, sweep, write_space
 from test_faults import check, records
 
+from raysearch.study.ledger import Ledger
+
 NOTED_ROUNDS = """
 import os, time
 train = round.train_candidate
@@ -142,3 +144,27 @@ def test_a_trial_waits_for_the_nodes_that_an_autoscaler_adds(tmp_path: Path, tin
     code, out, err = finish(process)
     assert code == 0, out + err
     check(tmp_path, 1, {})
+
+
+@pytest.mark.slow
+def test_lost_nodes_without_which_no_gang_fits_are_waited_for_and_then_given_up(
+        tmp_path: Path, tiny_model: Path, stories: Path, cluster: Cluster) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=3, max_concurrent=1, num_ranks=2, zero_stage=2, cpus_per_rank=1.0)
+    cluster.remove_node(next(iter(cluster.worker_nodes)))  # none is left over
+    space = tmp_path / "space.py"
+    space.write_text(space.read_text().replace('"round_limit_s"', '"wait_for_nodes_s": 20.0, "round_limit_s"'))
+    process = sweep(tmp_path, address=cluster.address)
+    wait_until(lambda: len(records(tmp_path)) >= 2, process, limit_s=200)
+    (node,) = homes(cluster, "ray::Rank").values()
+    cluster.remove_node(node, allow_graceful=False)
+    code, out, err = finish(process)
+    room = "one trial needs 2 ranks of 1 CPU, each rank on one node, but the cluster's 2 nodes (1 CPU in all) have room for 1"
+    assert f"waiting for nodes, at most 20 s: {room}" in out
+    given_up = f"no trial could run for 20 s: {room}; add nodes, or lower num_ranks, and the same command goes on"
+    assert err == f"raysearch: {given_up}\n"
+    assert code == 2
+    assert [trial.status for trial in Ledger.open(tmp_path / "study").trials()] == ["running"]
+    cluster.add_node(num_cpus=1)
+    code, out, err = finish(sweep(tmp_path, address=cluster.address))
+    assert code == 0, out + err
+    check(tmp_path, 3, {1: "training loss became"})

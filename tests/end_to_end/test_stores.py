@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -72,7 +73,8 @@ def test_a_sweep_and_all_that_reads_it(store: StorePath, tmp_path: Path, tiny_mo
     assert not (tmp_path / "study").exists()
     assert location(ledger.trial(0).log_path).is_file()
     everything = [path for pattern in ("*", "*/*", "*/*/*", "*/*/*/*") for path in store.glob(pattern)]
-    assert {"result.json", "study.json", "journal.log"} <= {path.name for path in everything}
+    assert {"study.json", "journal.log"} <= {path.name for path in everything}
+    assert len([path for path in everything if path.name.startswith("events.out.tfevents")]) == 3  # dense, and two trials
     assert not [str(path) for path in everything if SECRET.encode() in path.read_bytes()]
     assert SECRET not in out + err
 
@@ -161,6 +163,23 @@ def test_a_rank_that_hangs_fails_its_trial_with_its_stack(store: StorePath, tmp_
     assert "took longer than round_limit_s = 8 s" in failed.reason
     assert f"rank {num_ranks - 1} in wait_for_godot (<string>:5), called by stuck" in failed.reason
     assert (store / "trials" / f"00000.rank-{num_ranks - 1}.log").is_file()
+
+
+@pytest.mark.slow
+def test_a_store_that_refuses_in_the_middle_is_one_sentence(store: StorePath, tmp_path: Path, tiny_model: Path, stories: Path,
+                                                            refused_writes: list[str]) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=2, max_concurrent=1)
+    process = sweep(tmp_path, "--out", str(store))
+    wait_until(lambda: len(written(store)) >= 2, process)
+    refused_writes += ["PUT", "POST", "DELETE"]
+    code, out, err = finish(process)
+    assert (code, err.count("\n")) == (2, 1), err
+    assert re.match("raysearch: s3://bucket/.*: cannot be written, twice 3 s apart .the store refuses to write here; give "
+                    "these credentials the right to put .*; free or mend the storage, and the same sweep goes on", err)
+    refused_writes.clear()
+    code, out, err = finish(sweep(tmp_path, "--out", str(store)))
+    assert code == 0, out + err
+    check(store, "done", "failed")
 
 
 @pytest.mark.slow

@@ -48,5 +48,5 @@ def test_pairs_are_those_of_lm_eval(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def test_a_text_is_encoded_once(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
     first = encode(tokenizer, 0, ["a b", "a b", "c"])
-    monkeypatch.setattr(encoding, "_tokenize", None)
+    monkeypatch.setattr(encoding, "token_ids", None)
     assert encode(tokenizer, 0, ["c", "a b"]) == [first[2], first[0]]

@@ -234,3 +234,11 @@ def test_bad_settings(gpt2: Any, tokenizer: Any, options: dict[str, Any], messag
 def test_empty_continuation_is_refused(gpt2: Any, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="at least 1 token of context and 1 of continuation; got 3 and 0"):
         Scorer(gpt2, tokenizer).score([((1, 2, 3), ())])
+
+
+def test_a_continuation_without_a_token_names_task_and_item(gpt2: Any, tokenizer: Any) -> None:
+    scorer = Scorer(gpt2, tokenizer)
+    good, bad = (Instance("loglikelihood", {}, ("The dog", text), 0, ("hellaswag", item, 1))
+                 for item, text in ((3, " ran"), (4, "")))
+    with pytest.raises(ValueError, match="task hellaswag, item 4: its continuation must be at least one token, .* none"):
+        scorer.loglikelihood([good, bad])

@@ -114,14 +114,19 @@ def test_split_does_not_depend_on_the_order_of_lines(data_dir: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(("name", "line", "message"), [
-    ("lambada", '{"text": 3}', r"lambada/test.jsonl, line 2: field 'text' is not valid; got 3"),
-    ("lambada", '{"text": "word"}', "line 2: field 'text' is not valid; got 'word'"),
-    ("lambada", '{"txt": "a b"}', "line 2: field 'text' is missing"),
-    ("lambada", '{"text": ', "line 2: not JSON, Expecting value at column 9"),
+    ("lambada", '{"text": 3}', r"lambada/test.jsonl, line 2: field 'text' must be a text of two words or more, .*, got 3"),
+    ("lambada", '{"text": "word"}', "line 2: field 'text' must be a text of two words or more, .*, got 'word'"),
+    ("lambada", '{"text": "a word "}', "line 2: field 'text' must be a text of two words or more"),
+    ("lambada", '{"txt": "a b"}', "line 2: field 'text' is missing; the fields are txt"),
+    ("lambada", '{"text": ', "line 2: is not JSON .Expecting value at column 9"),
     ("lambada", '["a b"]', "line 2: must be a JSON object"),
     ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": 2}', "'label' must be below the number of endings, 2"),
-    ("hellaswag", '{"ctx": "a", "endings": "b", "label": 0}', "field 'endings' is not valid; got 'b'"),
-    ("triviaqa", '{"question": "a", "answer": []}', r"field 'answer' is not valid; got \[\]"),
+    ("hellaswag", '{"ctx": "a", "endings": "b", "label": 0}', "'endings' must be a list of two texts or more, .*, got 'b'"),
+    ("hellaswag", '{"ctx": "a", "endings": ["", "b"], "label": 1}', "must be a list of two texts or more, none of them blank"),
+    ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": -1}', "'label' must be the number of the right .* on, got -1"),
+    ("hellaswag", '{"ctx": "a", "endings": ["b", "c"], "label": true}', "field 'label' must be the number .*, got True"),
+    ("triviaqa", '{"question": "a", "answer": []}', r"field 'answer' must be a list of texts, got \[\]"),
+    ("triviaqa", '{"question": "\xa0", "answer": ["a"]}', r"field 'question' must be a text that is not blank"),
 ])
 def test_a_malformed_line_names_file_line_and_field(data_dir: Path, tmp_path: Path, name: str, line: str,
                                                     message: str) -> None:
@@ -142,8 +147,27 @@ def test_unknown_names_missing_files_and_limits(data_dir: Path, tmp_path: Path) 
         load_tasks(["text"], data_dir=data_dir)
     with pytest.raises(ValueError, match="task 'last_wrd' is not known; the nearest names are last_word"):
         heldout_tasks(DOCUMENTS, ["last_wrd"])
-    with pytest.raises(ValueError, match="task 'choice' finds no item in the held-out documents"):
+    with pytest.raises(ValueError, match="task 'choice' finds no item in the held-out documents, .* which can serve text$"):
         heldout_tasks(["Too short."], ["choice"])
+    with pytest.raises(ValueError, match="task 'last_word' finds no item .* which can serve text and choice$"):
+        heldout_tasks([" ".join(f"def f{n} ( x ) : return x + {n} ;" for n in range(99))], ["last_word"])
+
+
+def test_files_in_another_encoding_or_with_labels_as_text_are_read(data_dir: Path, tmp_path: Path) -> None:
+    file = FILE_TASKS["hellaswag"].files[0]
+    text = (data_dir / file).read_text()
+    (tmp_path / file).parent.mkdir()
+    (tmp_path / file).write_text(text.replace('"label": 3', '"label": "3"'), encoding="utf-16")
+    same = [tasks_fingerprint(load_tasks(["hellaswag"], data_dir=folder)) for folder in (data_dir, tmp_path)]
+    assert same[0] == same[1]
+    (tmp_path / file).write_bytes(text.encode() + b'{"ctx": "caf\xe9"}')
+    with pytest.raises(ValueError, match="validation.jsonl, line 31: must be UTF-8 text"):
+        load_tasks(["hellaswag"], data_dir=tmp_path)
+    story_file = tmp_path / FILE_TASKS["storycloze"].files[0]
+    story_file.parent.mkdir()
+    story_file.write_text("InputSentence1,InputSentence2\n" + "x" * 200_000)
+    with pytest.raises(ValueError, match="test.csv: cannot be read .field larger than field limit"):
+        load_tasks(["storycloze"], data_dir=tmp_path)
 
 
 @pytest.mark.parametrize("name", FILE_TASKS)

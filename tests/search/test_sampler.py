@@ -59,6 +59,16 @@ def test_given_trials_come_in_their_order_after_those_that_began() -> None:
     assert [sampler.ask()[1] for _ in range(2)] == given[1:]
 
 
+def test_a_space_that_fails_late_costs_that_trial_alone(sampler: Sampler) -> None:
+    sampler.space = lambda trial: {"rate": 2.0} if trial.number == 1 else space(trial)
+    asked = [sampler.ask() for _ in range(3)]
+    assert [isinstance(one.trial, ValueError) for one in asked] == [False, True, False]
+    sampler.observations.clear()  # also before the dense baseline is scored
+    sampler.end(ended(1, "failed", reason=str(asked[1].trial), crashed=True))
+    assert sampler.optuna_study.trials[1].state == TrialState.FAIL
+    assert sampler.optuna_study.trials[1].user_attrs["reason"].startswith("space(trial): rate: Input should be less than 1")
+
+
 def test_optuna_hears_the_last_round_of_a_trial(sampler: Sampler) -> None:
     number = sampler.ask().number
     for depth, (key, sparsity) in enumerate((("a", 0.25), ("b", 0.5)), start=1):

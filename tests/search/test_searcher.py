@@ -83,6 +83,21 @@ def test_the_baseline_then_trials_then_the_frontiers_report(tmp_path: Path) -> N
     assert sum("round 1/2" in line for line in said) == 3
 
 
+def test_a_space_that_fails_late_fails_its_trial_and_never_the_sweep(tmp_path: Path) -> None:
+    for num_failures, states in ((1, ["done", "failed", "done"]), (9, ["done", "failed", "failed", "failed"])):
+        failing = range(1, 1 + num_failures)
+        study, said = SyntheticStudy(tmp_path / f"study {num_failures}"), []
+        made = searcher(study, 3 if num_failures == 1 else 7, said)
+        made.sampler.space = lambda trial: {}["x"] if trial.number in failing else space(trial)  # noqa: B023
+        assert "report" in run_to_the_end(made, study)
+        trials = study.ledger.trials()
+        assert [trial.status for trial in trials] == states
+        assert "KeyError: 'x'; mend it" in trials[1].reason
+        assert sum("trial 1 failed: space(trial): " in line for line in said) == 1
+        assert any("the space failed 3 times in a row" in line for line in said) == (num_failures > 3)
+    assert searcher(study, 7, said).has_work()  # the same command asks again
+
+
 def test_a_second_searcher_finds_everything_done_and_a_longer_study_goes_on(tmp_path: Path) -> None:
     study, said = SyntheticStudy(tmp_path / "study"), []
     run_to_the_end(searcher(study, 2, said), study)

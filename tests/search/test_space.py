@@ -1,13 +1,16 @@
 """Search spaces, draws from them, and lists of given trials: each mistake is one sentence."""
 
 import ast
+import functools
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 
+import search_spaces
 from raysearch.config import Action, Study, TrialConfig, parse, study_of
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import Proposals, check_given, draw, load_space, read_trials, sample_trials, space_hash
@@ -100,6 +103,69 @@ def test_draws_are_resolved_and_the_same_twice() -> None:
     assert all(len(actions) == 1 for actions in trials)
 
 
+@pytest.mark.parametrize(("body", "sentence"), [
+    ("return {}['x']", "FILE, line 3: KeyError: 'x'; mend it"),
+    ("return helper(trial)", "FILE, line 5: parameter 'target_sparsity': ValueError: `low <= high` must hold, but got "
+                             "(low=0.9, high=0.1); mend it"),
+    ("trial.suggest_float('lr', 0.0, 1.0, log=True)", "FILE, line 3: parameter 'lr': ValueError: `low > 0` must hold"),
+    ("trial.suggest_int('n', 1, 'x')", "FILE, line 3: parameter 'n': TypeError: "),
+    ("return {'num_rounds': trial.suggest_int('n', 1, 2), 'rate': 1 / 0}", "FILE, line 3: ZeroDivisionError: "),
+])
+def test_an_error_in_the_users_space_names_file_line_and_parameter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str,
+                                                                   sentence: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"erring_{abs(hash(body))}.py"
+    file.write_text(f"STUDY = {{'model': {{'path': 'm'}}}}\ndef space(trial):\n    {body}\ndef helper(trial):\n"
+                    "    return {'target_sparsity': trial.suggest_float('target_sparsity', 0.9, 0.1)}\n")
+    with pytest.raises(ValueError, match=re.escape("space(trial): " + sentence.replace("FILE", str(file)))) as caught:
+        sample_trials(STUDY, load_space(file.stem)[1], INPUTS, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [
+    ("STUDY = {\n'model': MISSING}", "FILE, line 2: NameError: name 'MISSING' is not defined; mend it"),
+    ("STUDY = {}\ndef space(:", "FILE, line 2: SyntaxError: "),
+    ("def space(trial):\nreturn {}", "FILE, line 2: IndentationError: "),
+    ("import nothing_of_that_name", "FILE, line 1: ModuleNotFoundError: No module named 'nothing_of_that_name'; mend it"),
+    ("raise SystemExit(3)", "FILE, line 1: SystemExit: 3; mend it"),
+])
+def test_an_error_at_import_names_file_and_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str,
+                                                sentence: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / f"unimportable_{abs(hash(text))}.py"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(f"cannot be imported: {sentence.replace('FILE', str(file))}")):
+        load_space(file.stem)
+    with pytest.raises(ValueError, match="search space nowhere.at_all: cannot be imported: .*; give a module such as"):
+        load_space("nowhere.at_all")
+
+
+def test_a_local_module_comes_before_an_installed_package_of_the_same_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                                           ) -> None:
+    monkeypatch.chdir(tmp_path)
+    path_before = list(sys.path)
+    monkeypatch.setattr(search_spaces, "__path__", list(search_spaces.__path__))  # as installed
+    (tmp_path / "search_spaces").mkdir()
+    (tmp_path / "search_spaces" / "kin.py").write_text("STUDY = {'model': {'path': 'of kin'}}")
+    (tmp_path / "search_spaces" / "mine.py").write_text("from search_spaces.kin import STUDY\n"
+                                                         "from search_spaces.demo import space\n")
+    assert load_space("search_spaces.mine")[0].model.path == "of kin"
+    assert sys.path == path_before
+
+
+def test_a_space_without_a_source_counts_by_its_code() -> None:
+    def made(text: str) -> Any:
+        names: dict[str, Any] = {}
+        exec(text, names)
+        return names["space"]
+
+    text = "def space(trial):\n    return {'rate': [0.1 for _ in range(2)][0]}"
+    assert space_hash(made(text)) == space_hash(made(f"# moved\n\n{text}")) != space_hash(made(text.replace("0.1", "0.2")))
+    assert space_hash(made("space = lambda trial: {}")) != space_hash(made("space = lambda trial: {'rate': 0.1}"))
+    with pytest.raises(ValueError, match="space must be a function of a trial, .*, got a partial; wrap it in one"):
+        space_hash(functools.partial(space))
+
+
 @pytest.mark.parametrize(("fields", "sentence"), [
     ([0.5], "space(trial) must return a dict of trial settings, got list"),
     ({"sparsity": 0.5}, "space(trial): sparsity: no such field; the fields are schedule, "),
@@ -127,13 +193,13 @@ def test_trials_are_read_line_by_line(tmp_path: Path) -> None:
     (b" \n\n", "FILE: holds no trial; give one object of trial settings in each line"),
     (b'{"target_sparsity": 0.5}\n\n{"target_spar', "FILE, line 3: is not JSON (Unterminated string"),
     (b'{"target_sparsity": 0.5}\n[0.5]', "FILE, line 2: must be an object of trial settings, or a list of actions, got [0.5]"),
-    (b'"' + b"x" * 100 + b'"', 'FILE, line 1: must be an object of trial settings, or a list of actions, got "' + "x" * 39),
+    (b'"' + b"x" * 100 + b'"', "FILE, line 1: must be an object of trial settings, or a list of actions, got '" + "x" * 39),
     (b'[{"sparsity": 0.5}, {"rate": 1}]', "FILE, line 1, action 2: rate: no such field; the fields are criterion, "),
     (b'{"sparsity": 0.5}', "FILE, line 1: sparsity: no such field; the fields are schedule, "),
     (b'{"target_sparsity": 1.5}', "FILE, line 1: target_sparsity: Input should be less than 1 (got 1.5)"),
     (b'{"target_sparsity": 0.5, "threshold": 1.0}', "FILE, line 1: threshold and target_sparsity contradict each other"),
-    (b'\xff\xfe{"target_sparsity": 0.5}', "FILE: cannot be read ('utf-8' codec can't decode byte 0xff"),
-    (None, "FILE: cannot be read ([Errno 2] No such file or directory"),
+    (b'\xff{"target_sparsity": 0.5}', "FILE, line 1: must be UTF-8 text, or UTF-16 or 32 with a byte order mark, got byte "),
+    (None, "FILE: cannot be read (No such file or directory"),
 ])
 def test_a_bad_file_of_trials_is_one_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
     file = tmp_path / "trials.jsonl"

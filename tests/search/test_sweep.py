@@ -97,7 +97,7 @@ def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, 
 def test_tasks_and_objective_are_checked_before_anything_is_written(tmp_path: Path, study: Study, settings: dict,
                                                                     sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        sweep_module.sweep("space", tmp_path / "study", study.replaced(**settings), dict, print)
+        sweep_module.sweep("space", tmp_path / "study", study.replaced(**settings), lambda trial: {}, print)
     assert not list(tmp_path.iterdir())
 
 

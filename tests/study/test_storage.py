@@ -15,7 +15,7 @@ from s3 import SECRET
 from raysearch.cluster.doctor import check_store
 from raysearch.study.files import new_directory, new_file, write_json
 from raysearch.study.ledger import Ledger
-from raysearch.study.storage import AnyPath, StorePath, as_file, location, pull, push
+from raysearch.study.storage import AnyPath, StorePath, as_file, check_bucket, location, pull, push
 
 
 def test_paths_are_those_of_pathlib(store: StorePath, tmp_path: Path) -> None:
@@ -252,3 +252,18 @@ def test_refusals_are_one_sentence(s3: str, store: StorePath, refusing_store: Ca
         (store / "a").read_bytes()
     check = check_store(store)
     assert (check.level, "the store refuses these credentials" in check.text) == ("problem", True)
+
+
+def test_a_store_that_refuses_to_write_and_a_bucket_that_is_none_are_told_apart(store: StorePath, s3: str,
+                                                                              refused_writes: list[str]) -> None:
+    (store / "a").write_bytes(b"1")
+    refused_writes += ["PUT", "POST", "DELETE"]
+    sentence = "the store refuses to write here; give these credentials the right to put and to delete objects"
+    for write in (lambda: (store / "a").write_bytes(b"2"), (store / "a").unlink, lambda: (store / "a").replace(store / "b")):
+        with pytest.raises(OSError, match=sentence):
+            write()
+    assert (store / "a").read_bytes() == b"1"
+    check_bucket(store)
+    check_bucket(Path("anywhere"))
+    with pytest.raises(ValueError, match="s3://nowhere/x.*: the bucket does not exist; create it, or mend the URI"):
+        check_bucket(location(f"s3://nowhere/x?endpoint_override={s3}&scheme=http"))

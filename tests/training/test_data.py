@@ -1,8 +1,6 @@
 """Documents, splits, tokenizer and packed blocks, on small real files."""
 
-import json
 import multiprocessing
-import os
 import pickle
 from pathlib import Path
 
@@ -12,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
-from raysearch.training.data import Blocks, check_tokenizer, load_documents, pack, split_documents, train_tokenizer
+from raysearch.training.corpus import load_documents
+from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents, train_tokenizer
 
 WORDS = ("the cat sat on a mat and the dog ran to a red house by the sea while rain fell").split()  # noqa: SIM905
 
@@ -26,77 +25,15 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer([story(i) for i in range(50)], 300)
 
 
+def split(corpus: str | Path, name: str = "train") -> list[str]:
+    return split_documents(load_documents(str(corpus)))[name]
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> str:
     path = tmp_path / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(story(i) for i in range(200)))
     return str(path)
-
-
-def test_builtin_corpus_is_real_english_and_the_same_twice() -> None:
-    documents = load_documents("builtin")
-    assert len(documents) > 1500
-    assert 1e6 < sum(map(len, documents)) < 4e6
-    assert any("The \"import\" statement" in text for text in documents)
-    assert load_documents("builtin") == documents
-    assert {split: len(texts) > 50 for split, texts in split_documents(documents).items()} == {
-        "train": True, "selection": True, "report": True}
-
-
-def test_every_format_gives_the_same_documents(tmp_path: Path, corpus: str) -> None:
-    import datasets
-
-    documents = [story(i) for i in range(200)]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in documents))
-    (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in documents]))
-    datasets.Dataset.from_dict({"text": documents}).to_parquet(str(tmp_path / "a.parquet"))
-    assert [text.strip() for text in load_documents(corpus)] == documents
-    for name in ("a.jsonl", "a.json", "a.parquet"):
-        assert load_documents(str(tmp_path / name)) == documents
-    assert load_documents(str(tmp_path / "a.js*")) == documents * 2
-    assert len(load_documents(str(tmp_path))) == 800
-
-
-def test_bad_corpora_are_refused_in_one_sentence(tmp_path: Path) -> None:
-    def refused(corpus: object, sentence: str) -> None:
-        with pytest.raises(ValueError, match=sentence) as error:
-            load_documents(str(corpus))
-        assert "\n" not in str(error.value)
-        assert str(corpus) in str(error.value) or str(tmp_path) in str(error.value)
-
-    def file(name: str, content: bytes) -> Path:
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    refused(tmp_path / "none.txt", "no such file or folder; give a path that exists")
-    refused(file("a.pdf", b"x"), "must end in .txt, .json, .jsonl, .parquet, got a.pdf")
-    refused(file("empty.txt", b" \n<|endoftext|>\n\n"), "holds no text")
-    refused(file("latin.txt", b"caf\xe9"), "must be UTF-8 text, got byte 0xe9 at 3")
-    refused(file("torn.jsonl", b'{"text": "a"}\n{"text": "b'), "line 2 is not JSON")
-    refused(file("field.jsonl", b'{"txet": "a"}\n'), "a field `text` with a string, got the fields txet in line 1")
-    refused(file("rows.jsonl", b'["a"]\n'), "got a list in line 1")
-    refused(file("broken.parquet", b"PAR1 not really"), "cannot be read as Parquet")
-    (tmp_path / "folder").mkdir()
-    refused(tmp_path / "folder", "no file that ends in")
-    import datasets
-
-    datasets.Dataset.from_dict({"story": ["a"]}).to_parquet(str(tmp_path / "column.parquet"))
-    refused(tmp_path / "column.parquet", "needs a column `text` of strings, got story")
-
-
-def test_a_dataset_that_cannot_be_had_is_one_sentence() -> None:
-    with pytest.raises(ValueError, match="neither a file or folder here nor a Hugging Face dataset") as error:
-        load_documents("no-such-owner/no-such-dataset-of-raysearch:config")
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "secret.txt"
-    path.write_text("text")
-    path.chmod(0)
-    with pytest.raises(ValueError, match="cannot be read"):
-        load_documents(str(path))
 
 
 def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
@@ -146,8 +83,8 @@ def test_tokenizer_is_lossless_deterministic_and_checked(tokenizer: PreTrainedTo
 
 
 def test_blocks_hold_the_split_in_order(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    blocks = pack(corpus, tokenizer, 16, "train", tmp_path / "cache")
-    documents = split_documents(load_documents(corpus))["train"]
+    blocks = pack(split(corpus), tokenizer, 16, "train", tmp_path / "cache")
+    documents = split(corpus)
     stream = [token for text in documents for token in [*tokenizer(text)["input_ids"], 0]]
     assert blocks.tokens.dtype == np.uint16
     assert isinstance(blocks.tokens, np.memmap)
@@ -163,26 +100,26 @@ def test_blocks_hold_the_split_in_order(corpus: str, tokenizer: PreTrainedTokeni
 
 def test_blocks_are_cached_by_content(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    first = pack(corpus, tokenizer, 16, "train", cache)
+    first = pack(split(corpus), tokenizer, 16, "train", cache)
     written = first.path.stat().st_mtime_ns
     moved = tmp_path / "elsewhere.txt"
     Path(corpus).rename(moved)
-    assert pack(str(moved), tokenizer, 16, "train", cache) == first
+    assert pack(split(moved), tokenizer, 16, "train", cache) == first
     assert first.path.stat().st_mtime_ns == written
     moved.write_text(moved.read_text() + "\n<|endoftext|>\nOne more.")
-    prints = {first.fingerprint, pack(str(moved), tokenizer, 16, "train", cache).fingerprint,
-              pack(str(moved), tokenizer, 32, "train", cache).fingerprint,
-              pack(str(moved), tokenizer, 32, "report", cache).fingerprint,
-              pack(str(moved), train_tokenizer([story(1)], 290), 32, "train", cache).fingerprint}
+    prints = {first.fingerprint, pack(split(moved), tokenizer, 16, "train", cache).fingerprint,
+              pack(split(moved), tokenizer, 32, "train", cache).fingerprint,
+              pack(split(moved, "report"), tokenizer, 32, "report", cache).fingerprint,
+              pack(split(moved), train_tokenizer([story(1)], 290), 32, "train", cache).fingerprint}
     assert len(prints) == 5
     assert not list(cache.rglob(".*"))
     with pytest.raises(ValueError, match="report split must fill one block of 100000 tokens, got"):
-        pack(str(moved), tokenizer, 100_000, "report", cache)
+        pack(split(moved, "report"), tokenizer, 100_000, "report", cache)
 
 
 def _pack(arguments: tuple[str, PreTrainedTokenizerFast, Path]) -> str:
     corpus, tokenizer, cache = arguments
-    return str(pack(corpus, tokenizer, 16, "train", cache).path)
+    return str(pack(split(corpus), tokenizer, 16, "train", cache).path)
 
 
 def test_two_processes_may_pack_at_once(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

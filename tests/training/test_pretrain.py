@@ -2,10 +2,13 @@
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import raysearch.training.pretrain as module
 from raysearch.training.data import Blocks
 from raysearch.training.presets import PRESETS, Preset
-from raysearch.training.pretrain import pretrain
+from raysearch.training.pretrain import memory_needed, pretrain
 
 TOY = Preset(num_layers=1, width=32, num_heads=2, context_tokens=16, vocab_size=300, batch_tokens=128, num_steps=60,
              learning_rate=1e-2, weight_decay=0.1, note="for tests")
@@ -115,8 +118,8 @@ def test_a_killed_worker_resumes_and_two_ranks_train_the_same_model(
     plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache")
     pack, marker = module.pack, tmp_path / "killed"
 
-    def killing_pack(corpus: str, tokenizer: PreTrainedTokenizerBase, context: int, split: str, cache: Path) -> Blocks:
-        blocks = pack(corpus, tokenizer, context, split, cache)
+    def killing_pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str, *rest: Any) -> Blocks:
+        blocks = pack(documents, tokenizer, context, split, *rest)
         return BlocksThatKillOnce(blocks.path, blocks.fingerprint, marker) if split == "train" else blocks
 
     monkeypatch.setattr(module, "pack", killing_pack)
@@ -134,3 +137,18 @@ def test_divergence_is_one_sentence_and_leaves_no_model(
     with pytest.raises(ValueError, match=r"^pretraining failed: the loss became (nan|inf) by step \d+; lower the "):
         pretrain("hot", corpus, tmp_path / "hot", steps=20, cache_dir=tmp_path / "cache", echo=lambda line: None)
     assert not (tmp_path / "hot").exists()
+
+
+def test_what_a_machine_needs_is_said_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysearch.training.pretrain.memory_bytes", lambda: 12e9)  # half of 24 GB
+
+    def line(name: str, dtype: str = "float32") -> str:
+        return memory_needed(PRESETS[name], {"dtype": dtype, "zero_stage": 0, "batch_tokens": PRESETS[name].batch_tokens}, 1)
+
+    assert re.match(r"each of 1 ranks needs about 10\.\d+ GB of memory, 16384 tokens at a time, and [\d.]+ .B are free here",
+                    line("books-30m"))
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=12e9))
+    assert "MORE than there is" in line("gpt-efficio-950m")
+    assert "MORE" not in line("tiny")
+    monkeypatch.setattr("raysearch.training.pretrain.memory_bytes", lambda: 80e9)
+    assert line("gpt2-small", "bfloat16").endswith(" GB of memory, 65536 tokens at a time, on its GPU")

@@ -1,0 +1,243 @@
+"""A corpus becomes documents: Python's own documentation, files, folders of `datasets`, data sets of the hub."""
+
+import ast
+import functools
+import glob
+import os
+import pydoc_data.topics
+import re
+import sysconfig
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from raysearch.study.text import COMPRESSIONS, json_lines, open_text, parse_json, plain_suffix
+
+if TYPE_CHECKING:
+    import datasets
+
+END_OF_TEXT = "<|endoftext|>"
+SEPARATOR = re.compile(f"^{re.escape(END_OF_TEXT)}$", re.MULTILINE)
+PLAIN = (".txt", ".json", ".jsonl")
+SUFFIXES = (*PLAIN, ".parquet", *(plain + compression for plain in PLAIN for compression in COMPRESSIONS))
+ENDINGS = f"{', '.join((*PLAIN, '.parquet'))} (but for the last also compressed: {', '.join(COMPRESSIONS)})"
+CHUNK_CHARS = 2**20
+PROGRESS_S = 5.0
+MIN_DOCSTRING_CHARS = 200
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+
+Say = Callable[[str], object]
+"""Takes a line that a person reads."""
+
+
+def quiet(line: str) -> None:
+    """Says nothing."""
+
+
+def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> list[str]:
+    """The non-empty documents of a corpus, in a fixed order.
+
+    `corpus` is "builtin" (Python's own documentation and the docstrings of its standard library); a file, folder or
+    glob of .txt (documents separated by a line <|endoftext|>), .jsonl, .json or .parquet (the texts in `field`), the first
+    three also compressed (.gz, .bz2, .xz, .zst); a folder that `datasets` saved; or a Hugging Face dataset as NAME or
+    NAME:CONFIG. Of a dataset with splits the train split is read. Raises ValueError of one sentence.
+    """
+    return ["".join(parts) for parts in load_parts(corpus, field, say)]
+
+
+def load_parts(corpus: str, field: str = "text", say: Say = quiet) -> list[list[str]]:
+    """As `load_documents`, each document in the parts in which it was read: joining a long one takes its memory twice."""
+    if corpus == "builtin":
+        return [[text] for text in _builtin_documents()]
+    found = progress(_texts(corpus, field), say, lambda num_chars: f"corpus {corpus}: {num_chars / 1e6:,.0f} M characters read")
+    documents = [parts for parts in found if any(part and not part.isspace() for part in parts)]
+    if not documents:
+        raise ValueError(f"corpus {corpus}: holds no text; give one with at least a few thousand words")
+    return documents
+
+
+def progress(documents: Iterable[list[str]], say: Say, line: Callable[[int], str]) -> Iterator[list[str]]:
+    """The documents; every PROGRESS_S it says what `line` makes of the characters so far."""
+    num_chars, said = 0, time.monotonic()
+    for parts in documents:
+        yield parts
+        num_chars += sum(map(len, parts))
+        if time.monotonic() > said + PROGRESS_S:
+            said = time.monotonic()
+            say(line(num_chars))
+
+
+@functools.cache
+def _builtin_documents() -> tuple[str, ...]:
+    documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    library = Path(sysconfig.get_path("stdlib"))
+    for folder, subfolders, names in os.walk(library):
+        subfolders[:] = sorted(set(subfolders) - NOT_LIBRARY)
+        for name in sorted(names):
+            if name.endswith(".py"):
+                try:
+                    tree = ast.parse((Path(folder) / name).read_bytes())
+                except (SyntaxError, ValueError):  # templates and samples that are no Python
+                    continue
+                documents += _docstrings(tree)
+    return tuple(dict.fromkeys(documents))
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    text = ast.get_docstring(node)
+    if text and len(text) >= MIN_DOCSTRING_CHARS:
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)
+
+
+def _files(corpus: str) -> list[Path]:
+    """The files that a path, folder or glob names, of a file and its compressed copy the file; empty when it reads like a
+    dataset's name."""
+    path = Path(corpus.strip() or "/nowhere").expanduser()
+    if path.is_file():
+        if not path.name.endswith(SUFFIXES):
+            raise ValueError(f"corpus {corpus}: a file must end in {ENDINGS}, got {path.name}")
+        return [path]
+    if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file()):
+        return [path]  # as `save_to_disk` of datasets leaves them
+    if path.is_dir() or glob.has_magic(corpus):
+        pattern = str(path / "**" / "*") if path.is_dir() else str(path)
+        files = sorted(path for name in glob.glob(pattern, recursive=True)
+                       if (path := Path(name)).is_file() and name.endswith(SUFFIXES))
+        files = [file for file in files if file.suffix not in COMPRESSIONS or file.with_suffix("") not in files]
+        if not files:
+            raise ValueError(f"corpus {corpus}: no file that ends in {ENDINGS} in it")
+        return files
+    if corpus.endswith(SUFFIXES) or corpus.startswith(("/", ".", "~")) or corpus.count("/") > 1 or not corpus.strip():
+        raise ValueError(f"corpus {corpus!r}: no such file or folder; give a path that exists, a Hugging Face dataset "
+                         'name, or "builtin"')
+    return []
+
+
+def _texts(corpus: str, field: str) -> Iterator[list[str]]:
+    """Documents in parts; some may be blank."""
+    files = _files(corpus)
+    if not files:
+        yield from map(_whole, _column(f"corpus {corpus}", _dataset(corpus), field))
+    for file in files:
+        where, suffix = f"corpus {file}", plain_suffix(file)
+        if file.is_dir():
+            yield from map(_whole, _column(where, _saved_dataset(file), field))
+        elif suffix == ".parquet":
+            yield from map(_whole, _parquet_texts(file, field))
+        elif suffix == ".txt":
+            yield from _plain_texts(file)
+        else:
+            for place, row in _json_rows(file, where):
+                yield from map(_whole, _row_text(row, field, place))
+
+
+def _whole(text: str) -> list[str]:
+    return [text]
+
+
+def _plain_texts(file: Path) -> Iterator[list[str]]:
+    with open_text(file, f"corpus {file}") as lines:
+        parts: list[str] = []
+        while chunk := lines.readlines(CHUNK_CHARS):  # not by lines: an object for each would take twice the text's memory
+            first, *others = SEPARATOR.split("".join(chunk))
+            parts.append(first)
+            for other in others:
+                yield parts
+                parts = [other]
+        yield parts
+
+
+def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
+    """(where it is, row): JSON lines, or one JSON array."""
+    if plain_suffix(file) == ".json":
+        with open_text(file, where) as lines:
+            first = next(filter(str.strip, lines), "")
+            if first.lstrip().startswith("["):
+                rows = parse_json(first + lines.read(), where)
+                yield from ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
+                return
+    yield from ((f"{where}, line {number}", row) for number, row in json_lines(file, where))
+
+
+def _row_text(row: Any, field: str, where: str) -> Iterator[str]:
+    """Its text, unless that is null or empty."""
+    value = row.get(field) if isinstance(row, dict) else None
+    if isinstance(value, str):
+        if value:
+            yield value if value.isascii() else value.encode("utf-8", "replace").decode()  # JSON can spell half a character
+    elif not isinstance(row, dict) or field not in row or value is not None:
+        got = (f"a {type(row).__name__}" if not isinstance(row, dict) else
+               f"a {type(value).__name__} in it" if field in row else f"the fields {', '.join(row) or 'of an empty object'}")
+        raise ValueError(f"{where}: every row needs a field `{field}` with a string or null, got {got}; {FIELD_ADVICE}")
+
+
+FIELD_ADVICE = "name the field that holds the text with --text-field, or text_field in STUDY"
+
+
+def _parquet_texts(file: Path, field: str) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _check_column(f"corpus {file}", {each.name: each.type for each in table.schema_arrow}, field)
+            for batch in table.iter_batches(columns=[field]):
+                yield from filter(None, batch.column(0).to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"corpus {file}: cannot be read as Parquet ({_first_line(error)}); write it again") from error
+
+
+def _column(where: str, data: "datasets.Dataset", field: str) -> Iterator[str]:
+    _check_column(where, {name: feature.dtype if hasattr(feature, "dtype") else feature
+                          for name, feature in data.features.items()}, field)
+    return (text for text in data[field] if text)
+
+
+def _check_column(where: str, types: dict[str, Any], field: str) -> None:
+    if not any(str(types.get(field)).startswith(kind) for kind in STRINGS):
+        got = f"`{field}` of {types[field]}" if field in types else f"the columns {', '.join(types)}"
+        raise ValueError(f"{where}: needs a column `{field}` of strings, got {got}; {FIELD_ADVICE}")
+
+
+STRINGS = ("string", "large_string", "dictionary<values=string", "dictionary<values=large_string")
+
+
+def _saved_dataset(folder: Path) -> "datasets.Dataset":
+    """Of `save_to_disk`."""
+    try:
+        data = _quiet_datasets().load_from_disk(str(folder))
+    except Exception as error:  # Arrow's, json's and those of datasets
+        raise ValueError(f"corpus {folder}: cannot be read as a folder that datasets saved ({_first_line(error)}); save it "
+                         "again") from error
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise ValueError(f"corpus {folder}: has no split `train`, but {', '.join(data)}; give the folder of one of them")
+        data = data["train"]
+    return data
+
+
+def _dataset(corpus: str) -> "datasets.Dataset":
+    name, _, config = corpus.partition(":")
+    try:
+        return _quiet_datasets().load_dataset(name, config or None, split="train")
+    except Exception as error:  # the hub's client, fsspec and the readers each raise their own kinds
+        raise ValueError(f"corpus {corpus}: neither a file or folder here nor a Hugging Face dataset that loads "
+                         f'({_first_line(error)}); check the name and the network, or use "builtin"') from error
+
+
+def _quiet_datasets() -> ModuleType:
+    """datasets without bars and log lines: what it has to say is in its exceptions."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
