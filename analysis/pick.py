@@ -156,10 +156,9 @@ def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
         result = result.model_copy(update={"study_directory": os.path.relpath(study, path.parent)})
     elif study == path.parent:
         result = result.model_copy(update={"study_directory": "."})
+    write_record(path, result)
     if path == study / "pick.json":
         Ledger(study).write_twice("pick.json", result)
-    else:
-        write_record(path, result)
     return path
 
 

@@ -26,8 +26,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+class Refused(OSError):
+    """The storage would not write, twice."""
+
+
 def persist(path: AnyPath, write: Callable[[], T]) -> T:
-    """What `write` returns; where the storage refuses, it is tried again once, and then OSError names `path`."""
+    """What `write` returns; where the storage refuses, it is tried again once, and then Refused names `path`."""
     try:
         return write()
     except OSError:
@@ -35,7 +39,7 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
     try:
         return write()
     except OSError as error:
-        raise OSError(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error.strerror or error}); free or mend "
+        raise Refused(f"{path}: cannot be written, twice {WRITE_RETRY_S:g} s apart ({error.strerror or error}); free or mend "
                       "the storage, and the same sweep goes on") from error
 
 

@@ -254,7 +254,7 @@ def test_a_disk_that_is_full_at_the_journal_is_one_sentence_and_the_next_sweep_c
         made = searcher(study, 40, said)
         kinds = run_to_the_end(made, study)
     assert not made.finished
-    assert str(made.refusal).startswith(f"{path}: cannot be written, twice 0.5 s apart ([Errno 27] File too large)")
+    assert str(made.refusal).startswith(f"{path}: cannot be written, twice 0.5 s apart (File too large)")
     assert str(made.refusal).endswith("free or mend the storage, and the same sweep goes on")
     assert damaged_line(path.read_bytes()) is None  # not half a change is kept
     before = {trial.number: trial for trial in study.ledger.trials() if trial.status == "done"}
