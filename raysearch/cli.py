@@ -208,13 +208,19 @@ def sweep(
                          "give one of them")
     given = read_trials(trials_from) if trials_from else None
     study, sample = load_space(space)
-    from raysearch.search.sweep import sweep as run  # after what may be mistyped, for it takes seconds
+    from raysearch.cluster.ending import end_within  # after what may be mistyped, for these take seconds
+    from raysearch.search.sweep import GivenUp
+    from raysearch.search.sweep import sweep as run
 
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
-    result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
-                 autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
+    try:
+        result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
+                     autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
+    except GivenUp:
+        end_within(10.0, code=2)  # Ray's own end waits for actors that no node can run
+        raise
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
          f"{result.seconds:.0f} s: {result.directory}")
     if result.interrupted:

@@ -35,25 +35,32 @@ EXIT_WITHIN_S = 2.0
 """`ray job stop` kills 3 s after its SIGTERM."""
 
 
-@contextlib.contextmanager
-def stopping_on_signals() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within EXIT_WITHIN_S,
-    and at once on a second signal: nothing needs to be saved. Enter it after `ray.init`, which sets its own handler."""
+def end_within(seconds: float, code: int) -> None:
+    """From now on this process ends in so many seconds at most, and as soon as Python is done: the interpreter's own end takes
+    seconds, stops the clock, and waits for actors that no node can run."""
 
-    def end(code: int) -> None:  # as the first thing at exit: the interpreter's own end takes seconds and stops the clock
+    def end() -> None:
         ray.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
+    limit = threading.Timer(seconds, os._exit, (code,))
+    limit.daemon = True
+    limit.start()
+    atexit.register(end)
+
+
+@contextlib.contextmanager
+def stopping_on_signals() -> Iterator[None]:
+    """SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within EXIT_WITHIN_S,
+    and at once on a second signal: nothing needs to be saved. Enter it after `ray.init`, which sets its own handler."""
+
     def stop(number: int, frame: object) -> None:
         code = 128 + number
         signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         signal.signal(signal.SIGINT, lambda *_: os._exit(code))
-        limit = threading.Timer(EXIT_WITHIN_S, os._exit, (code,))
-        limit.daemon = True
-        limit.start()
-        atexit.register(end, code)
+        end_within(EXIT_WITHIN_S, code)
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}

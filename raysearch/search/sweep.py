@@ -116,9 +116,13 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
 WATCH_S = 5.0
 
 
+class GivenUp(ValueError):
+    """Nodes were lost, and none came that a gang fits."""
+
+
 @contextlib.contextmanager
 def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
-    """While nodes are lost and no gang fits, says so, and ends the block with a ValueError after `wait_for_nodes_s`: Tune would
+    """While nodes are lost and no gang fits, says so, and ends the block with GivenUp after `wait_for_nodes_s`: Tune would
     wait for ever."""
     ended = threading.Event()
 
@@ -155,7 +159,7 @@ def watching_nodes(study: Study, searcher: StudySearcher) -> Iterator[None]:
         watcher.join()
         signal.signal(signal.SIGUSR2, before)
     if given_up:
-        raise ValueError(given_up[0])
+        raise GivenUp(given_up[0])
 
 
 def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
