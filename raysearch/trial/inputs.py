@@ -16,10 +16,10 @@ from raysearch.evaluation import (
     tasks_fingerprint,
 )
 from raysearch.models.model import (
+    check_model,
     context_limit,
     fingerprint,
     load_config,
-    load_model,
     load_tokenizer,
     model_folder,
     stored_dtype,
@@ -51,7 +51,7 @@ def resolve(study: Study) -> Study:
     weights are not all there and finite: whoever calls this has written nothing yet."""
     model = str(model_folder(study.model.path))
     dtype = stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype
-    load_model(model, getattr(torch, dtype))
+    check_model(model, getattr(torch, dtype))
     return study.replaced(path=model, dtype=dtype)
 
 
