@@ -8,11 +8,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from raysearch.units import parse_seconds
+
+if TYPE_CHECKING:
+    from raysearch.config import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search over pruning schedules for GPT language models.")
@@ -50,11 +53,11 @@ def echo(line: str) -> None:
     print(line, flush=True)
 
 
-def check_folder(model: str) -> None:
-    """ValueError for a mistyped model, before the imports that take seconds."""
-    if not Path(model).expanduser().is_dir():
-        raise ValueError(f"model {model}: no such folder; give a local folder in Hugging Face's format (config.json and "
-                         "safetensors), for example one that `raysearch pretrain` wrote")
+def check_study(study: "Study") -> None:
+    """ValueError for what is mistyped in it, before the imports that take seconds."""
+    from raysearch.evaluation.names import check_names
+
+    check_names(study.model.path, study.evaluation.tasks, study.evaluation.data_dir, study.data.corpus)
 
 
 def warn_of(damage: Sequence[str]) -> None:
@@ -120,9 +123,7 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
-    check_folder(model)
-    from raysearch.config import TrialConfig
-    from raysearch.prune import run_prune
+    from raysearch.config import TrialConfig, parse, study_of
 
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
     given = context.params | {"tasks": tuple(tasks.split(",")) if tasks else ("text", "last_word", "choice") if corpus else ()}
@@ -130,6 +131,10 @@ def prune(
     if not context_tokens:  # run_prune has a default that the model's limit bounds
         del given["context_tokens"]
     config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
+    check_study(study_of(**given))
+    parse(TrialConfig, config, "prune")
+    from raysearch.prune import run_prune
+
     run_prune(given, config, out, echo)
 
 
@@ -157,11 +162,12 @@ def sweep(
                          "give one of them")
     given = read_trials(trials_from) if trials_from else None
     study, sample = load_space(space)
-    from raysearch.search.sweep import sweep as run  # after what may be mistyped, for it takes seconds
-
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
+    check_study(study)
+    from raysearch.search.sweep import sweep as run
+
     result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
                  autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     echo(f"{result.num_candidates} candidates of {result.num_trials} trials ({result.num_failed} failed) in "
@@ -180,7 +186,7 @@ def plan(
     """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
     from raysearch.search.space import load_space
 
-    load_space(space)
+    check_study(load_space(space)[0])
     from raysearch.plan import describe_plan, make_plan
 
     echo("measuring one short round on this machine ...")
@@ -294,7 +300,11 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Score a model on named tasks, with lm-eval's metrics."""
-    check_folder(model)
+    from raysearch.evaluation.names import check_names
+
+    check_names(model, tasks.split(","), data_dir, corpus)
+    if backend not in ("auto", "dense"):
+        raise ValueError(f"--backend must be auto or dense, got {backend!r}")
     from json import dumps
 
     from analysis.tables import aligned, with_stderr
@@ -320,7 +330,9 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="Tokens per forward, comma-separated.")] = "1,4096",
 ) -> None:
     """Which sparse kernel each layer runs on, how much faster than dense, and what the whole model gains."""
-    check_folder(model)
+    from raysearch.models.checkpoint import model_folder
+
+    model_folder(model)
     from analysis.tables import aligned
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference
