@@ -102,6 +102,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     controls = ledger.controls()
     others = [*(ledger.directory / "trials").glob("-[0-9]*.json"), *ledger.directory.glob("study.json"),
               *ledger.directory.glob("journal.log"), *(ledger.directory / "rounds").glob("[!.]*/*.json")]
+    written_s = [*written.values(), *(path.stat().st_mtime for path in others if path.is_file())]
     return StudyStatus(
         directory=str(ledger.directory), space=record.space, model=record.study.model.path,
         objective=record.study.search.objective,
@@ -120,7 +121,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
         control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
-        silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)], default=now)),
+        silent_s=max(0.0, now - max(written_s, default=now)),
         damage=frame.attrs["damage"])
 
 

@@ -93,11 +93,14 @@ def unsealed(content: bytes, strict: bool = False) -> bytes:
     return content[:-len(end[0])] + b"\n}"
 
 
-def set_aside(path: AnyPath) -> str:
-    """Renames a damaged file to end in .damaged; the new name."""
-    aside = path.with_suffix(".damaged")
-    path.replace(aside)  # type: ignore[arg-type]
-    return aside.name
+def is_there(path: AnyPath) -> bool:
+    """Whether anything has this name: a folder and a link to nothing too."""
+    return os.path.lexists(path) if isinstance(path, Path) else path.is_file()
+
+
+def set_aside(path: AnyPath) -> None:
+    """Renames what is damaged to end in .damaged."""
+    path.replace(path.with_suffix(".damaged"))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

@@ -60,6 +60,8 @@ from raysearch.study.storage import AnyPath, StorePath, as_file, location
 
 Split = Literal["selection", "report"]
 WEIGHTS = "weights.safetensors"
+KEY = re.compile(r"\w+")
+"""No copy that a tool or a person has made of a folder: KEY (1), KEY.old."""
 NUM_READERS = 16
 """Threads that read a store's records, each of which is a request."""
 
@@ -227,7 +229,7 @@ class Ledger:
         try:
             raw = json.loads(path.read_bytes())
             written, maker = raw.get("format", 1), raw["provenance"]["versions"].get("raysearch-llm", "of then")
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             return self._read(path, StudyRecord)  # which says what is wrong with such a file
         if written != FORMAT and isinstance(written, int):
             raise ValueError(f"{self.directory}: its records are of format {written}, and this raysearch reads and writes "
@@ -331,23 +333,27 @@ class Ledger:
         return self._by_key("report.json", self._report)
 
     def _report(self, path: AnyPath) -> ReportRecord:
+        key = path.parent.name
 
         def read(path: AnyPath) -> ReportRecord:
             try:
-                return self._read(path, ReportRecord)
+                report = self._read(path, ReportRecord)
             except Unreadable:
                 with contextlib.suppress(ValueError, OSError):  # before reports had checksums, the metrics were the whole file
                     return ReportRecord(metrics=TypeAdapter(dict[str, Metric]).validate_json(path.read_bytes()))
                 raise
+            if report.key not in (None, key):
+                raise Unreadable(f"{path}: is the report of {report.key}, and not of its folder")
+            return report
 
-        return self._either(f"rounds/{path.parent.name}/report.json", read)
+        return self._either(f"rounds/{key}/report.json", read)
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
         """The items first, so that report.json never stands without them."""
         items_path = self.items_path(key, "report")
         persist(items_path, lambda: write_items(items_path, items))
         with as_file(items_path) as file:
-            record = ReportRecord(metrics=metrics, items_sha256=file_sha256(file))
+            record = ReportRecord(key=key, metrics=metrics, items_sha256=file_sha256(file))
         self.write_twice(f"rounds/{key}/report.json", record)
 
     def trials(self) -> list[TrialRecord]:
@@ -411,8 +417,10 @@ class Ledger:
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
     def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
-        keys = {path.parent.name for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is still being written
-        keys |= {copy.name.partition(".")[0] for copy in (self.directory / "copies").glob(f"*.{name}")}
+        found = {path.parent.name: path for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is being written
+        found |= {copy.name.partition(".")[0]: copy for copy in (self.directory / "copies").glob(f"*.{name}")}
+        keys = {key for key in found if KEY.fullmatch(key)}
+        self.strangers |= {path for key, path in found.items() if key not in keys}
         paths = [self.round_directory(key) / name for key in sorted(keys)]
         return {path.parent.name: record for path, record in self._readable(paths, read).items()}
 
@@ -459,7 +467,7 @@ def whole_content(path: AnyPath) -> bytes | None:
         content = path.read_bytes()
         json.loads(unsealed(content))
         return content
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
