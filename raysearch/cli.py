@@ -132,7 +132,10 @@ def prune(
         del given["context_tokens"]
     config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
     check_study(study_of(**given))
-    parse(TrialConfig, config, "prune")
+    trial = parse(TrialConfig, config, "prune")
+    from raysearch.trial.actions import check_method  # torch alone: 1 s
+
+    check_method(trial)
     from raysearch.prune import run_prune
 
     run_prune(given, config, out, echo)

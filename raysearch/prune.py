@@ -1,6 +1,5 @@
 """One trial in this process, without Ray: the same rounds, the same ledger."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,7 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
             dense_round(worker)
         except FAULTS as error:
             if not is_known:  # the folder held nothing else, and with a mended model it is another study
-                shutil.rmtree(ledger.directory, ignore_errors=True)
+                ledger.clear()
             raise ValueError(f"model {study.model.path}: cannot be scored ({first_line(error)})") from error
         trials = ledger.trials()
         new = 1 + max((trial.number for trial in trials), default=-1)  # one may be lost

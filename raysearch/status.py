@@ -5,6 +5,8 @@ import time
 from datetime import datetime
 from typing import Any
 
+import pandas as pd
+
 from analysis.candidates import dense, frontier, pruned
 from analysis.load import load
 from analysis.tables import with_stderr
@@ -118,7 +120,8 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
         num_candidates=len(pruned(frame)),
-        dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
+        dense_value=None if baseline is None or pd.isna(value := baseline[f"selection/{record.study.search.objective}"])
+        else float(value),
         control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
         silent_s=max(0.0, now - max(written_s, default=now)),

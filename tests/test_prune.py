@@ -114,12 +114,19 @@ def test_a_model_that_cannot_be_served_is_one_sentence_and_leaves_nothing(
     assert code == 0, err
 
 
-def test_a_refused_folder_stays_as_it_was(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_refused_folder_stays_as_it_was(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     code, _, err = run("prune", tiny_model, "--out", "mine", "--sparsity", 0.5)
     assert (code, "holds something else (thesis.tex)" in err) == (2, True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    zeros = shutil.copytree(tiny_model, tmp_path / "zeros")
+    weights = load_file(zeros / "model.safetensors")
+    save_file({name: weight * 0 for name, weight in weights.items()}, zeros / "model.safetensors", {"format": "pt"})
+    code, _, err = run("prune", zeros, "--out", "empty", "--sparsity", 0.5, "--corpus", stories, "--eval-items", 3)
+    assert (code, "quality at chance: token perplexity 257 is not below 257" in err) == (2, True), err
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_trial_that_diverges_is_one_sentence_and_another_may_follow(run: Run, tiny_model: Path, stories: Path,

@@ -180,6 +180,12 @@ class Ledger:
         self.write_study(record.model_copy(update={"provenance": old.provenance}))
         return True
 
+    def clear(self) -> None:
+        """Empties a local study's folder, under the lock, which takes away the rest."""
+        for path in self.directory.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()  # type: ignore[arg-type]
+
     def holds_study(self) -> bool:
         return any(path.is_file() for path in self.twins("study.json"))
 
