@@ -40,6 +40,17 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    """An OSError of the block names `path` where it names no file, as that of a write to an open one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: AnyPath) -> Iterator[Path]:
     """A local file to fill; fsynced and moved to `path`, or uploaded to it, when the block ends well, and deleted when it
     raises: a reader sees the old file or the whole new one."""
@@ -53,9 +64,10 @@ def new_file(path: AnyPath) -> Iterator[Path]:
     os.close(handle)
     aside = Path(name)
     try:
-        yield aside
-        settle(aside)
-        os.replace(aside, path)
+        with naming(path):
+            yield aside
+            settle(aside)
+            os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -124,7 +136,7 @@ def new_directory(path: AnyPath, mend: bool = False) -> Iterator[Path]:
     Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
     upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
     """
-    with folder_aside(path) as aside:
+    with folder_aside(path) as aside, naming(path):
         yield aside
         if isinstance(path, Path):
             for file in aside.rglob("*"):

@@ -42,7 +42,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raysearch.config import Frozen, FrozenT, Metric
-from raysearch.study.files import T, file_sha256, new_file, persist, unsealed, write_record
+from raysearch.study.files import T, file_sha256, naming, new_file, persist, unsealed, write_record
 from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.lease import holder, lease
 from raysearch.study.records import (
@@ -111,9 +111,10 @@ class Ledger:
                 raise ValueError(f"{self.directory}: another driver runs this study ({file.read().strip()}); wait for "
                                  "it, or stop it first") from None
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             try:
+                with naming(self.directory / "lock"):
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
                 yield
             finally:
                 file.truncate(0)  # a name that stays is that of a killed driver

@@ -19,14 +19,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
 
 if TYPE_CHECKING:
     import datasets
-    from torch import Tensor
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -45,7 +47,7 @@ def load_documents(corpus: str) -> list[str]:
     """
     if corpus == "builtin":
         return list(_builtin_documents())
-    files = corpus_files(corpus)
+    files = _files(corpus)
     found = [text for file in files for text in _read_file(file)] if files else _read_dataset(corpus)
     documents = [text for text in found if text.strip()]
     if not documents:
@@ -78,7 +80,7 @@ def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFun
             yield from _docstrings(child)
 
 
-def corpus_files(corpus: str) -> list[Path]:
+def _files(corpus: str) -> list[Path]:
     """The files that a path, folder or glob names; empty when it reads like a dataset's name."""
     path = Path(corpus).expanduser()
     if path.is_file():
@@ -217,11 +219,8 @@ def _pieces(document: str, num_chars: int) -> Iterator[str]:
         yield document
 
 
-def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE as in GPT-2, with <|endoftext|> as id 0; equal documents give equal tokenizers."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
         raise ValueError(f"vocab_size must be above {len(alphabet)} (every byte and {END_OF_TEXT}), got {vocab_size}")
@@ -234,7 +233,7 @@ def train_tokenizer(documents: Sequence[str], vocab_size: int) -> "PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """ValueError unless every id of the tokenizer has a row in a model of `vocab_size`, and an end of text exists."""
     largest = max(tokenizer.get_vocab().values())
     if largest >= vocab_size:
@@ -265,17 +264,15 @@ class Blocks:
     def num_tokens(self) -> int:
         return int(self.tokens.size)
 
-    def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> "Tensor":
+    def batch(self, indices: Sequence[int] | NDArray[np.integer]) -> Tensor:
         """int64 [len(indices), context]"""
-        import torch
-
         return torch.from_numpy(self.tokens[np.asarray(indices, dtype=np.int64)].astype(np.int64))
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """[num_blocks] permutation of the blocks for one epoch; depends on seed and epoch only, here and everywhere."""
         return _permutation(len(self.tokens), seed, epoch)
 
-    def stream(self, start: int, num_sequences: int, seed: int) -> "Tensor":
+    def stream(self, start: int, num_sequences: int, seed: int) -> Tensor:
         """int64 [num_sequences, context] of the endless stream of shuffled epochs, from its `start`-th on."""
         num_blocks = len(self.tokens)
         positions = range(start, start + num_sequences)
@@ -291,7 +288,7 @@ def _permutation(num: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 def pack(
-    corpus: str, tokenizer: "PreTrainedTokenizerBase", context: int, split: str, cache_dir: Path | None = None
+    corpus: str, tokenizer: PreTrainedTokenizerBase, context: int, split: str, cache_dir: Path | None = None
 ) -> Blocks:
     """One split of a corpus in blocks of `context` tokens: documents in order, an end of text behind each, no tail.
 
@@ -312,7 +309,7 @@ def pack(
     return Blocks(path.resolve(), fingerprint)
 
 
-def _fingerprint(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase", context: int, split: str) -> str:
+def _fingerprint(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str) -> str:
     digest = hashlib.sha256()
     for part in (f"{FORMAT_VERSION} {context} {split}", _tokenizer_json(tokenizer), *documents):
         data = part.encode("utf-8", "replace")
@@ -320,14 +317,14 @@ def _fingerprint(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase",
     return digest.hexdigest()[:32]
 
 
-def _tokenizer_json(tokenizer: "PreTrainedTokenizerBase") -> str:
+def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     """All that decides how text becomes ids."""
     if tokenizer.is_fast:
         return f"{tokenizer.eos_token_id} {tokenizer.backend_tokenizer.to_str()}"
     return f"{tokenizer.eos_token_id} {type(tokenizer).__name__} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
 
 
-def _token_stream(documents: Sequence[str], tokenizer: "PreTrainedTokenizerBase") -> NDArray[np.unsignedinteger]:
+def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.unsignedinteger]:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
     stream = []
     for start in range(0, len(documents), 256):
