@@ -57,7 +57,7 @@ def check_study(study: "Study") -> None:
     """ValueError for what is mistyped in it, before the imports that take seconds."""
     from raysearch.evaluation.names import check_names
 
-    check_names(study.model.path, study.evaluation.tasks, study.evaluation.data_dir, study.data.corpus)
+    check_names(study.model.path, study.evaluation.tasks)
 
 
 def warn_of(damage: Sequence[str]) -> None:
@@ -305,7 +305,7 @@ def evaluate(
     """Score a model on named tasks, with lm-eval's metrics."""
     from raysearch.evaluation.names import check_names
 
-    check_names(model, tasks.split(","), data_dir, corpus)
+    check_names(model, tasks.split(","))
     if backend not in ("auto", "dense"):
         raise ValueError(f"--backend must be auto or dense, got {backend!r}")
     from json import dumps

@@ -3,9 +3,8 @@
 import shlex
 import time
 from datetime import datetime
+from math import isnan
 from typing import Any
-
-import pandas as pd
 
 from analysis.candidates import dense, frontier, pruned
 from analysis.load import load
@@ -120,7 +119,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
         num_candidates=len(pruned(frame)),
-        dense_value=None if baseline is None or pd.isna(value := baseline[f"selection/{record.study.search.objective}"])
+        dense_value=None if baseline is None or isnan(value := baseline[f"selection/{record.study.search.objective}"])
         else float(value),
         control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),

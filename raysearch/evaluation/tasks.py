@@ -237,28 +237,21 @@ def _description(name: str, items: str, config: Mapping[str, Any], variant: str)
     }
 
 
-def check_task(name: str, data_dir: Path | None) -> None:
-    """ValueError of one sentence for a task that there is not, or whose file there is not; without lm-eval's index."""
-    if name in FILE_TASKS and data_dir is not None:
-        _task_file(name, data_dir)
-    elif name not in FILE_TASKS and name not in HELDOUT_CONFIGS:
+def check_task(name: str) -> None:
+    """ValueError of one sentence for a task that there is not, without lm-eval's index."""
+    if name not in FILE_TASKS and name not in HELDOUT_CONFIGS:
         stems, occurs = _lm_eval_files(name)
         if not occurs:
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]))
 
 
-def _task_file(name: str, data_dir: Path) -> Path:
-    files = [data_dir / file for file in FILE_TASKS[name].files]
-    for path in files:
-        if path.is_file():
-            return path
-    raise ValueError(f"task {name!r} needs the file {files[0]}, which does not exist")
-
-
 def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "ItemTask":
     from raysearch.evaluation.item_task import ItemTask
 
-    task, path = FILE_TASKS[name], _task_file(name, data_dir)
+    task = FILE_TASKS[name]
+    path = next((data_dir / file for file in task.files if (data_dir / file).is_file()), None)
+    if path is None:
+        raise ValueError(f"task {name!r} needs the file {data_dir / task.files[0]}, which does not exist")
     train = path.with_name("train" + path.suffix)
     shots: list[Item] = list(islice(_items(train, task), SHOT_POOL)) if train.is_file() else []
     shots_from_items = not shots  # then of the selection split only: the report split is published
@@ -325,7 +318,7 @@ def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         tasks = _downloaded(name, lambda: manager.load([FILE_TASKS[name].lm_eval_name])["tasks"])
     else:
-        check_task(name, None)
+        check_task(name)
         manager = lm_eval.tasks.TaskManager()  # builds the index of all 14,000 tasks: 7 s
         if name not in manager.all_tasks:
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *_lm_eval_files(name)[0], *manager.all_tasks]))

@@ -7,15 +7,13 @@ import pytest
 from raysearch.evaluation.names import check_names
 
 
-def test_what_is_there_is_accepted(tiny_model: Path, stories: Path) -> None:
-    check_names(str(tiny_model), ("text", "hellaswag", "arc_easy"), None, str(stories))
-    check_names(str(tiny_model), (), None, None)
+def test_what_is_there_is_accepted(tiny_model: Path) -> None:
+    check_names(str(tiny_model), ("text", "hellaswag", "arc_easy"))
+    check_names(str(tiny_model), ())
 
 
 @pytest.mark.parametrize(("wrong", "sentence"), [
-    ({"model": "/none"}, "model /none: no such folder"), ({"tasks": ["last_wrd"]}, "'last_wrd' is not known; .* last_word"),
-    ({"tasks": ["lambada"], "data_dir": "/none"}, "task 'lambada' needs the file /none/lambada/test.jsonl"),
-    ({"corpus": "x/y/z"}, "corpus 'x/y/z': no such file or folder"), ({"corpus": "/none/*.txt"}, "no file that ends in")])
+    ({"model": "/none"}, "model /none: no such folder"), ({"tasks": ["last_wrd"]}, "'last_wrd' is not known; .* last_word")])
 def test_what_is_not_there_is_named(wrong: dict, sentence: str, tiny_model: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
-        check_names(**{"model": str(tiny_model), "tasks": (), "data_dir": None, "corpus": None, **wrong})
+        check_names(**{"model": str(tiny_model), "tasks": (), **wrong})
