@@ -16,7 +16,6 @@ from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
 from raysearch.cluster.joining import placed, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
-from raysearch.models.model import dtype_note
 from raysearch.search.loggers import logger_callbacks
 from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
@@ -55,9 +54,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     """
     ledger = Ledger(directory)
     loggers = logger_callbacks(ledger.directory.name, mlflow_uri, wandb_project)
-    study = resolve(study if given is None else study.replaced(num_trials=len(given)))
-    if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
-        echo(note)
+    study = resolve(study if given is None else study.replaced(num_trials=len(given)), echo)
     inputs = read_inputs(study)
     check_objectives(study, inputs)
     if given is None:

@@ -206,6 +206,17 @@ class Ledger:
             self.damaged[path] = f"{error if path.is_file() else f'{path}: is missing'}; its copy is read instead"
             return read(copy)
 
+    def _own(self, name: str, read: Callable[[AnyPath], T], of: Callable[[T], object], wanted: object) -> T:
+        """The record of this name; by its own word, `of` it, it must be that of `wanted`."""
+
+        def checked(path: AnyPath) -> T:
+            record = read(path)
+            if of(record) != wanted:
+                raise Unreadable(f"{path}: is the record of {of(record)}, and not of {wanted}")
+            return record
+
+        return self._either(name, checked)
+
     def write_twice(self, name: str, record: Frozen) -> None:
         """The copy second: it never stands for what was not finished."""
         for path in self.twins(name):
@@ -288,14 +299,8 @@ class Ledger:
     def candidate_of(self, path: AnyPath) -> RoundRecord:
         """The record in this file, which must be the one of its folder."""
         key = path.parent.name
-
-        def read(path: AnyPath) -> RoundRecord:
-            record = self._read(path, RoundRecord)
-            if record.key != key:
-                raise Unreadable(f"{path}: is the record of {record.key}, and not of its folder")
-            return record
-
-        return self._either(f"rounds/{key}/record.json", read)
+        return self._own(f"rounds/{key}/record.json", lambda path: self._read(path, RoundRecord),
+                         lambda record: record.key, key)
 
     def copy_round(self, key: str) -> None:
         self.restore([f"rounds/{key}/record.json"])
@@ -344,16 +349,13 @@ class Ledger:
 
         def read(path: AnyPath) -> ReportRecord:
             try:
-                report = self._read(path, ReportRecord)
+                return self._read(path, ReportRecord)
             except Unreadable:
                 with contextlib.suppress(ValueError, OSError):  # before reports had checksums, the metrics were the whole file
                     return ReportRecord(metrics=TypeAdapter(dict[str, Metric]).validate_json(path.read_bytes()))
                 raise
-            if report.key not in (None, key):
-                raise Unreadable(f"{path}: is the report of {report.key}, and not of its folder")
-            return report
 
-        return self._either(f"rounds/{key}/report.json", read)
+        return self._own(f"rounds/{key}/report.json", read, lambda report: report.key or key, key)
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
         """The items first, so that report.json never stands without them."""
@@ -380,14 +382,8 @@ class Ledger:
         return sorted(self._readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
 
     def _trial(self, path: AnyPath) -> TrialRecord:
-
-        def read(path: AnyPath) -> TrialRecord:
-            trial = self._read(path, TrialRecord)
-            if trial.number != _number(path):
-                raise Unreadable(f"{path}: is the record of {trial.name}, and not that of its name")
-            return trial
-
-        return self._either(f"trials/{path.name}", read)
+        return self._own(f"trials/{path.name}", lambda path: self._read(path, TrialRecord),
+                         lambda trial: trial.number, _number(path))
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""

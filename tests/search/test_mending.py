@@ -56,7 +56,7 @@ def test_the_report_of_another_candidate_is_found(tmp_path: Path) -> None:
     study.ledger.write_report_metrics(other, {}, {})
     path.write_text((study.ledger.round_directory(other) / "report.json").read_text())
     assert mend(study.ledger, said.append) == []
-    assert "and not of its folder; its copy is read instead" in said[0]
+    assert "its copy is read instead" in said[0]
     assert path.read_text() == before
 
 
