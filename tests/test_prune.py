@@ -92,12 +92,13 @@ def replaced(file: Path, old: str, new: str) -> None:
     (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors file in it"),
     (lambda folder: (folder / "config.json").write_text("<html>"), "its config.json cannot be read"),
+    (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json is damaged"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer"),
     (lambda folder: spoilt(folder, lambda body: body.h[1].mlp.c_fc.weight[0].fill_(torch.nan)), "holds 128 of 4096"),
     (lambda folder: replaced(folder / "config.json", '"n_layer": 2', '"n_layer": 1'), "left over (transformer.h.1."),
     (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.normal_(0, 30)), "the dense model: quality at chance"),
     (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.fill_(3e38)), "the dense model: "),
-], ids=["truncated", "empty", "pointer", "gone", "config", "tokenizer", "NaN", "layer", "chance", "overflow"])
+], ids=["truncated", "empty", "pointer", "gone", "config", "generation", "tokenizer", "NaN", "layer", "chance", "overflow"])
 def test_a_model_that_cannot_be_served_is_one_sentence_and_leaves_nothing(
         run: Run, tiny_model: Path, stories: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
     """And the same command works once the model is mended."""
@@ -160,6 +161,8 @@ def test_another_type_of_weights_is_said(run: Run, tiny_model: Path, tmp_path: P
     code, out, err = run("prune", model, "--out", "out", "--sparsity", 0.5)
     assert code == 0, err
     assert out.splitlines()[0] == "the model's weights are stored in float16; here, and in an export, they are float32"
+    code, out, err = run("status", "out")  # of a study without tasks
+    assert (code, "dense not scored yet" in out) == (0, True), err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -39,6 +39,11 @@ def model_folder(path: str) -> Path:
                          "(config.json and safetensors), for example one that `raysearch pretrain` wrote")
     if not (folder / "config.json").is_file():
         raise ValueError(f"model {path}: config.json is missing, so this is not a Hugging Face model folder")
+    if (generation := folder / "generation_config.json").is_file():  # transformers would make up another one
+        try:
+            json.loads(generation.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"model {path}: {generation.name} is damaged ({error}); fetch it again, or delete it") from error
     if not list(folder.glob("*.safetensors")):
         weight_files(folder)  # says what is missing
     return folder.resolve()
