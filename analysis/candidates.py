@@ -112,7 +112,7 @@ def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float
     baseline, pool, size = dense(frame), candidates(frame), setting(frame, "size")
     values = quality(pool, split).abs().to_numpy()
     dense_values = values[pool["status"] == "dense"]
-    if baseline is None or np.isnan(dense_values).any():
+    if baseline is None or np.isnan(dense_values).any() or not dense_values.all():  # an accuracy of 0
         return float("nan")
     up = higher_is_better(setting(frame, "objective"))
     relative = values / dense_values if up else dense_values / values

@@ -131,7 +131,7 @@ def optimism(frame: pd.DataFrame) -> pd.DataFrame:
     rows = rows[(rows["status"] != "dense") & quality(rows, "report").notna()]
     baseline = frame[frame["status"] == "dense"]
     if baseline.empty or rows.empty:
-        return rows.assign(selection_loss=[], report_loss=[], optimism=[], optimism_stderr=[]).head(0)
+        return rows.head(0).assign(selection_loss=[], report_loss=[], optimism=[], optimism_stderr=[])
     variance = pd.Series(0.0, index=rows.index)
     for split in ("selection", "report"):
         rows = rows.assign(**{f"{split}_loss": quality(baseline, split).iloc[0] - quality(rows, split)})

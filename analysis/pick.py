@@ -84,6 +84,8 @@ class Pick(Candidate):
 
     study_directory: str
     """Absolute or a URI; in the file of a local study relative to that file, so that both can be moved together."""
+    study_was_at: str | None = None
+    """In that file: absolute, for a pick that alone was moved."""
     model: str
     size: str
     """The study's size, by which "smallest" was decided."""
@@ -153,7 +155,7 @@ def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
     """Writes the pick as JSON, aside and moved into place; returns the absolute path."""
     path, study = location(path), location(result.study_directory)
     if isinstance(path, Path) and isinstance(study, Path):
-        result = result.model_copy(update={"study_directory": os.path.relpath(study, path.parent)})
+        result = result.model_copy(update={"study_directory": os.path.relpath(study, path.parent), "study_was_at": str(study)})
     elif study == path.parent:
         result = result.model_copy(update={"study_directory": "."})
     write_record(path, result)
@@ -176,7 +178,9 @@ def read_pick(path: str | AnyPath) -> Pick:
                          ) from error
     if "://" in result.study_directory:
         return result
-    return result.model_copy(update={"study_directory": str(location(file.parent / result.study_directory))})
+    beside = location(file.parent / result.study_directory)
+    found = beside if result.study_was_at is None or Ledger(beside).holds_study() else result.study_was_at
+    return result.model_copy(update={"study_directory": str(found), "study_was_at": None})
 
 
 def describe_pick(result: Pick) -> str:

@@ -11,12 +11,15 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import raysearch
 from raysearch.units import parse_seconds
+
+if TYPE_CHECKING:
+    from raysearch.config import Study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="Search over pruning schedules for GPT language models.")
@@ -94,11 +97,11 @@ def echo(line: str) -> None:
     _now.update(said=time.monotonic()) if _now else None
 
 
-def check_folder(model: str) -> None:
-    """ValueError for a mistyped model, before the imports that take seconds."""
-    if not Path(model).expanduser().is_dir():
-        raise ValueError(f"model {model}: no such folder; give a local folder in Hugging Face's format (config.json and "
-                         "safetensors), for example one that `raysearch pretrain` wrote")
+def check_study(study: "Study") -> None:
+    """ValueError for what is mistyped in it, before the imports that take seconds."""
+    from raysearch.evaluation.names import check_names
+
+    check_names(study.model.path, study.evaluation.tasks)
 
 
 def warn_of(damage: Sequence[str]) -> None:
@@ -168,10 +171,7 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
-    check_folder(model)
-    doing("at the trial")
-    from raysearch.config import TrialConfig
-    from raysearch.prune import run_prune
+    from raysearch.config import TrialConfig, parse, study_of
 
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
     default = ("text", "last_word", "choice") if corpus else ()
@@ -180,6 +180,13 @@ def prune(
     if not context_tokens:  # run_prune has a default that the model's limit bounds
         del given["context_tokens"]
     config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
+    check_study(study_of(**given))
+    trial = parse(TrialConfig, config, "prune")
+    from raysearch.trial.actions import check_method  # torch alone: 1 s
+
+    check_method(trial)
+    from raysearch.prune import run_prune
+
     run_prune(given, config, out, echo)
 
 
@@ -208,13 +215,14 @@ def sweep(
                          "give one of them")
     given = read_trials(trials_from) if trials_from else None
     study, sample = load_space(space)
+    changes = {"num_trials": trials, "max_concurrent": max_concurrent,
+               "time_budget_s": parse_seconds(time_budget) if time_budget else None}
+    study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
+    check_study(study)
     from raysearch.cluster.ending import end_within  # after what may be mistyped, for these take seconds
     from raysearch.search.sweep import GivenUp
     from raysearch.search.sweep import sweep as run
 
-    changes = {"num_trials": trials, "max_concurrent": max_concurrent,
-               "time_budget_s": parse_seconds(time_budget) if time_budget else None}
-    study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
     try:
         result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
                      autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
@@ -245,7 +253,7 @@ def plan(
     """What a sweep would cost and write, from one short measured round; nothing is written to OUT."""
     from raysearch.search.space import load_space
 
-    load_space(space)
+    check_study(load_space(space)[0])
     from raysearch.plan import describe_plan, make_plan
 
     doing("measuring")
@@ -355,7 +363,11 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Score a model on named tasks, with lm-eval's metrics."""
-    check_folder(model)
+    from raysearch.evaluation.names import check_names
+
+    check_names(model, tasks.split(","))
+    if backend not in ("auto", "dense"):
+        raise ValueError(f"--backend must be auto or dense, got {backend!r}")
     from json import dumps
 
     from analysis.tables import aligned, with_stderr
@@ -382,7 +394,9 @@ def kernels(
     tokens: Annotated[str, typer.Option(help="Tokens per forward, comma-separated.")] = "1,4096",
 ) -> None:
     """Which sparse kernel each layer runs on, how much faster than dense, and what the whole model gains."""
-    check_folder(model)
+    from raysearch.models.checkpoint import model_folder
+
+    model_folder(model)
     from analysis.tables import aligned
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference

@@ -33,8 +33,6 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     many sparse layers run on what and how many times as fast the model became.
     text, last_word and choice are made from the corpus's report split; the others come from `data_dir` or the hub, whole.
     """
-    if backend not in ("auto", "dense"):
-        raise ValueError(f"backend must be auto or dense, got {backend!r}")
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
         tasks = heldout_tasks(load_splits(corpus, text_field, say)["report"], from_corpus, limit=limit) + tasks

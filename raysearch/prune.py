@@ -1,6 +1,5 @@
 """One trial in this process, without Ray: the same rounds, the same ledger."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from raysearch.config import TrialConfig, parse, study_of
 from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
 from raysearch.kernels.device import device_name
-from raysearch.models.model import context_limit, dtype_note, first_line, load_config
+from raysearch.models.model import context_limit, first_line, load_config
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
@@ -31,12 +30,10 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
     Returns the exported folder, `out`/model. The same call again finds its rounds in the store.
     """
     limit = context_limit(load_config(str(study_fields["model"])))
-    study = resolve(study_of(**{"context_tokens": int(min(limit, DEFAULT_CONTEXT_TOKENS)), **study_fields}))
+    study = resolve(study_of(**{"context_tokens": int(min(limit, DEFAULT_CONTEXT_TOKENS)), **study_fields}), echo)
     config = parse(TrialConfig, config_fields, "prune")
     if config.finetune_epochs and study.data.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
-    if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
-        echo(note)
     inputs = read_inputs(study, echo)
     if study.evaluation.tasks:  # nothing is searched, but results and report have to show something
         study = study.replaced(objectives=("num_nonzero", metric_names(inputs.tasks["selection"])[0]))
@@ -51,7 +48,7 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
             dense_round(worker)
         except FAULTS as error:
             if not is_known:  # the folder held nothing else, and with a mended model it is another study
-                shutil.rmtree(ledger.directory, ignore_errors=True)
+                ledger.clear()
             raise ValueError(f"model {study.model.path}: cannot be scored ({first_line(error)})") from error
         trials = ledger.trials()
         new = 1 + max((trial.number for trial in trials), default=-1)  # one may be lost

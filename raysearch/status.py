@@ -3,6 +3,7 @@
 import shlex
 import time
 from datetime import datetime
+from math import isnan
 from typing import Any
 
 from analysis.candidates import dense, frontier, pruned
@@ -102,6 +103,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     controls = ledger.controls()
     others = [*(ledger.directory / "trials").glob("-[0-9]*.json"), *ledger.directory.glob("study.json"),
               *ledger.directory.glob("journal.log"), *(ledger.directory / "rounds").glob("[!.]*/*.json")]
+    written_s = [*written.values(), *(path.stat().st_mtime for path in others if path.is_file())]
     return StudyStatus(
         directory=str(ledger.directory), space=record.space, model=record.study.model.path,
         objective=record.study.search.objective,
@@ -117,10 +119,11 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
         num_candidates=len(pruned(frame)),
-        dense_value=None if baseline is None else float(baseline[f"selection/{record.study.search.objective}"]),
+        dense_value=None if baseline is None or isnan(value := baseline[f"selection/{record.study.search.objective}"])
+        else float(value),
         control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
         frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
-        silent_s=max(0.0, now - max([*written.values(), *(path.stat().st_mtime for path in others)], default=now)),
+        silent_s=max(0.0, now - max(written_s, default=now)),
         damage=frame.attrs["damage"])
 
 

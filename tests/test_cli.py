@@ -178,8 +178,15 @@ def test_bench_kernels_needs_a_gpu_or_asks_for_none(run: Run, tmp_path: Path) ->
 @pytest.mark.parametrize(("arguments", "code"), [
     ("tasks", 0), ("sweep nosuch.module", 2), ("plan nosuch.module", 2), ("sweep search_spaces.demo --keep x", 2),
     ("status /none", 2), ("results /none", 2), ("pick /none --max-drop text/acc=1", 2), ("export /none --out x", 2),
-    ("prune /none --sparsity 0.5 --out x", 2), ("kernels /none", 2), ("pretrain --preset nosuch", 2), ("nosuch", 2)])
-def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(arguments: str, code: int, tmp_path: Path) -> None:
+    ("prune /none --sparsity 0.5 --out x", 2), ("kernels /none", 2), ("pretrain --preset nosuch", 2), ("nosuch", 2),
+    ("evaluate MODEL --tasks hellaswagg", 2), ("sweep mistyped", 2),
+    ("evaluate MODEL --tasks text --backend x", 2), ("prune MODEL --tasks hellaswagg --out x", 2),
+    ("prune MODEL --sparsity 1.5 --out x", 2), ("prune MODEL --scope x --out x", 2), ("plan mistyped", 2),
+    ("kernels MODEL/config.json", 2)])
+def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(arguments: str, code: int, tiny_model: Path,
+                                                                            tmp_path: Path) -> None:
+    (tmp_path / "mistyped.py").write_text("STUDY = {'model': {'path': '/none'}}\ndef space(trial): return {}")
+    arguments = arguments.replace("MODEL", str(tiny_model))
     heavy = ("torch", "ray", "optuna", "deepspeed", "transformers", "lm_eval", "datasets")
     script = (f"import sys; sys.argv = {['raysearch', *arguments.split()]!r}\n"
               "from raysearch.cli import main\n"

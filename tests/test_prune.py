@@ -92,12 +92,13 @@ def replaced(file: Path, old: str, new: str) -> None:
     (lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"), "Git LFS pointer"),
     (lambda folder: (folder / "model.safetensors").unlink(), "no .safetensors file in it"),
     (lambda folder: (folder / "config.json").write_text("<html>"), "its config.json cannot be read"),
+    (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json is damaged"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "its tokenizer"),
     (lambda folder: spoilt(folder, lambda body: body.h[1].mlp.c_fc.weight[0].fill_(torch.nan)), "holds 128 of 4096"),
     (lambda folder: replaced(folder / "config.json", '"n_layer": 2', '"n_layer": 1'), "left over (transformer.h.1."),
     (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.normal_(0, 30)), "the dense model: quality at chance"),
     (lambda folder: spoilt(folder, lambda body: body.ln_f.bias.fill_(3e38)), "the dense model: "),
-], ids=["truncated", "empty", "pointer", "gone", "config", "tokenizer", "NaN", "layer", "chance", "overflow"])
+], ids=["truncated", "empty", "pointer", "gone", "config", "generation", "tokenizer", "NaN", "layer", "chance", "overflow"])
 def test_a_model_that_cannot_be_served_is_one_sentence_and_leaves_nothing(
         run: Run, tiny_model: Path, stories: Path, tmp_path: Path, damage: Callable[[Path], object], sentence: str) -> None:
     """And the same command works once the model is mended."""
@@ -114,12 +115,19 @@ def test_a_model_that_cannot_be_served_is_one_sentence_and_leaves_nothing(
     assert code == 0, err
 
 
-def test_a_refused_folder_stays_as_it_was(run: Run, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_refused_folder_stays_as_it_was(run: Run, tiny_model: Path, stories: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     code, _, err = run("prune", tiny_model, "--out", "mine", "--sparsity", 0.5)
     assert (code, "holds something else (thesis.tex)" in err) == (2, True)
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    zeros = shutil.copytree(tiny_model, tmp_path / "zeros")
+    weights = load_file(zeros / "model.safetensors")
+    save_file({name: weight * 0 for name, weight in weights.items()}, zeros / "model.safetensors", {"format": "pt"})
+    code, _, err = run("prune", zeros, "--out", "empty", "--sparsity", 0.5, "--corpus", stories, "--eval-items", 3)
+    assert (code, "quality at chance: token perplexity 257 is not below 257" in err) == (2, True), err
+    assert list((tmp_path / "empty").iterdir()) == []
 
 
 def test_a_trial_that_diverges_is_one_sentence_and_another_may_follow(run: Run, tiny_model: Path, stories: Path,
@@ -153,6 +161,8 @@ def test_another_type_of_weights_is_said(run: Run, tiny_model: Path, tmp_path: P
     code, out, err = run("prune", model, "--out", "out", "--sparsity", 0.5)
     assert code == 0, err
     assert out.splitlines()[0] == "the model's weights are stored in float16; here, and in an export, they are float32"
+    code, out, err = run("status", "out")  # of a study without tasks
+    assert (code, "dense not scored yet" in out) == (0, True), err
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from raysearch.deploy.card import model_card
 from raysearch.models.model import load_model, prunable_parameters
-from raysearch.models.weights import read_weights, to_store, write_weights
+from raysearch.models.weights import read_weights, saving, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.storage import as_file, location
@@ -54,7 +54,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
         model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; it is copied
     with new_directory(out) as folder:
         if format == "dense":
-            model.save_pretrained(folder)
+            with saving(out):
+                model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
             write_weights(folder / COMPRESSED, {name: to_store(tensor, tensor != 0 if name in prunable else None)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import FORMS, LARGEST_EXPONENT, aggregate, estimate, to_items
 from raysearch.evaluation.tasks import check_limit, item_cluster, item_identity
+from raysearch.study.files import new_file
 from raysearch.study.items import Items
 from raysearch.training.finetune import Diverged
 
@@ -163,10 +163,9 @@ def _summarised(scorer: LM, answered: Sequence[tuple[Any, list[Instance]]], samp
             sample = {"task": name, "item_id": item_identity(doc, index),
                       "metrics": {key: column[row] for key, column in values.items()}}
             samples.append(json.dumps(sample, default=float) + "\n")
-    if samples_path is not None:  # moved when it is whole, so that nobody reads half of it
-        aside = samples_path.with_name(samples_path.name + ".partial")
-        aside.write_text("".join(samples))
-        os.replace(aside, samples_path)
+    if samples_path is not None:
+        with new_file(samples_path) as aside:
+            aside.write_text("".join(samples))
     return Evaluation(metrics, items, perplexities, False)
 
 

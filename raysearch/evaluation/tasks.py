@@ -6,6 +6,7 @@ where it is used, since to describe the tasks needs none of it.
 
 import csv
 import difflib
+import functools
 import hashlib
 import importlib.util
 import json
@@ -250,6 +251,14 @@ def _description(name: str, items: str, config: Mapping[str, Any], variant: str)
     }
 
 
+def check_task(name: str) -> None:
+    """ValueError of one sentence for a task that there is not, without lm-eval's index."""
+    if name not in FILE_TASKS and name not in HELDOUT_CONFIGS:
+        stems, occurs = _lm_eval_files(name)
+        if not occurs:
+            raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]))
+
+
 def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "ItemTask":
     from raysearch.evaluation.item_task import ItemTask
 
@@ -311,13 +320,10 @@ def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
         manager = lm_eval.tasks.TaskManager(include_path=str(folder), include_defaults=False)
         tasks = _downloaded(name, lambda: manager.load([FILE_TASKS[name].lm_eval_name])["tasks"])
     else:
-        stems, occurs = _lm_eval_files(name)
-        known = [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]
-        if not occurs:
-            raise ValueError(_unknown(name, known))
+        check_task(name)
         manager = lm_eval.tasks.TaskManager()  # builds the index of all 14,000 tasks: 7 s
         if name not in manager.all_tasks:
-            raise ValueError(_unknown(name, [*known, *manager.all_tasks]))
+            raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *_lm_eval_files(name)[0], *manager.all_tasks]))
         tasks = _downloaded(name, lambda: manager.load([name])["tasks"])
     for task in tasks.values():
         if split != "all" or limit is not None:
@@ -327,6 +333,7 @@ def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
     return list(tasks.values())
 
 
+@functools.cache
 def _lm_eval_files(name: str) -> tuple[list[str], bool]:
     """(names of lm-eval's task folders and files, whether `name` occurs in a file): without the index, in about a second.
 

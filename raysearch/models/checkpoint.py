@@ -4,12 +4,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """torch's names for those of safetensors."""
@@ -27,6 +29,24 @@ class Stored(NamedTuple):
     dtype: str
     """As safetensors writes it: F32, BF16, ..."""
     num_weights: int
+
+
+def model_folder(path: str) -> Path:
+    """The folder, checked: ValueError of one sentence unless it holds a model that can be loaded without a network."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"model {path}: no such folder; give a local folder in Hugging Face's format "
+                         "(config.json and safetensors), for example one that `raysearch pretrain` wrote")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"model {path}: config.json is missing, so this is not a Hugging Face model folder")
+    if (generation := folder / "generation_config.json").is_file():  # transformers would make up another one
+        try:
+            json.loads(generation.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"model {path}: {generation.name} is damaged ({error}); fetch it again, or delete it") from error
+    if not list(folder.glob("*.safetensors")):
+        weight_files(folder)  # says what is missing
+    return folder.resolve()
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -99,21 +119,20 @@ def unwrapped(names: Iterable[str], model: Any) -> dict[str, str]:
     return short
 
 
-def read_renamed(tensors: dict[str, Stored], names: dict[str, str]) -> dict[str, Tensor]:
-    """All tensors under their new names."""
-    weights = {}
+def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, "Tensor"]]:
+    """One after the other, with its name."""
     for file in {stored.file for stored in tensors.values()}:
         with safe_open(file, "pt") as opened:
-            weights.update({names[name]: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118 (not a dict)
-    return weights
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                yield name, opened.get_tensor(name)
 
 
-def first_non_finite(model: nn.Module) -> str | None:
-    """The first tensor of a file that holds a NaN or an infinity, with what it holds; None where all are finite."""
-    for name, tensor in model.state_dict().items():  # without tables made anew, in which an infinity may be meant
+def check_finite(path: str, tensors: Iterable[tuple[str, "Tensor"]]) -> None:
+    """ValueError of one sentence for the first that holds a NaN or an infinity."""
+    for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() and not tensor.is_meta:
             low, high = tensor.detach().aminmax()  # both are NaN where one value is
             if not (low.isfinite() and high.isfinite()):
                 number = int((~tensor.detach().isfinite()).sum())
-                return f"{name} holds {number} of {tensor.numel()} values that are NaN or infinite"
-    return None
+                raise ValueError(f"model {path}: {name} holds {number} of {tensor.numel()} values that are NaN or infinite; "
+                                 "its training diverged, so take an earlier checkpoint")

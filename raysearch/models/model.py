@@ -7,9 +7,8 @@ nothing outside this file needs to know more.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +28,11 @@ from transformers.pytorch_utils import Conv1D
 from raysearch.models.checkpoint import (
     NAMES,
     OLD_BUFFERS,
+    Stored,
+    check_finite,
     dtypes,
-    first_non_finite,
-    read_renamed,
+    model_folder,
+    read_tensors,
     stored_tensors,
     unwrapped,
     weight_files,
@@ -77,56 +78,52 @@ class ModelSize:
     vocab_size: int
 
 
-def model_folder(path: str) -> Path:
-    """The folder, checked: ValueError of one sentence unless it holds a model that can be loaded without a network."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"model {path}: no such folder; give a local folder in Hugging Face's format "
-                         "(config.json and safetensors), for example one that `raysearch pretrain` wrote")
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"model {path}: config.json is missing, so this is not a Hugging Face model folder")
-    if not list(folder.glob("*.safetensors")):
-        weight_files(folder)  # says what is missing
-    return folder.resolve()
+def check_model(path: str, dtype: torch.dtype) -> None:
+    """ValueError of one sentence where `load_model` would raise one, with one tensor in memory at a time."""
+    load_model(path, dtype, "meta")
+    check_finite(path, ((name, tensor.to(dtype)) for name, tensor in read_tensors(stored_tensors(model_folder(path)))
+                        if not OLD_BUFFERS.search(name)))
 
 
-def load_model(path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(path: str, dtype: torch.dtype = torch.float32, device: str | None = None) -> PreTrainedModel:
     """The model on the CPU in `dtype`, in eval mode, with every weight from its files; names that wrappers left are mended.
+    On the device "meta" nothing is read but the files' headers.
 
     ValueError of one sentence when it cannot be loaded, when a weight is missing, left over or of another shape, since
     transformers would make up a random one, and when one is not finite.
     """
     folder = model_folder(path)
     stored = stored_tensors(folder)
-    model, misfit = _loaded(path, dtype, functools.partial(AutoModelForCausalLM.from_pretrained, folder))
+    load = functools.partial(_loaded, path, stored, dtype=dtype, device_map=device)
+    model, misfit = load(functools.partial(AutoModelForCausalLM.from_pretrained, folder))
     if misfit and (names := unwrapped(stored, model)) != {name: name for name in stored}:
-        generation = model.generation_config
-        model, misfit = _loaded(path, dtype, functools.partial(type(model).from_pretrained, None, config=load_config(path),
-                                                               state_dict=read_renamed(stored, names)))
+        generation, weights = model.generation_config, {names[name]: tensor for name, tensor in read_tensors(stored)}
+        model, misfit = load(functools.partial(type(model).from_pretrained, None, config=load_config(path), state_dict=weights))
         model.generation_config = generation
     if misfit:
         raise ValueError(f"model {path}: its weights are not those of the {type(model).__name__} in its config.json: {misfit}; "
                          "give the config.json that belongs to them, or save the whole model again")
-    if (fault := first_non_finite(model)) is not None:
-        raise ValueError(f"model {path}: {fault}; its training diverged, so take an earlier checkpoint")
+    check_finite(path, model.state_dict().items())  # without tables made anew, in which an infinity may be meant
     head = model.get_output_embeddings()
     if head is not None and head.weight is not model.get_input_embeddings().weight:
         model.config.tie_word_embeddings = False  # also where config.json says they are one, and the file holds two
     return model.eval()
 
 
-def _loaded(path: str, dtype: torch.dtype, from_pretrained: Callable[..., Any]) -> tuple[PreTrainedModel, str]:
+def _loaded(path: str, stored: Mapping[str, Stored], from_pretrained: Callable[..., Any], **how: Any
+            ) -> tuple[PreTrainedModel, str]:
     """(the model, what of its weights does not fit, empty where all does)."""
     try:
-        model, report = from_pretrained(dtype=dtype, trust_remote_code=False, output_loading_info=True,
-                                        ignore_mismatched_sizes=True)
+        model, report = from_pretrained(trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **how)
     except Exception as error:  # transformers raises many kinds for a damaged folder
         raise ValueError(f"model {path}: cannot be loaded ({first_line(error)}); "
                          "the folder must hold a causal language model in safetensors") from error
     parts = [("missing", sorted(report["missing_keys"])),
              ("left over", sorted(name for name in report["unexpected_keys"] if not OLD_BUFFERS.search(name))),
              ("of another shape", sorted(f"{name} {list(found)} instead of {list(wanted)}"
-                                         for name, found, wanted in report["mismatched_keys"]))]
+                                         for name, found, wanted in report["mismatched_keys"])),
+             ("of whole numbers, as of a quantised model", sorted(name for name, _ in model.named_parameters()
+                                                                  if name in stored and "F" not in stored[name].dtype))]
     return model, ", and ".join(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                                 for what, names in parts if names)
 

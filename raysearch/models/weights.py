@@ -4,8 +4,9 @@ A tensor of n weights with z non-zero ones takes ceil(n / 8) + z * itemsize byte
 dense above 1 / (8 * itemsize) sparsity (6.25 % in 16 bits, 3.125 % in 32). Where dense is smaller it is stored dense.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -39,6 +40,15 @@ def to_store(tensor: Tensor, mask: Tensor | None) -> Tensor | SparseWeight:
     return compress(whole.view(-1, whole.shape[-1]), mask.view(-1, whole.shape[-1])).moved(Tensor.cpu)
 
 
+@contextlib.contextmanager
+def saving(path: Path) -> Iterator[None]:
+    """OSError where the disk refuses what safetensors writes in the block."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path}: cannot be written ({error})") from error
+
+
 def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> str:
     """Writes what `to_store` made to `path` and returns the file's sha256; equal tensors make equal bytes. Raises OSError when
     the disk refuses."""
@@ -50,10 +60,8 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor | SparseWeight]) -> s
             shapes[name] = tensor.shape
         else:
             out[name] = tensor
-    try:
+    with saving(path):
         save_file(out, path, metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written ({error})") from error
     _sort_metadata(path)
     return file_sha256(path)
 

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from raysearch.config import Study, is_maximised
 from raysearch.search.sampler import told_again
 from raysearch.study.damage import journal_damage
-from raysearch.study.files import persist
+from raysearch.study.files import is_there, persist
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import JournalSeal, TrialRecord, objective_values
 from raysearch.study.storage import AnyPath, StorePath, pull, push, working_copy
@@ -169,7 +169,7 @@ def _from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) 
 
 def _set_aside(path: AnyPath) -> str:
     """Keeps the journal as it was under another name; words that say so, "" where there is none."""
-    if not path.is_file():
+    if not is_there(path):
         return ""
     aside = path.parent / f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
     path.replace(aside)

@@ -4,7 +4,7 @@ written twice is written again, and what has to be computed becomes a job. What 
 from collections.abc import Callable
 
 from raysearch.study.damage import find_damage, has_copies, record_names
-from raysearch.study.files import set_aside
+from raysearch.study.files import is_there, set_aside
 from raysearch.study.ledger import Ledger
 from raysearch.trial.rank import Job
 
@@ -16,7 +16,7 @@ def mend(ledger: Ledger, echo: Callable[[str], None]) -> list[Job]:
     for each in damages:
         echo(f"found {each.what}")
         # open_journal sets the journal aside, and study.json was just written
-        if not each.is_stranger and each.path.is_file() and each.path.name not in ("journal.log", "study.json"):
+        if not each.is_stranger and is_there(each.path) and each.path.name not in ("journal.log", "study.json"):
             set_aside(each.path)
     if damages or not has_copies(ledger):
         ledger.restore(record_names(trials, rounds, reports))

@@ -21,7 +21,6 @@ from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
 from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
-from raysearch.models.model import dtype_note
 from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
@@ -61,9 +60,7 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     ledger = Ledger(directory)
     loggers = Loggers(ledger, trackers(ledger.directory, mlflow_uri, wandb_project), echo)
     check_bucket(ledger.directory)
-    study = resolve(study if given is None else study.replaced(num_trials=len(given)))
-    if (note := dtype_note(study.model.path, study.model.dtype)) is not None:
-        echo(note)
+    study = resolve(study if given is None else study.replaced(num_trials=len(given)), echo)
     inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
     if given is None:

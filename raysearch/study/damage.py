@@ -80,7 +80,7 @@ def _of_copies(ledger: Ledger, names: Iterable[str]) -> Iterator[Damage]:
         wrong = ""
         try:
             unsealed(copy.read_bytes(), strict=True)
-        except FileNotFoundError:
+        except (FileNotFoundError, IsADirectoryError):
             wrong = "is missing" if path.is_file() else ""
         except ValueError as error:
             wrong = f"is damaged ({error})"
@@ -105,7 +105,7 @@ def damaged_line(content: bytes) -> int | None:
     for number, line in enumerate(content.splitlines(keepends=True), start=1):
         try:
             entry = json.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or (number > 1 and entry.get("op_code") == CREATE_STUDY):
             return number
@@ -131,7 +131,8 @@ def _of_candidates(ledger: Ledger, trials: Sequence[TrialRecord], rounds: Mappin
             expected |= recovered.sha256
         for name, sha256 in expected.items():
             path = present.get((key, name))
-            if path is None and sha256 and not (name == WEIGHTS and (key, ledger.deleted_path(key).name) in present):
+            is_deleted = name == WEIGHTS and (key, ledger.deleted_path(key).name) in present
+            if sha256 and not is_deleted and (path is None or (isinstance(path, Path) and not path.is_file())):
                 lost = ledger.round_directory(key) / name
                 yield Damage(lost, f"{lost}: is missing; the next sweep computes it again", key)
             elif isinstance(path, Path) and sha256 and (budget := budget - path.stat().st_size) > 0 and (

@@ -44,6 +44,19 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
 
 
 @contextlib.contextmanager
+def naming(path: AnyPath) -> Iterator[None]:
+    """An OSError of the block names `path` where it names no file, as that of a write to an open one, or what is written aside for
+    it."""
+    try:
+        yield
+    except OSError as error:
+        is_aside = any(part.startswith(f".{path.name}.") for part in Path(str(error.filename)).parts)
+        if error.errno is not None and (error.filename is None or is_aside):
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def new_file(path: AnyPath) -> Iterator[Path]:
     """A local file to fill; fsynced and moved to `path`, or uploaded to it, when the block ends well, and deleted when it
     raises: a reader sees the old file or the whole new one."""
@@ -52,28 +65,19 @@ def new_file(path: AnyPath) -> Iterator[Path]:
             yield Path(folder) / path.name
             path.upload(Path(folder) / path.name)
         return
-    with _naming(path):
+    with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")  # a move is whole within one file system only
     os.close(handle)
     aside = Path(name)
     try:
-        yield aside
-        with _naming(path):
+        with naming(path):
+            yield aside
             settle(aside)
             os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names `path`, not what is written aside for it."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def settle(file: Path) -> None:
@@ -108,18 +112,21 @@ def unsealed(content: bytes, strict: bool = False) -> bytes:
     return content[:-len(end[0])] + b"\n}"
 
 
-def set_aside(path: AnyPath) -> str:
-    """Renames a damaged file to end in .damaged; the new name."""
-    aside = path.with_suffix(".damaged")
-    path.replace(aside)  # type: ignore[arg-type]
-    return aside.name
+def is_there(path: AnyPath) -> bool:
+    """Whether anything has this name: a folder and a link to nothing too."""
+    return os.path.lexists(path) if isinstance(path, Path) else path.is_file()
+
+
+def set_aside(path: AnyPath) -> None:
+    """Renames what is damaged to end in .damaged."""
+    path.replace(path.with_suffix(".damaged"))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def folder_aside(path: AnyPath) -> Iterator[Path]:
     """A local folder, beside `path` where that is local, which is deleted at the end."""
     beside = path.parent if isinstance(path, Path) else None
-    with _naming(path) if isinstance(path, Path) else contextlib.nullcontext():
+    with naming(path) if isinstance(path, Path) else contextlib.nullcontext():
         if beside:
             beside.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(dir=beside, prefix=f".{path.name}." if beside else "raysearch-"))
@@ -137,7 +144,7 @@ def new_directory(path: AnyPath, mend: bool = False) -> Iterator[Path]:
     Where another process has made `path` in the meantime, its directory stays and this one is deleted. On a store two may
     upload at once; where their weights then differ from the record's checksum, they are computed again as damaged ones are.
     """
-    with folder_aside(path) as aside:
+    with folder_aside(path) as aside, naming(path):
         yield aside
         if isinstance(path, Path):
             for file in aside.rglob("*"):

@@ -42,7 +42,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from raysearch.config import Frozen, FrozenT, Metric
-from raysearch.study.files import T, file_sha256, new_file, persist, unsealed, write_record
+from raysearch.study.files import T, file_sha256, naming, new_file, persist, unsealed, write_record
 from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.lease import holder, lease
 from raysearch.study.records import (
@@ -60,6 +60,8 @@ from raysearch.study.storage import AnyPath, StorePath, as_file, location
 
 Split = Literal["selection", "report"]
 WEIGHTS = "weights.safetensors"
+KEY = re.compile(r"\w+")
+"""No copy that a tool or a person has made of a folder: KEY (1), KEY.old."""
 NUM_READERS = 16
 """Threads that read a store's records, each of which is a request."""
 
@@ -109,9 +111,10 @@ class Ledger:
                 raise ValueError(f"{self.directory}: another driver runs this study ({file.read().strip()}); wait for "
                                  "it, or stop it first") from None
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             try:
+                with naming(self.directory / "lock"):
+                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                    file.flush()
                 yield
             finally:
                 file.truncate(0)  # a name that stays is that of a killed driver
@@ -178,6 +181,12 @@ class Ledger:
         self.write_study(record.model_copy(update={"provenance": old.provenance}))
         return True
 
+    def clear(self) -> None:
+        """Empties a local study's folder, under the lock, which takes away the rest."""
+        for path in self.directory.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()  # type: ignore[arg-type]
+
     def holds_study(self) -> bool:
         return any(path.is_file() for path in self.twins("study.json"))
 
@@ -196,6 +205,17 @@ class Ledger:
                 raise
             self.damaged[path] = f"{error if path.is_file() else f'{path}: is missing'}; its copy is read instead"
             return read(copy)
+
+    def _own(self, name: str, read: Callable[[AnyPath], T], of: Callable[[T], object], wanted: object) -> T:
+        """The record of this name; by its own word, `of` it, it must be that of `wanted`."""
+
+        def checked(path: AnyPath) -> T:
+            record = read(path)
+            if of(record) != wanted:
+                raise Unreadable(f"{path}: is the record of {of(record)}, and not of {wanted}")
+            return record
+
+        return self._either(name, checked)
 
     def write_twice(self, name: str, record: Frozen) -> None:
         """The copy second: it never stands for what was not finished."""
@@ -227,7 +247,7 @@ class Ledger:
         try:
             raw = json.loads(path.read_bytes())
             written, maker = raw.get("format", 1), raw["provenance"]["versions"].get("raysearch-llm", "of then")
-        except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
             return self._read(path, StudyRecord)  # which says what is wrong with such a file
         if written != FORMAT and isinstance(written, int):
             raise ValueError(f"{self.directory}: its records are of format {written}, and this raysearch reads and writes "
@@ -279,14 +299,8 @@ class Ledger:
     def candidate_of(self, path: AnyPath) -> RoundRecord:
         """The record in this file, which must be the one of its folder."""
         key = path.parent.name
-
-        def read(path: AnyPath) -> RoundRecord:
-            record = self._read(path, RoundRecord)
-            if record.key != key:
-                raise Unreadable(f"{path}: is the record of {record.key}, and not of its folder")
-            return record
-
-        return self._either(f"rounds/{key}/record.json", read)
+        return self._own(f"rounds/{key}/record.json", lambda path: self._read(path, RoundRecord),
+                         lambda record: record.key, key)
 
     def copy_round(self, key: str) -> None:
         self.restore([f"rounds/{key}/record.json"])
@@ -331,6 +345,7 @@ class Ledger:
         return self._by_key("report.json", self._report)
 
     def _report(self, path: AnyPath) -> ReportRecord:
+        key = path.parent.name
 
         def read(path: AnyPath) -> ReportRecord:
             try:
@@ -340,14 +355,14 @@ class Ledger:
                     return ReportRecord(metrics=TypeAdapter(dict[str, Metric]).validate_json(path.read_bytes()))
                 raise
 
-        return self._either(f"rounds/{path.parent.name}/report.json", read)
+        return self._own(f"rounds/{key}/report.json", read, lambda report: report.key or key, key)
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
         """The items first, so that report.json never stands without them."""
         items_path = self.items_path(key, "report")
         persist(items_path, lambda: write_items(items_path, items))
         with as_file(items_path) as file:
-            record = ReportRecord(metrics=metrics, items_sha256=file_sha256(file))
+            record = ReportRecord(key=key, metrics=metrics, items_sha256=file_sha256(file))
         self.write_twice(f"rounds/{key}/report.json", record)
 
     def trials(self) -> list[TrialRecord]:
@@ -367,14 +382,8 @@ class Ledger:
         return sorted(self._readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
 
     def _trial(self, path: AnyPath) -> TrialRecord:
-
-        def read(path: AnyPath) -> TrialRecord:
-            trial = self._read(path, TrialRecord)
-            if trial.number != _number(path):
-                raise Unreadable(f"{path}: is the record of {trial.name}, and not that of its name")
-            return trial
-
-        return self._either(f"trials/{path.name}", read)
+        return self._own(f"trials/{path.name}", lambda path: self._read(path, TrialRecord),
+                         lambda trial: trial.number, _number(path))
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""
@@ -411,8 +420,10 @@ class Ledger:
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
     def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
-        keys = {path.parent.name for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is still being written
-        keys |= {copy.name.partition(".")[0] for copy in (self.directory / "copies").glob(f"*.{name}")}
+        found = {path.parent.name: path for path in (self.directory / "rounds").glob(f"[!.]*/{name}")}  # .KEY is being written
+        found |= {copy.name.partition(".")[0]: copy for copy in (self.directory / "copies").glob(f"*.{name}")}
+        keys = {key for key in found if KEY.fullmatch(key)}
+        self.strangers |= {path for key, path in found.items() if key not in keys}
         paths = [self.round_directory(key) / name for key in sorted(keys)]
         return {path.parent.name: record for path, record in self._readable(paths, read).items()}
 
@@ -459,7 +470,7 @@ def whole_content(path: AnyPath) -> bytes | None:
         content = path.read_bytes()
         json.loads(unsealed(content))
         return content
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

@@ -94,6 +94,8 @@ class RoundRecord(Frozen):
 class ReportRecord(Frozen):
     """A candidate's quality on the report split."""
 
+    key: str | None = None
+    """The candidate's; None in records of before it was kept."""
     metrics: dict[str, Metric]
     items_sha256: str | None = None
     """Of items.report.npz."""

@@ -35,6 +35,7 @@ from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch,
 from raysearch.config import study_of
 from raysearch.kernels.device import device_name
 from raysearch.models.model import ModelSize, size_of
+from raysearch.models.weights import saving
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
@@ -323,7 +324,7 @@ def _random_model(folder: Path, shape: Preset, seed: int) -> Path:
     """GPT-2's own initialisation, in fp32; a file, because ZeRO-3 initialises wrongly when it partitions meanwhile."""
     if dist.get_rank() == 0 and not folder.is_dir():
         torch.manual_seed(seed)
-        with new_directory(folder) as aside:
+        with new_directory(folder) as aside, saving(folder):
             GPT2LMHeadModel(shape.config()).save_pretrained(aside)
     dist.barrier()
     return folder
@@ -402,7 +403,7 @@ def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name])
-        with new_directory(folder) as aside:
+        with new_directory(folder) as aside, saving(folder):
             model.save_pretrained(aside)
 
     engine.from_rank_0(write)

@@ -36,14 +36,19 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
                 raise ValueError(f"{where}, action {number}: {rule}")
 
 
+def check_method(config: TrialConfig) -> None:
+    """ValueError of one sentence for a criterion or a pattern that there is not."""
+    for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
+        if (name := getattr(config, field)) not in table:
+            raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
+
+
 def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:
     """The trial as a list of rounds; configurations that do the same thing give equal lists.
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
-    for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
-        if (name := getattr(config, field)) not in table:
-            raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
+    check_method(config)
     learns = CRITERIA[config.criterion].gather is not None
     epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)

@@ -21,7 +21,17 @@ from raysearch.evaluation import Evaluation
 from raysearch.kernels import SparseWeight
 from raysearch.kernels.device import device_name
 from raysearch.models.weights import stored_bytes, to_store, write_weights
-from raysearch.study.files import file_sha256, folder_aside, new_directory, new_file, persist, set_aside, settle, write_record
+from raysearch.study.files import (
+    file_sha256,
+    folder_aside,
+    is_there,
+    new_directory,
+    new_file,
+    persist,
+    set_aside,
+    settle,
+    write_record,
+)
 from raysearch.study.items import Items, write_items
 from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.provenance import provenance
@@ -36,10 +46,10 @@ Written = Future[tuple[Path, str]]
 def intact(ledger: Ledger, record: RoundRecord) -> bool:
     """Whether the candidate's weights are as they were written; a damaged file is moved aside."""
     path = ledger.weights_path(record.key)
-    if not path.is_file():
+    if not is_there(path):
         return False
     with as_file(path) as file:
-        if file_sha256(file) == ledger.expected_sha256(record, WEIGHTS):
+        if file.is_file() and file_sha256(file) == ledger.expected_sha256(record, WEIGHTS):
             return True
     set_aside(path)
     return False

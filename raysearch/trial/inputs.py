@@ -1,6 +1,6 @@
 """What a study reads: model, text and tasks, resolved once by the driver and checked on every rank."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,11 @@ from raysearch.evaluation import (
     tasks_fingerprint,
 )
 from raysearch.models.model import (
+    check_model,
     context_limit,
+    dtype_note,
     fingerprint,
     load_config,
-    load_model,
     load_tokenizer,
     model_folder,
     stored_dtype,
@@ -47,12 +48,15 @@ class Inputs:
     """Hugging Face's; None without a corpus and tasks, where a model needs none."""
 
 
-def resolve(study: Study) -> Study:
-    """The study with its model as an absolute path and `auto` settings decided; ValueError for a model that is none, or whose
-    weights are not all there and finite: whoever calls this has written nothing yet."""
+def resolve(study: Study, say: Callable[[str], object] = lambda line: None) -> Study:
+    """The study with its model as an absolute path and `auto` settings decided; `say` gets a line where the weights are of
+    another type. ValueError for a model that is none, or whose weights are not all there and finite: whoever calls this has
+    written nothing yet."""
     model = str(model_folder(study.model.path))
     dtype = stored_dtype(model) if study.model.dtype == "auto" else study.model.dtype
-    load_model(model, getattr(torch, dtype))
+    check_model(model, getattr(torch, dtype))
+    if (note := dtype_note(model, dtype)) is not None:
+        say(note)
     return study.replaced(path=model, dtype=dtype)
 
 

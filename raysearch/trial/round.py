@@ -24,6 +24,9 @@ from raysearch.trial.inputs import read_inputs
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker
 
+ROUNDING = 1e-5
+"""Of a perplexity: with logits that are all equal it is the vocabulary's size but for the rounding of fp32."""
+
 
 def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool = True) -> RoundRecord:
     """The candidate after `action` on `parent`: from the store when it is there, else computed and stored.
@@ -191,7 +194,7 @@ def check_quality(evaluation: Evaluation, objectives: Sequence[str], vocab_size:
     """Raises Diverged where the text, or the task of an objective ("task/metric"), is scored no better than by chance: a
     perplexity per token that a uniform guess over the vocabulary reaches, or generated answers none of which is right."""
     for task in ("text", *(objective.rpartition("/")[0] for objective in objectives)):
-        if (perplexity := evaluation.perplexities.get(task, 0.0)) >= vocab_size:
+        if (perplexity := evaluation.perplexities.get(task, 0.0)) >= vocab_size * (1 - ROUNDING):
             raise Diverged(f"quality at chance: token perplexity {perplexity:.4g} is not below {vocab_size}, the size of the "
                            f"vocabulary, which a uniform guess reaches (task {task})")
     for objective in objectives:

@@ -184,6 +184,8 @@ def test_a_study_that_was_moved_with_its_pick_is_found(tmp_path: Path, place: st
     picked = pick(load(before / "study"), parse_constraints(max_bytes="3MB"))
     write_pick(picked, before / place)
     assert str(tmp_path) not in json.loads((before / place).read_text())["study_directory"]
+    (tmp_path / "alone.json").write_text((before / place).read_text())
+    assert read_pick(tmp_path / "alone.json") == picked
     before.rename(after)
     again = read_pick(after / place)
     assert again == picked.model_copy(update={"study_directory": str(after / "study")})

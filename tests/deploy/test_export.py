@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
+from faults import refusing
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -50,6 +51,14 @@ def test_an_export_is_replaced_and_nothing_else(worker: Worker, candidate: Round
     with pytest.raises(ValueError, match="exists and is no export of raysearch"):
         export(worker.ledger, candidate.key, tmp_path / "mine")
     assert {p.name for p in tmp_path.iterdir()} == {"out", "mine"}
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed"])
+def test_a_disk_that_is_full_is_named_and_keeps_nothing(format: str, worker: Worker, candidate: RoundRecord,
+                                                        tmp_path: Path) -> None:
+    with refusing(), pytest.raises(OSError, match=r"out.*: cannot be written \(.*File too large"):
+        export(worker.ledger, candidate.key, tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damage_is_found(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from families import KNOWN, random_model
 from safetensors.torch import load_file, save_file
 
 from raysearch.models.checkpoint import weight_files
-from raysearch.models.model import dtype_note, fingerprint, load_model, stored_dtype
+from raysearch.models.model import check_model, dtype_note, fingerprint, load_model, stored_dtype
 
 Weights = dict[str, torch.Tensor]
 
@@ -66,11 +66,23 @@ KEY = "transformer.h.1.mlp.c_fc.weight"
     (lambda w: {**w, KEY: w[KEY] / 0}, r"transformer.h.1.mlp.c_fc.weight holds 4096 of 4096 values that are NaN or infinite"),
     (lambda w: {**w, KEY: w[KEY].index_fill(0, torch.tensor(3), torch.nan)}, "holds 128 of 4096 values that are NaN"),
     (lambda w: {name: x.double() * (1e200 if name == KEY else 1) for name, x in w.items()}, "c_fc.weight holds 4096 of 4096"),
-], ids=["a layer", "a head", "a shape", "another model", "infinite", "NaN", "too large for fp32"])
-def test_weights_that_do_not_fit_are_named(folder: Path, change: Callable[[Weights], Weights], sentence: str) -> None:
+    (lambda w: {name: x.to(torch.int8) for name, x in w.items()}, r"28 of whole numbers, as of a quantised model \(trans"),
+    (lambda w: {f"module.{name}": x / 0 for name, x in w.items()}, "holds .* that are NaN or infinite"),
+], ids=["a layer", "a head", "a shape", "another model", "infinite", "NaN", "too large for fp32", "int8", "infinite, wrapped"])
+@pytest.mark.parametrize("read", [load_model, lambda path: check_model(path, torch.float32)], ids=["loaded", "checked"])
+def test_weights_that_do_not_fit_are_named(folder: Path, change: Callable[[Weights], Weights], sentence: str,
+                                           read: Callable[[str], object]) -> None:
     rewrite(folder, change)
     with pytest.raises(ValueError, match=sentence):
-        load_model(str(folder))
+        read(str(folder))
+
+
+def test_a_check_loads_nothing(folder: Path) -> None:
+    """A driver checks a model that only its ranks have memory for."""
+    assert all(parameter.is_meta for parameter in load_model(str(folder), device="meta").parameters())
+    rewrite(folder, lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()})
+    assert all(parameter.is_meta for parameter in load_model(str(folder), device="meta").parameters())
+    check_model(str(folder), torch.float32)
 
 
 def test_what_transformers_computes_itself_is_not_missed(folder: Path) -> None:
