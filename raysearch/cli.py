@@ -218,13 +218,16 @@ def sweep(
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
+    from raysearch.study.storage import location
+
+    directory = location(out or default_directory(space))
     check_study(study)
     from raysearch.cluster.ending import end_within  # after what may be mistyped, for these take seconds
     from raysearch.search.sweep import GivenUp
     from raysearch.search.sweep import sweep as run
 
     try:
-        result = run(space, out or default_directory(space), study, sample, echo, given=given, keep=keep,
+        result = run(space, directory, study, sample, echo, given=given, keep=keep,
                      autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     except GivenUp:
         end_within(10.0, code=2)  # Ray's own end waits for actors that no node can run

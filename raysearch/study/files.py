@@ -45,8 +45,8 @@ def persist(path: AnyPath, write: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def naming(path: AnyPath) -> Iterator[None]:
-    """An OSError of the block names `path` where it names no file, as that of a write to an open one, or what is written aside for
-    it."""
+    """An OSError of the block names `path` where it names no file, as that of a write to an open one, or what is written
+    aside for it."""
     try:
         yield
     except OSError as error:
