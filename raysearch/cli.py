@@ -98,6 +98,7 @@ def prune(
     criterion: str = "magnitude",
     pattern: str = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
+    mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,
     initial_sparsity: float = 0.0,
     schedule: Annotated[str, typer.Option(help="one_shot, constant, linear, exponential, cubic or cosine.")] = "one_shot",

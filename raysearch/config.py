@@ -102,7 +102,8 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `movement` learns while it fine-tunes."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude` and `movement` prune while
+    they fine-tune."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS. The sparsity is then that of the pattern's weights."""
     scope: Scope = "global"

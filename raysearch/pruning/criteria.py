@@ -20,7 +20,9 @@ class Criterion(NamedTuple):
     """(weights, what was gathered) -> scores."""
     gather: Callable[[Tensor, Tensor, Tensor], object] | None = None
     """(gathered, weights, gradients): adds to the first in place, in every step of the round, from gradients as they are
-    before clipping. A criterion that gathers prunes *during* its round; what it gathered ends with the round."""
+    before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
+    is_gradual: bool = False
+    """Prunes *during* its round, along the path from the parent's sparsity to the action's."""
 
 
 def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
@@ -44,7 +46,8 @@ def gather_movement(gathered: Tensor, weights: Tensor, gradients: Tensor) -> Non
 
 CRITERIA = {
     "magnitude": Criterion(magnitude),
-    "movement": Criterion(movement, gather_movement),
+    "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
+    "movement": Criterion(movement, gather_movement, is_gradual=True),
 }
 
 

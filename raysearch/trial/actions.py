@@ -12,7 +12,7 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
     """ValueError of one sentence, with `where`, for actions that were written by hand and contradict themselves."""
     batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
     for number, action in enumerate(actions, start=1):
-        learns = action.criterion in CRITERIA and CRITERIA[action.criterion].gather is not None
+        is_gradual = action.criterion in CRITERIA and CRITERIA[action.criterion].is_gradual
         rules = (
             (action.criterion in CRITERIA, f"criterion must be one of {', '.join(CRITERIA)}, got {action.criterion!r}"),
             (action.pattern in PATTERNS, f"pattern must be one of {', '.join(PATTERNS)}, got {action.pattern!r}"),
@@ -26,8 +26,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"data_start_tokens must be a multiple of context_tokens = {context_tokens}, got {action.data_start_tokens}"),
             (not action.finetune_tokens or num_train_tokens > 0,
              f"finetune_tokens {action.finetune_tokens} needs text to train on, got no corpus"),
-            (not learns or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
-             f"criterion {action.criterion} learns during fine-tuning: it needs finetune_tokens, sparsity and "
+            (not is_gradual or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
+             f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
              "mask_interval_steps"),
             (min(action.l1_lambda, action.learning_rate) >= 0, "l1_lambda and learning_rate must be at least 0"),
         )
@@ -44,7 +44,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
         if (name := getattr(config, field)) not in table:
             raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
-    learns = CRITERIA[config.criterion].gather is not None
+    is_gradual = CRITERIA[config.criterion].is_gradual
     epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)
     if config.finetune_epochs and not num_steps:
@@ -53,12 +53,12 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.l1_lambda and not num_steps:
         raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
                          f"{config.l1_lambda:g} and finetune_epochs 0")
-    if learns and not num_steps:
-        raise ValueError(f"criterion {config.criterion} learns during fine-tuning, so finetune_epochs must be above 0 with it, "
+    if is_gradual and not num_steps:
+        raise ValueError(f"criterion {config.criterion} prunes during fine-tuning, so finetune_epochs must be above 0 with it, "
                          "got 0")
-    if learns and config.threshold is not None:
-        raise ValueError(f"criterion {config.criterion} has no cut in units of the weights, so it needs target_sparsity or "
-                         f"rate, got threshold {config.threshold:g}")
+    if is_gradual and config.threshold is not None:
+        raise ValueError(f"criterion {config.criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
+                         f"threshold {config.threshold:g}")
     if config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
         raise ValueError(f"pattern {config.pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {config.scope} and {config.threshold_unit}")
@@ -73,7 +73,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
             config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
-    if learns:
+    if is_gradual:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}

@@ -1,9 +1,9 @@
 """The pruner: units -> statistics -> scores -> budgets -> selection -> masks, on this rank's shards, with nothing gathered.
 
-A criterion that only looks at the weights prunes at the beginning of a round. One that gathers (pruning.criteria) prunes
-during it, along the path from the parent's sparsity to the action's. Everything here is collective, and gives every rank the
-same masks whatever the world size: single weights are selected exactly (pruning.selection), and the scores of units are
-summed as integers, in which no order of adding shows.
+A criterion that is gradual (pruning.criteria) prunes during a round, along the path from the parent's sparsity to the action's;
+the others as it begins. Everything here is collective, and gives every rank the same masks whatever the world size: single
+weights are selected exactly (pruning.selection), and the scores of units are summed as integers, in which no order of adding
+shows.
 """
 
 import math
@@ -16,7 +16,7 @@ from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
-from raysearch.pruning.criteria import CRITERIA, moments, std_threshold
+from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, units_of
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, row_masks, threshold_masks
 from raysearch.training.engine import Engine, Shard
@@ -36,17 +36,18 @@ class Pruner:
         self._start = 0.0
 
     def begin(self) -> None:
-        """Prunes by the weights as they are, or gets ready to gather."""
-        if self.criterion.gather is None:
+        """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             return
-        self.engine.keep_latents(self.criterion.gather)
+        if self.criterion.gather is not None:
+            self.engine.keep_latents(self.criterion.gather)
         kept, total = self._kept()
         self._start = 1 - kept / total
 
     def after_step(self, step: int) -> None:
         """After the engine's step number `step`, counted from 1."""
-        if self.criterion.gather is None or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
+        if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None
         self.engine.set_masks(self._masks(sparsity_at(step, self.num_steps, self._start, self.action.sparsity)))
@@ -69,7 +70,7 @@ class Pruner:
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
         shards = self.engine.prunable_shards
-        if self.criterion is CRITERIA["magnitude"]:  # selection reads |w| off the weights; a pruned one is 0 and comes first
+        if self.criterion.scores is magnitude:  # selection reads |w| off the weights; a pruned one is 0 and comes first
             values = [shard.values for shard in shards]
             if sparsity is None:
                 return threshold_masks(values, self._thresholds(shards))

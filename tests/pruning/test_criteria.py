@@ -11,7 +11,7 @@ from raysearch.pruning.selection import SCORES, keep_masks
 
 # a new criterion is a line: this one ranks by magnitude times the steps that it was looked at
 TENANTS = {**CRITERIA, "magnitude_times_age": Criterion(lambda weights, age: weights.abs() * age,
-                                                        lambda age, weights, gradients: age.add_(1))}
+                                                        lambda age, weights, gradients: age.add_(1), is_gradual=True)}
 
 
 def some(seed: int, num: int = 257) -> Tensor:

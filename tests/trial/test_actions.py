@@ -38,10 +38,12 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
-    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, movement, got 'luck'"),
+    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, movement, got 'lu"),
+    ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
+    ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "follows a path of .*threshold 0.5"),
     ({"target_sparsity": 0.5, "pattern": "4:8"}, "pattern must be one of unstructured, head, got '4:8'"),
-    ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning, so finetune_epochs"),
-    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement has no cut in units of"),
+    ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
+    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement follows a path of "),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
@@ -50,11 +52,12 @@ def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -
         resolve_actions(TrialConfig(**fields), study, 10**6)
 
 
-def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
+def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     learning = {"target_sparsity": 0.5, "finetune_epochs": 1.0, "mask_interval_steps": 7}
     (movement,) = resolve_actions(TrialConfig(criterion="movement", **learning), study, 10**6)
+    (gradual,) = resolve_actions(TrialConfig(criterion="gradual_magnitude", **learning), study, 10**6)
     (magnitude,) = resolve_actions(TrialConfig(**learning), study, 10**6)
-    assert (movement.mask_interval_steps, magnitude.mask_interval_steps) == (7, 0)
+    assert [a.mask_interval_steps for a in (movement, gradual, magnitude)] == [7, 7, 0]
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
@@ -65,7 +68,7 @@ def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
     ({"sparsity": 0.5, "pattern": "luck"}, "pattern must be one of"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
-    ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning: it needs finetune_to"),
+    ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0}, "l1_lambda and learning_rate must be at least 0"),
 ])
 def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:

@@ -1,6 +1,7 @@
-"""The pruner on real engines: one suite for every criterion and pattern, on ZeRO 0 to 3, one and two ranks; movement against
-three nested loops; heads against a model whose heads were cut by hand."""
+"""The pruner on real engines: one suite for every criterion and pattern, on ZeRO 0 to 3, one and two ranks; gradual rounds
+against three nested loops; heads against a model whose heads were cut by hand."""
 
+import functools
 import json
 import os
 import sys
@@ -21,7 +22,8 @@ from raysearch.trial.round import dense_round, load_candidate, run_round
 from raysearch.trial.worker import Worker
 
 STAGES = (0, 1, 2, 3)
-COMBINATIONS = [(criterion, pattern, scope) for criterion in ("magnitude", "movement", "magnitude_times_age")
+COMBINATIONS = [(criterion, pattern, scope)
+                for criterion in ("magnitude", "gradual_magnitude", "movement", "magnitude_times_age")
                 for pattern in ("unstructured", "head", "row_pairs") for scope in ("global", "layer", "row")
                 if pattern == "unstructured" or scope != "row"]
 
@@ -65,11 +67,13 @@ def test_sparsity_is_met_and_nothing_pruned_comes_back(measured: dict, criterion
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_movement_is_three_nested_loops(measured: dict, tiny_model: Path, world_size: int, stage: int) -> None:
-    case = measured[world_size][str(stage)]["movement"]
-    scores, masks, weights = by_hand(tiny_model)
-    for name, wanted in scores.items():
-        assert torch.allclose(torch.tensor(case["scores"][name]), wanted[:50], rtol=2e-3, atol=1e-6), name
+@pytest.mark.parametrize("criterion", ["movement", "gradual_magnitude"])
+def test_a_gradual_round_is_three_nested_loops(measured: dict, tiny_model: Path, world_size: int, stage: int,
+                                               criterion: str) -> None:
+    case = measured[world_size][str(stage)][criterion]
+    scores, masks, weights = by_hand(tiny_model, criterion)
+    for name, gathered in case["scores"].items():
+        assert torch.allclose(torch.tensor(gathered), scores[name][:50], rtol=2e-3, atol=1e-6), name
     differences = sum(abs(case["num_kept"][name] - int(mask.sum())) for name, mask in masks.items())
     assert differences <= 4  # of near ties, where one rounding decides
     for name, wanted in weights.items():
@@ -142,8 +146,9 @@ def batches() -> Iterator[Tensor]:
         yield torch.randint(0, 257, (4, 32), generator=generator)
 
 
-def by_hand(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """(scores, masks, weights) after a round of movement: AdamW written out, latent weights and masks in dictionaries."""
+@functools.cache
+def by_hand(folder: Path, criterion: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """(scores, masks, weights) after a gradual round: AdamW written out, latent weights and masks in dictionaries."""
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     prunable = [name for name, p in model.named_parameters() if ".h." in name and p.ndim == 2]
     full = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -172,6 +177,9 @@ def by_hand(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[st
         if step in (1, 4, 7):  # 10 % and 70 % of 10 steps, and every third between
             p = (step - 1) / 6
             sparsity = SPARSITY - SPARSITY * (1 - p) ** 3 if step < 7 else SPARSITY
+            if criterion == "gradual_magnitude":  # what is pruned is 0, for good
+                full |= {name: full[name] * masks[name] for name in prunable}
+                scores = {name: full[name].abs() for name in prunable}
             flat = torch.cat([scores[name].flatten() for name in prunable])
             keep = torch.ones(total, dtype=torch.bool)
             keep[flat.argsort(stable=True)[:int(sparsity * total + 0.5)]] = False
@@ -213,7 +221,7 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
         if pruner.criterion.gather is not None:
             for shard in engine.prunable_shards:
                 shard.of(engine.optimizer.gathered).copy_(made_up(shard.name, shard.start, shard.values.numel()))
-            pruner.after_step(7)
+        pruner.after_step(7)
         pruner.end()
         engine.restart(0.0)
         after = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
@@ -239,7 +247,7 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
     return found
 
 
-def movement_round(engine: Any) -> dict[str, Any]:
+def gradual_round(engine: Any, criterion: str) -> dict[str, Any]:
     import deepspeed
 
     from raysearch.config import Action
@@ -247,18 +255,19 @@ def movement_round(engine: Any) -> dict[str, Any]:
 
     engine.load_base()
     engine.restart(0.0)
-    pruner = Pruner(engine, Action(criterion="movement", sparsity=SPARSITY, mask_interval_steps=INTERVAL), STEPS)
+    pruner = Pruner(engine, Action(criterion=criterion, sparsity=SPARSITY, mask_interval_steps=INTERVAL), STEPS)
     pruner.begin()
     for step, tokens in enumerate(batches(), start=1):
         mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
         engine.train_step(mine, RATE)
         pruner.after_step(step)
-    scores = {}
-    for shard in engine.prunable_shards:
+    scores: dict[str, Any] = {}
+    gathers = pruner.criterion.gather is not None
+    for shard in engine.prunable_shards if gathers else ():
         whole = torch.zeros(torch.Size(engine.shapes[shard.name]).numel(), device=engine.device)
         whole[shard.start:shard.start + shard.values.numel()] = shard.of(engine.optimizer.gathered)
         scores[shard.name] = whole
-    for p in engine.prunables:
+    for p in engine.prunables if gathers else ():
         nothing = torch.zeros(torch.Size(p.shape).numel(), device=engine.device)
         scores[p.name] = engine.all_reduce(scores.get(p.name, nothing))[:50].tolist()
     pruner.end()
@@ -321,8 +330,8 @@ def main(model: str) -> dict[str, Any]:
     for stage in STAGES:
         engine = Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128, context_tokens=32,
                         weight_decay=0.0)
-        measured[stage] = {"masks": masks_of_all(engine), "movement": movement_round(engine), "come_back": come_back(engine),
-                           "heads": head_logits(engine)}
+        measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
+                           **{criterion: gradual_round(engine, criterion) for criterion in ("movement", "gradual_magnitude")}}
     return measured
 
 
