@@ -96,7 +96,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")],
     out: Out,
     criterion: str = "magnitude",
-    pattern: str = "unstructured",
+    pattern: Annotated[str, typer.Option(help="unstructured, head, or N:M such as 2:4.")] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
     mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,

@@ -105,7 +105,8 @@ class TrialConfig(Frozen):
     """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude` and `movement` prune while
     they fine-tune."""
     pattern: str = "unstructured"
-    """Which weights go together: one of pruning.patterns.PATTERNS. The sparsity is then that of the pattern's weights."""
+    """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
+    N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
     scope: Scope = "global"
     """Comparison group of the scores."""
     mask_interval_steps: int = Field(10, ge=1)

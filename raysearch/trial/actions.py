@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
-from raysearch.pruning.patterns import PATTERNS
+from raysearch.pruning.patterns import n_of_m
 from raysearch.pruning.schedules import resolve_schedule
 
 
@@ -12,10 +12,15 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
     """ValueError of one sentence, with `where`, for actions that were written by hand and contradict themselves."""
     batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
     for number, action in enumerate(actions, start=1):
+        try:
+            group = n_of_m(action.pattern)
+        except ValueError as error:
+            raise ValueError(f"{where}, action {number}: {error}") from error
         is_gradual = action.criterion in CRITERIA and CRITERIA[action.criterion].is_gradual
         rules = (
             (action.criterion in CRITERIA, f"criterion must be one of {', '.join(CRITERIA)}, got {action.criterion!r}"),
-            (action.pattern in PATTERNS, f"pattern must be one of {', '.join(PATTERNS)}, got {action.pattern!r}"),
+            (group is None or (action.sparsity is not None and action.sparsity <= group.sparsity and action.scope == "global"),
+             f"pattern {action.pattern} needs a sparsity up to its own, {group and group.sparsity}, and scope global"),
             ((action.sparsity is None) != (action.threshold is None),
              f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
             (action.sparsity is None or 0 <= action.sparsity < 1,
@@ -41,9 +46,17 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
-    for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
-        if (name := getattr(config, field)) not in table:
-            raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
+    if config.criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {config.criterion!r}")
+    group, target_sparsity = n_of_m(config.pattern), config.target_sparsity
+    if group is not None and config.rate is None and target_sparsity is None:
+        target_sparsity = group.sparsity
+    if group is not None and (config.threshold is not None or config.scope != "global"):
+        raise ValueError(f"pattern {config.pattern} compares the weights of each {group.size}, so scope stays global and a "
+                         f"threshold does not go with it, got scope {config.scope} and threshold {config.threshold}")
+    if group is not None and (target_sparsity is None or round(target_sparsity, 12) != group.sparsity):
+        raise ValueError(f"pattern {config.pattern} ends at sparsity {group.sparsity:g}, so target_sparsity must be that, or "
+                         f"absent without a rate, got {target_sparsity}")
     is_gradual = CRITERIA[config.criterion].is_gradual
     epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)
@@ -59,7 +72,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if is_gradual and config.threshold is not None:
         raise ValueError(f"criterion {config.criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
                          f"threshold {config.threshold:g}")
-    if config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
+    if group is None and config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
         raise ValueError(f"pattern {config.pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {config.scope} and {config.threshold_unit}")
     if config.threshold is not None:
@@ -70,7 +83,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         cuts = [{"threshold": round(config.threshold * k / num_rounds, 12)} for k in range(1, num_rounds + 1)]
     else:
         cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
-            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
+            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
     if is_gradual:

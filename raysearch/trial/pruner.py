@@ -7,7 +7,7 @@ shows.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,8 +17,8 @@ from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
-from raysearch.pruning.patterns import PATTERNS, Units, units_of
-from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, row_masks, threshold_masks
+from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
+from raysearch.pruning.selection import SCORES, Passes, group_masks, keep_masks, reserved, row_masks, threshold_masks
 from raysearch.training.engine import Engine, Shard
 
 Masks = list[Tensor | None]
@@ -31,7 +31,8 @@ class Pruner:
     def __init__(self, engine: Engine, action: Action, num_steps: int) -> None:
         self.engine, self.action, self.num_steps = engine, action, num_steps
         self.criterion = CRITERIA[action.criterion]
-        find_units = PATTERNS[action.pattern]
+        self.n_of_m = n_of_m(action.pattern)
+        find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
         self._start = 0.0
 
@@ -70,7 +71,8 @@ class Pruner:
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
         shards = self.engine.prunable_shards
-        if self.criterion.scores is magnitude:  # selection reads |w| off the weights; a pruned one is 0 and comes first
+        if self.criterion.scores is magnitude and not self._compares_rows:
+            # selection reads |w| off the weights; a pruned one is 0 and comes first
             values = [shard.values for shard in shards]
             if sparsity is None:
                 return threshold_masks(values, self._thresholds(shards))
@@ -81,37 +83,61 @@ class Pruner:
         keep = self._selected(scores, SCORES, sparsity)  # where fewer are to go than are gone, all that are gone stay so
         return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)]
 
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether weights are compared within their row, or a part of it."""
+        return self.action.scope == "row" or self.n_of_m is not None
+
     def _selected(self, scores: Sequence[Tensor], passes: Passes, sparsity: float) -> list[Tensor]:
         """Masks of the prunable shards that keep the highest scores of each comparison group."""
         engine, action = self.engine, self.action
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
+        if self.n_of_m is not None:
+            num_kept, size = self.n_of_m
+            stays = self._row_masks(scores, lambda rows: group_masks(rows, num_kept, size))
+            if sparsity >= self.n_of_m.sparsity:
+                return stays
+            # on the way there: the lowest of those that are to go
+            scores = [score.masked_fill(mask & self._eligible(shard), math.inf)
+                      for shard, score, mask in zip(shards, scores, stays)]
         if action.scope == "global":
             num_prune = num_to_prune(sparsity, sum(math.prod(p.shape) for p in engine.prunables))
+            if self.n_of_m is not None:
+                goes = torch.tensor(sum(int((score < math.inf).sum()) for score in scores), device=engine.device)
+                num_prune = min(num_prune, int(engine.all_reduce(goes)))
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
+        if action.scope == "row":
+            return self._row_masks(scores, lambda rows: row_masks(rows, num_to_prune(sparsity, rows.shape[1])))
         parts: dict[str, Tensor] = {}
-        here = {shard.name: (shard, score) for shard, score in zip(shards, scores)}
-        for prunable in engine.prunables:
-            shard, score = here.get(prunable.name, (None, torch.empty(0, device=engine.device)))
-            if action.scope == "layer":  # a rank that holds nothing of it takes part with an empty shard: it is collective
-                num_prune = num_to_prune(sparsity, math.prod(prunable.shape))
-                (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
-                                                     world_size=world_size, passes=passes)
-                continue
-            whole = torch.zeros(math.prod(prunable.shape), device=engine.device)  # a row may lie on several ranks
+        here = {shard.name: score for shard, score in zip(shards, scores)}
+        for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
+            score = here.get(prunable.name, torch.empty(0, device=engine.device))
+            num_prune = num_to_prune(sparsity, math.prod(prunable.shape))
+            (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
+                                                 world_size=world_size, passes=passes)
+        return [parts[shard.name] for shard in shards]
+
+    def _row_masks(self, scores: Sequence[Tensor], masks_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """`masks_of` the scores [O, K] of each prunable matrix, one gathered after the other: a row may lie on several
+        ranks."""
+        here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
+        parts: dict[str, Tensor] = {}
+        for prunable in self.engine.prunables:
+            whole = torch.zeros(math.prod(prunable.shape), device=self.engine.device)
+            shard, score = here.get(prunable.name, (None, whole[:0]))
             if shard is not None:
-                whole[shard.start:shard.start + len(score)] = score.abs() if passes is not SCORES else score
-            rows = prunable.rows(engine.all_reduce(whole))
-            mask = row_masks(rows, num_to_prune(sparsity, rows.shape[1]))
+                whole[shard.start:shard.start + len(score)] = score
+            mask = masks_of(prunable.rows(self.engine.all_reduce(whole)))
             if shard is not None:
                 parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
-        return [parts[shard.name] for shard in shards]
+        return [parts[shard.name] for shard in self.engine.prunable_shards]
 
     def _scores(self, shard: Shard) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""
         scores, eligible = self._criterion_scores(shard), self._eligible(shard)
-        return scores.masked_fill(~eligible, -math.inf) if self.action.scope == "row" else reserved(scores, eligible)
+        return scores.masked_fill(~eligible, -math.inf) if self._compares_rows else reserved(scores, eligible)
 
     def _eligible(self, shard: Shard) -> Tensor:
         """What may be kept: all but what was pruned before the round. A weight that left its mask in this round has a value

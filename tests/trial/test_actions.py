@@ -41,7 +41,11 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, movement, got 'lu"),
     ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
     ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "follows a path of .*threshold 0.5"),
-    ({"target_sparsity": 0.5, "pattern": "4:8"}, "pattern must be one of unstructured, head, got '4:8'"),
+    ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, or N:M with N below M.*got '4:4'"),
+    ({"target_sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, so target_sparsity must be that.*got 0.6"),
+    ({"schedule": "constant", "rate": 0.1, "num_rounds": 2, "pattern": "1:4"}, "pattern 1:4 ends at sparsity 0.75.*got None"),
+    ({"threshold": 0.1, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4.*threshold 0.1"),
+    ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
     ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
     ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement follows a path of "),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
@@ -50,6 +54,15 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
 def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         resolve_actions(TrialConfig(**fields), study, 10**6)
+
+
+def test_n_of_m_has_a_sparsity_of_its_own(study: Study) -> None:
+    (said,), (unsaid,) = (resolve_actions(TrialConfig(pattern="2:3", target_sparsity=target), study, 10**6)
+                          for target in (1 / 3, None))
+    assert said == unsaid
+    path = resolve_actions(TrialConfig(pattern="2:8", schedule="linear", num_rounds=3), study, 10**6)
+    assert [action.sparsity for action in path] == [0.25, 0.5, 0.75]
+    check_actions(path, study, 10**6, "line 1")
 
 
 def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
@@ -66,6 +79,8 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0"),
     ({"sparsity": 0.5, "criterion": "luck"}, "criterion must be one of"),
     ({"sparsity": 0.5, "pattern": "luck"}, "pattern must be one of"),
+    ({"sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 needs a sparsity up to its own, 0.5, and scope global"),
+    ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 needs a sparsity up to its own, 0.5, and scope global"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),

@@ -26,6 +26,8 @@ COMBINATIONS = [(criterion, pattern, scope)
                 for criterion in ("magnitude", "gradual_magnitude", "movement", "magnitude_times_age")
                 for pattern in ("unstructured", "head", "row_pairs") for scope in ("global", "layer", "row")
                 if pattern == "unstructured" or scope != "row"]
+COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "movement")
+                 for pattern in ("2:4", "3:5")]
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,25 @@ def test_scopes_cut_where_they_say(worker: Worker) -> None:
     assert zeros.min() == zeros.max() == round(0.35 * weight.shape[0])
 
 
+def test_n_of_m_is_met_exactly_and_on_the_way_the_lowest_of_those_go_that_are_to_go(worker: Worker) -> None:
+    """By hand: in plain loops over each output's groups, then a sort of what is not among the two largest."""
+    load_candidate(worker, dense_round(worker))
+    weights = {p.name: p.rows(worker.engine.gather(p.name)) for p in worker.engine.prunables}
+    goes = {}
+    for name, rows in weights.items():
+        goes[name] = torch.zeros_like(rows, dtype=torch.bool)
+        for row, gone in zip(rows.abs().tolist(), goes[name]):
+            for start in range(0, len(row), 4):
+                gone[sorted(range(start, start + 4), key=row.__getitem__)[:2]] = True
+    magnitudes = torch.cat([weights[name][goes[name]].abs() for name in weights]).sort().values
+    cut = magnitudes[int(0.3 * sum(rows.numel() for rows in weights.values()) + 0.5) - 1]
+    for sparsity, wanted in ((0.3, {name: goes[name] & (rows.abs() <= cut) for name, rows in weights.items()}), (0.5, goes)):
+        load_candidate(worker, run_round(worker, dense_round(worker), Action(pattern="2:4", sparsity=sparsity)))
+        for p in worker.engine.prunables:
+            assert torch.equal(p.rows(worker.engine.gather(p.name)) == 0, wanted[p.name]), (sparsity, p.name)
+            assert sparsity < 0.5 or wanted[p.name].sum() * 2 == wanted[p.name].numel()
+
+
 # ---- by hand: plain torch, one process, no engine ----
 
 STEPS, SPARSITY, INTERVAL, RATE = 10, 0.5, 3, 1e-3
@@ -202,20 +223,26 @@ def made_up(name: str, start: int, num: int) -> Tensor:
     return ((index * 2654435761 % 4093) / 64).round() / 16 - 16
 
 
+def most_of_a_group(rows: Tensor, size: int) -> int:
+    return int(torch.nn.functional.pad(rows.int(), (0, -rows.shape[1] % size)).reshape(-1, size).sum(1).max())
+
+
 def masks_of_all(engine: Any) -> dict[str, Any]:
     import hashlib
 
     from raysearch.config import Action
     from raysearch.models.architectures import layout
-    from raysearch.pruning.patterns import PATTERNS
+    from raysearch.pruning.patterns import PATTERNS, n_of_m
     from raysearch.trial.pruner import Pruner
 
     found = {}
     for criterion, pattern, scope in COMBINATIONS:
         engine.load_base()
-        Pruner(engine, Action(sparsity=0.2), 0).begin()  # some are pruned already
+        group = n_of_m(pattern)
+        Pruner(engine, Action(sparsity=0.05 if group else 0.2), 0).begin()  # some are pruned already
         before = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
-        action = Action(criterion=criterion, pattern=pattern, scope=scope, sparsity=0.55, mask_interval_steps=1)
+        wanted = group.sparsity if group else 0.55
+        action = Action(criterion=criterion, pattern=pattern, scope=scope, sparsity=wanted, mask_interval_steps=1)
         pruner = Pruner(engine, action, num_steps=10)
         pruner.begin()
         if pruner.criterion.gather is not None:
@@ -229,7 +256,11 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
         for mask in after.values():
             digest.update(mask.numpy().tobytes())
         tolerance = 0.02
-        if pattern != "unstructured":
+        if group is not None:
+            for p in engine.prunables:
+                assert most_of_a_group(p.rows(after[p.name]), group.size) <= group.num_kept, p.name
+            tolerance = 0.03  # ragged ends
+        elif pattern != "unstructured":
             units = PATTERNS[pattern](layout(engine.model, engine.prunables))
             parts = {part.name: part for part in units.parts}
             belongs = {name: (parts[name].rows[:, None] + parts[name].columns >= 0) if name in parts else torch.tensor(False)
@@ -237,12 +268,12 @@ def masks_of_all(engine: Any) -> dict[str, Any]:
             tolerance = 0.13  # of four heads in all one is a quarter
         num = sum(int((belongs[name] & torch.ones_like(mask)).sum()) for name, mask in after.items())
         gone = sum(int((belongs[name] & ~mask).sum()) for name, mask in after.items())
-        if pattern != "unstructured":  # single weights of kept units were pruned before
+        if pattern in PATTERNS and pattern != "unstructured":  # single weights of kept units were pruned before
             gone = sum(int((belongs[name] & ~mask).sum()) - int((belongs[name] & ~before[name] & ~mask).sum())
                        for name, mask in after.items())
             num = sum(int((belongs[name] & before[name]).sum()) for name in after)
         found[f"{criterion}/{pattern}/{scope}"] = {
-            "sha256": digest.hexdigest(), "sparsity": gone / num, "wanted": 0.55, "tolerance": tolerance,
+            "sha256": digest.hexdigest(), "sparsity": gone / num, "wanted": wanted, "tolerance": tolerance,
             "num_revived": sum(int((mask & ~before[name]).sum()) for name, mask in after.items())}
     return found
 
