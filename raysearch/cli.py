@@ -98,6 +98,7 @@ def prune(
     criterion: str = "magnitude",
     pattern: Annotated[str, typer.Option(help="unstructured, head, or N:M such as 2:4.")] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
+    budget: Annotated[str, typer.Option(help="Of each layer, under scope layer or row: uniform or erdos_renyi.")] = "uniform",
     mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,
     initial_sparsity: float = 0.0,

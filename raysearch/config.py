@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
+Budget = Literal["uniform", "erdos_renyi"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -109,6 +110,9 @@ class TrialConfig(Frozen):
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
     scope: Scope = "global"
     """Comparison group of the scores."""
+    budget: Budget = "uniform"
+    """What each layer gives up, where weights are compared within a layer or a row; under scope global the scores say it.
+    `erdos_renyi`: large matrices give up more."""
     mask_interval_steps: int = Field(10, ge=1)
     """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
     l1_lambda: float = Field(0.0, ge=0)
@@ -142,6 +146,7 @@ class Action(Frozen):
     criterion: str = "magnitude"
     pattern: str = "unstructured"
     scope: Scope = "global"
+    budget: Budget = "uniform"
     mask_interval_steps: int = 0
     """0 where masks do not change while it fine-tunes."""
     sparsity: float | None = None

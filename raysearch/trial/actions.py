@@ -4,8 +4,29 @@ from collections.abc import Sequence
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
-from raysearch.pruning.patterns import n_of_m
+from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.schedules import resolve_schedule
+
+
+def _check_method(method: TrialConfig | Action) -> NOfM | None:
+    """ValueError for a criterion, a pattern and a scope that do not go together; the pattern's N:M."""
+    criterion, pattern, scope = method.criterion, method.pattern, method.scope
+    if criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
+    group = n_of_m(pattern)
+    if group is not None and (method.threshold is not None or scope != "global"):
+        raise ValueError(f"pattern {pattern} compares the weights of each {group.size}, so scope stays global and a threshold "
+                         f"does not go with it, got scope {scope} and threshold {method.threshold}")
+    if group is None and pattern != "unstructured" and (scope == "row" or method.threshold_unit == "std"):
+        raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
+                         f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
+    if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
+        raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
+                         f"scope layer or row, got {pattern} and {scope}")
+    if CRITERIA[criterion].is_gradual and method.threshold is not None:
+        raise ValueError(f"criterion {criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
+                         f"threshold {method.threshold:g}")
+    return group
 
 
 def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int, where: str) -> None:
@@ -13,18 +34,17 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
     batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
     for number, action in enumerate(actions, start=1):
         try:
-            group = n_of_m(action.pattern)
+            group = _check_method(action)
         except ValueError as error:
             raise ValueError(f"{where}, action {number}: {error}") from error
-        is_gradual = action.criterion in CRITERIA and CRITERIA[action.criterion].is_gradual
+        is_gradual = CRITERIA[action.criterion].is_gradual
         rules = (
-            (action.criterion in CRITERIA, f"criterion must be one of {', '.join(CRITERIA)}, got {action.criterion!r}"),
-            (group is None or (action.sparsity is not None and action.sparsity <= group.sparsity and action.scope == "global"),
-             f"pattern {action.pattern} needs a sparsity up to its own, {group and group.sparsity}, and scope global"),
             ((action.sparsity is None) != (action.threshold is None),
              f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
             (action.sparsity is None or 0 <= action.sparsity < 1,
              f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
+            (group is None or (action.sparsity or 0) <= group.sparsity,
+             f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
             (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
              f"finetune_tokens must be a multiple of batch_tokens = {batch_tokens}, got {action.finetune_tokens}"),
             (action.data_start_tokens >= 0 and action.data_start_tokens % context_tokens == 0,
@@ -46,14 +66,9 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
-    if config.criterion not in CRITERIA:
-        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {config.criterion!r}")
-    group, target_sparsity = n_of_m(config.pattern), config.target_sparsity
+    group, target_sparsity = _check_method(config), config.target_sparsity
     if group is not None and config.rate is None and target_sparsity is None:
         target_sparsity = group.sparsity
-    if group is not None and (config.threshold is not None or config.scope != "global"):
-        raise ValueError(f"pattern {config.pattern} compares the weights of each {group.size}, so scope stays global and a "
-                         f"threshold does not go with it, got scope {config.scope} and threshold {config.threshold}")
     if group is not None and (target_sparsity is None or round(target_sparsity, 12) != group.sparsity):
         raise ValueError(f"pattern {config.pattern} ends at sparsity {group.sparsity:g}, so target_sparsity must be that, or "
                          f"absent without a rate, got {target_sparsity}")
@@ -69,12 +84,6 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if is_gradual and not num_steps:
         raise ValueError(f"criterion {config.criterion} prunes during fine-tuning, so finetune_epochs must be above 0 with it, "
                          "got 0")
-    if is_gradual and config.threshold is not None:
-        raise ValueError(f"criterion {config.criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
-                         f"threshold {config.threshold:g}")
-    if group is None and config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
-        raise ValueError(f"pattern {config.pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
-                         f"threshold_unit std do not go with it, got {config.scope} and {config.threshold_unit}")
     if config.threshold is not None:
         num_rounds = config.num_rounds or 1
         if config.schedule == "one_shot" and num_rounds > 1:
@@ -85,7 +94,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
             config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
-    fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
     if is_gradual:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if num_steps:

@@ -15,7 +15,7 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
-from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
 from raysearch.pruning.selection import SCORES, Passes, group_masks, keep_masks, reserved, row_masks, threshold_masks
@@ -95,7 +95,7 @@ class Pruner:
         rank, world_size = engine.shard_rank
         if self.n_of_m is not None:
             num_kept, size = self.n_of_m
-            stays = self._row_masks(scores, lambda rows: group_masks(rows, num_kept, size))
+            stays = self._row_masks(scores, lambda rows, _: group_masks(rows, num_kept, size))
             if sparsity >= self.n_of_m.sparsity:
                 return stays
             # on the way there: the lowest of those that are to go
@@ -108,20 +108,29 @@ class Pruner:
                 num_prune = min(num_prune, int(engine.all_reduce(goes)))
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
+        of_layer = self._layer_sparsities(sparsity)
         if action.scope == "row":
-            return self._row_masks(scores, lambda rows: row_masks(rows, num_to_prune(sparsity, rows.shape[1])))
+            return self._row_masks(scores, lambda rows, name: row_masks(rows, num_to_prune(of_layer[name], rows.shape[1])))
         parts: dict[str, Tensor] = {}
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
             score = here.get(prunable.name, torch.empty(0, device=engine.device))
-            num_prune = num_to_prune(sparsity, math.prod(prunable.shape))
+            num_prune = num_to_prune(of_layer[prunable.name], math.prod(prunable.shape))
             (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
                                                  world_size=world_size, passes=passes)
         return [parts[shard.name] for shard in shards]
 
-    def _row_masks(self, scores: Sequence[Tensor], masks_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """`masks_of` the scores [O, K] of each prunable matrix, one gathered after the other: a row may lie on several
-        ranks."""
+    def _layer_sparsities(self, sparsity: float) -> dict[str, float]:
+        """The share of each prunable matrix, of which the parts of a layer's experts are one."""
+        prunables = self.engine.prunables
+        if self.action.budget == "uniform":
+            return {p.name: sparsity for p in prunables}
+        shapes, sizes = [(p.shape[-2], p.shape[-1]) for p in prunables], [math.prod(p.shape) for p in prunables]
+        return dict(zip((p.name for p in prunables), erdos_renyi(shapes, sizes, sparsity), strict=True))
+
+    def _row_masks(self, scores: Sequence[Tensor], masks_of: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
+        """`masks_of` the scores [O, K], and the name, of each prunable matrix, one gathered after the other: a row may lie on
+        several ranks."""
         here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
         parts: dict[str, Tensor] = {}
         for prunable in self.engine.prunables:
@@ -129,7 +138,7 @@ class Pruner:
             shard, score = here.get(prunable.name, (None, whole[:0]))
             if shard is not None:
                 whole[shard.start:shard.start + len(score)] = score
-            mask = masks_of(prunable.rows(self.engine.all_reduce(whole)))
+            mask = masks_of(prunable.rows(self.engine.all_reduce(whole)), prunable.name)
             if shard is not None:
                 parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
         return [parts[shard.name] for shard in self.engine.prunable_shards]

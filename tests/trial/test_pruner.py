@@ -3,6 +3,7 @@ against three nested loops; heads against a model whose heads were cut by hand."
 
 import functools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -131,6 +132,14 @@ def test_scopes_cut_where_they_say(worker: Worker) -> None:
         values = by_layer(scope).layer_sparsity.values()
         assert max(values) - min(values) < spread, scope
     assert max(by_layer("global").layer_sparsity.values()) - min(by_layer("global").layer_sparsity.values()) > 0.001
+    for scope in ("layer", "row"):
+        record = run_round(worker, dense_round(worker), Action(sparsity=0.35, scope=scope, budget="erdos_renyi"))
+        of_layer = record.layer_sparsity
+        density = {name: (1 - of_layer[name]) * math.prod(p.shape) / sum(p.shape)  # eps, of all but those that stay dense
+                   for p in worker.engine.prunables for name in [p.name] if of_layer[name] > 0}
+        assert max(density.values()) / min(density.values()) < 1.05, scope  # rows round
+        assert record.sparsity == pytest.approx(0.35, abs=0.01)
+        assert max(of_layer.values()) - min(of_layer.values()) > 0.2
     load_candidate(worker, by_layer("row"))
     weight = worker.engine.gather("transformer.h.0.mlp.c_fc.weight")  # Conv1D keeps [inputs, outputs]
     zeros = (weight == 0).sum(0)
