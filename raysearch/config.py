@@ -115,6 +115,9 @@ class TrialConfig(Frozen):
     `erdos_renyi`: large matrices give up more."""
     mask_interval_steps: int = Field(10, ge=1)
     """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
+    calibration_sequences: int = Field(128, ge=1)
+    """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
+    `sparsegpt`) looks at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
     finetune_epochs: float = Field(0.0, ge=0)
@@ -153,13 +156,15 @@ class Action(Frozen):
     """Fraction of the pattern's weights that is pruned at the end of the round; None in threshold mode."""
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
+    calibration_sequences: int = 0
+    """0 where the criterion looks at weights alone."""
     l1_lambda: float = 0.0
     learning_rate: float = 0.0
     finetune_tokens: int = 0
     data_start_tokens: int = 0
     """Where in the endless stream of shuffled epochs this round's fine-tuning begins."""
     seed: int = 0
-    """Seed of the data order; 0 where nothing is fine-tuned."""
+    """Seed of the data order; 0 where nothing is read."""
 
 
 class Unhashed:

@@ -372,9 +372,12 @@ class Engine:
 
     def mean(self, value: Tensor) -> float:
         """Mean over the ranks of one number."""
-        value = value.detach().float().to(self.device)
-        dist.all_reduce(value)
-        return float(value) / self.world_size
+        return float(self.sum_over_ranks(value.detach().float().to(self.device))) / self.world_size
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Of what each rank computed from sequences of its own; in place."""
+        dist.all_reduce(tensor)
+        return tensor
 
     def from_rank_0(self, compute: Callable[[], T]) -> T:
         """What `compute` returns on rank 0, on every rank; when it raises there, every rank raises."""

@@ -6,10 +6,11 @@ from raysearch.config import Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.schedules import resolve_schedule
+from raysearch.pruning.sparsegpt import WIDTH
 
 
-def _check_method(method: TrialConfig | Action) -> NOfM | None:
-    """ValueError for a criterion, a pattern and a scope that do not go together; the pattern's N:M."""
+def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
+    """ValueError for a criterion, a pattern and a scope that do not go together, or not with the study; the pattern's N:M."""
     criterion, pattern, scope = method.criterion, method.pattern, method.scope
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
@@ -23,6 +24,18 @@ def _check_method(method: TrialConfig | Action) -> NOfM | None:
     if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
         raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
                          f"scope layer or row, got {pattern} and {scope}")
+    calibrates = CRITERIA[criterion].statistic is not None
+    if calibrates and group is None and (pattern != "unstructured" or scope == "global" or method.threshold is not None):
+        raise ValueError(f"criterion {criterion} prunes block by block, so it needs scope layer or row without a threshold, or "
+                         f"a pattern N:M, got pattern {pattern}, scope {scope} and threshold {method.threshold}")
+    if CRITERIA[criterion].solve is not None and scope == "row":
+        raise ValueError(f"criterion {criterion} compares the weights of all outputs of {WIDTH} inputs, so scope must be "
+                         f"layer, got {scope}")
+    if calibrates and study.model.prunable != "matrices":
+        raise ValueError(f"criterion {criterion} looks at the inputs of a block's matrices, so prunable must be matrices, "
+                         f"got {study.model.prunable}")
+    if calibrates and not num_train_tokens:
+        raise ValueError(f"criterion {criterion} looks at training text, got no corpus")
     if CRITERIA[criterion].is_gradual and method.threshold is not None:
         raise ValueError(f"criterion {criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
                          f"threshold {method.threshold:g}")
@@ -34,10 +47,10 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
     batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
     for number, action in enumerate(actions, start=1):
         try:
-            group = _check_method(action)
+            group = _check_method(action, study, num_train_tokens)
         except ValueError as error:
             raise ValueError(f"{where}, action {number}: {error}") from error
-        is_gradual = CRITERIA[action.criterion].is_gradual
+        is_gradual, calibrates = CRITERIA[action.criterion].is_gradual, CRITERIA[action.criterion].statistic is not None
         rules = (
             ((action.sparsity is None) != (action.threshold is None),
              f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
@@ -45,6 +58,10 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
             (group is None or (action.sparsity or 0) <= group.sparsity,
              f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
+            (not calibrates or action.calibration_sequences > 0,
+             f"criterion {action.criterion} needs calibration_sequences, got {action.calibration_sequences}"),
+            (not (calibrates and group) or action.sparsity == group.sparsity,
+             f"criterion {action.criterion} prunes to pattern {action.pattern} at once, got sparsity {action.sparsity}"),
             (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
              f"finetune_tokens must be a multiple of batch_tokens = {batch_tokens}, got {action.finetune_tokens}"),
             (action.data_start_tokens >= 0 and action.data_start_tokens % context_tokens == 0,
@@ -66,7 +83,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
-    group, target_sparsity = _check_method(config), config.target_sparsity
+    group, target_sparsity = _check_method(config, study, num_train_tokens), config.target_sparsity
     if group is not None and config.rate is None and target_sparsity is None:
         target_sparsity = group.sparsity
     if group is not None and (target_sparsity is None or round(target_sparsity, 12) != group.sparsity):
@@ -94,9 +111,15 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
             config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
+    calibrates = CRITERIA[config.criterion].statistic is not None
+    if calibrates and group is not None and len(cuts) > 1:
+        raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
+                         f"one_shot, got {config.schedule} of {len(cuts)} rounds")
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
     if is_gradual:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
+    if calibrates:
+        fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}
     tokens = num_steps * study.training.batch_tokens

@@ -7,7 +7,7 @@ shows.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
+from raysearch.models.model import Prunable
 from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
 from raysearch.pruning.selection import SCORES, Passes, group_masks, keep_masks, reserved, row_masks, threshold_masks
+from raysearch.training.calibration import Statistic, stream
+from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
 
 Masks = list[Tensor | None]
@@ -28,8 +31,8 @@ Masks = list[Tensor | None]
 class Pruner:
     """Of one round: `begin` before it trains, `after_step` in it, `end` behind it. Collective."""
 
-    def __init__(self, engine: Engine, action: Action, num_steps: int) -> None:
-        self.engine, self.action, self.num_steps = engine, action, num_steps
+    def __init__(self, engine: Engine, action: Action, num_steps: int, text: Blocks | None = None) -> None:
+        self.engine, self.action, self.num_steps, self.text = engine, action, num_steps, text
         self.criterion = CRITERIA[action.criterion]
         self.n_of_m = n_of_m(action.pattern)
         find_units = PATTERNS.get(action.pattern)
@@ -38,6 +41,9 @@ class Pruner:
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        if self.criterion.statistic is not None:
+            self._prune_block_by_block(self.criterion.statistic)
+            return
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             return
@@ -94,8 +100,7 @@ class Pruner:
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
         if self.n_of_m is not None:
-            num_kept, size = self.n_of_m
-            stays = self._row_masks(scores, lambda rows, _: group_masks(rows, num_kept, size))
+            stays = self._row_masks(scores, sparsity)
             if sparsity >= self.n_of_m.sparsity:
                 return stays
             # on the way there: the lowest of those that are to go
@@ -108,9 +113,9 @@ class Pruner:
                 num_prune = min(num_prune, int(engine.all_reduce(goes)))
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
-        of_layer = self._layer_sparsities(sparsity)
         if action.scope == "row":
-            return self._row_masks(scores, lambda rows, name: row_masks(rows, num_to_prune(of_layer[name], rows.shape[1])))
+            return self._row_masks(scores, sparsity)
+        of_layer = self._layer_sparsities(sparsity)
         parts: dict[str, Tensor] = {}
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
@@ -128,9 +133,56 @@ class Pruner:
         shapes, sizes = [(p.shape[-2], p.shape[-1]) for p in prunables], [math.prod(p.shape) for p in prunables]
         return dict(zip((p.name for p in prunables), erdos_renyi(shapes, sizes, sparsity), strict=True))
 
-    def _row_masks(self, scores: Sequence[Tensor], masks_of: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
-        """`masks_of` the scores [O, K], and the name, of each prunable matrix, one gathered after the other: a row may lie on
-        several ranks."""
+    def _matrix_mask(self, prunable: Prunable, scores: Tensor, sparsity: float) -> Tensor:
+        """Of the scores [O, K] of a whole matrix that gives up `sparsity`; the highest of each group, row, or of all stay."""
+        if self.n_of_m is not None:
+            return group_masks(scores, *self.n_of_m)
+        if self.action.scope == "row":
+            return row_masks(scores, num_to_prune(sparsity, scores.shape[1]))
+        flat = prunable.stored(scores)[None]
+        return prunable.rows(row_masks(flat, num_to_prune(sparsity, scores.numel())))
+
+    def _prune_block_by_block(self, statistic: Statistic) -> None:
+        """Each matrix by the inputs that it has behind the pruned blocks before it."""
+        engine, sparsity, text = self.engine, self.action.sparsity, self.text
+        assert sparsity is not None
+        assert text is not None
+        number = self.action.calibration_sequences
+        per_rank = -(-number // engine.world_size)
+        first = engine.rank * per_rank
+        tokens = text.stream(first, per_rank, self.action.seed).to(engine.device)
+        is_counted = [first + sequence < number for sequence in range(per_rank)]
+        of_layer = self._layer_sparsities(sparsity)
+        prunables = {p.name: p for p in engine.prunables}
+        for sums in stream(engine.model, tokens, is_counted, list(prunables), statistic):
+            masks = engine.masks()
+            for name, total in sums.items():
+                prunable = prunables[name]
+                weights = prunable.rows(engine.gather(name))
+                weights, mask = self._pruned(prunable, weights, engine.sum_over_ranks(total), of_layer[name])
+                for index, shard in enumerate(engine.shards):
+                    if shard.name == name:
+                        here = slice(shard.start, shard.start + shard.values.numel())
+                        shard.values.copy_(prunable.stored(weights)[here])
+                        masks[index] = prunable.stored(mask)[here]
+            engine.set_masks(masks)
+
+    def _pruned(self, prunable: Prunable, weights: Tensor, statistic: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
+        """(weights, mask) of a whole matrix [O, K]."""
+        if self.criterion.solve is not None:  # of a part of the inputs, which is compared by itself
+            def masks_of(scores: Tensor) -> Tensor:
+                if self.n_of_m is not None:
+                    return group_masks(scores, *self.n_of_m)
+                return row_masks(scores.reshape(1, -1), num_to_prune(sparsity, scores.numel())).view(scores.shape)
+
+            return self.criterion.solve(weights, statistic, masks_of, self.n_of_m.size if self.n_of_m else 0)
+        assert self.criterion.scores is not None
+        scores = self.criterion.scores(weights, statistic).masked_fill(weights == 0, -math.inf)
+        return weights, self._matrix_mask(prunable, scores, sparsity)
+
+    def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+        """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
+        of_layer = self._layer_sparsities(sparsity)
         here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
         parts: dict[str, Tensor] = {}
         for prunable in self.engine.prunables:
@@ -138,7 +190,7 @@ class Pruner:
             shard, score = here.get(prunable.name, (None, whole[:0]))
             if shard is not None:
                 whole[shard.start:shard.start + len(score)] = score
-            mask = masks_of(prunable.rows(self.engine.all_reduce(whole)), prunable.name)
+            mask = self._matrix_mask(prunable, prunable.rows(self.engine.all_reduce(whole)), of_layer[prunable.name])
             if shard is not None:
                 parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
         return [parts[shard.name] for shard in self.engine.prunable_shards]
@@ -225,6 +277,7 @@ class Pruner:
         """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
         latents = shard.of(self.engine.optimizer.latents)
         weights = shard.values if latents is None else shard.values + latents
+        assert self.criterion.scores is not None
         return self.criterion.scores(weights, shard.of(self.engine.optimizer.gathered))
 
     def _kept(self) -> tuple[int, int]:

@@ -174,7 +174,7 @@ def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float |
     load_candidate(worker, parent)
     worker.loaded_key = None
     engine, times = worker.engine, [time.perf_counter()]
-    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens)
+    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
     engine.restart(action.l1_lambda)
     pruner.begin()
     times.append(time.perf_counter())

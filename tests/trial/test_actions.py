@@ -38,13 +38,18 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
-    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, movement, got 'lu"),
+    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, .*'luck'"),
     ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
     ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "follows a path of .*threshold 0.5"),
     ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, or N:M with N below M.*got '4:4'"),
     ({"target_sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, so target_sparsity must be that.*got 0.6"),
     ({"schedule": "constant", "rate": 0.1, "num_rounds": 2, "pattern": "1:4"}, "pattern 1:4 ends at sparsity 0.75.*got None"),
     ({"threshold": 0.1, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4.*threshold 0.1"),
+    ({"target_sparsity": 0.5, "criterion": "wanda"}, "criterion wanda prunes block by block, so it needs scope layer or row"),
+    ({"threshold": 0.5, "criterion": "ria"}, "criterion ria prunes block by block, .*threshold 0.5"),
+    ({"target_sparsity": 0.5, "criterion": "ria", "pattern": "head", "scope": "layer"}, "criterion ria prunes block by block"),
+    ({"target_sparsity": 0.5, "criterion": "sparsegpt", "scope": "row"}, "criterion sparsegpt .*must be layer, got row"),
+    ({"criterion": "wanda", "pattern": "2:4", "schedule": "linear", "num_rounds": 2}, "prunes to pattern 2:4 at once, so its"),
     ({"target_sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among .*and global"),
     ({"target_sparsity": 0.5, "budget": "erdos_renyi", "scope": "layer", "pattern": "head"}, "budget erdos_renyi .*got head"),
     ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
@@ -84,6 +89,8 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, got 0.6"),
     ({"sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among layers, so it needs"),
     ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4"),
+    ({"sparsity": 0.5, "criterion": "wanda", "scope": "row"}, "criterion wanda needs calibration_sequences, got 0"),
+    ({"sparsity": 0.4, "criterion": "ria", "pattern": "2:4", "calibration_sequences": 2}, "criterion ria prunes to pattern"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
@@ -94,6 +101,18 @@ def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dic
     check_actions([good], study, 10**6, "line 1")
     with pytest.raises(ValueError, match=f"line 1, action 2: {sentence}"):
         check_actions([good, Action(**fields)], study, 10**6, "line 1")
+
+
+def test_calibration_needs_text_and_matrices(study: Study) -> None:
+    config = TrialConfig(criterion="wanda", scope="row", target_sparsity=0.5, calibration_sequences=8)
+    (action,) = resolve_actions(config, study.replaced(seed=3), 10**6)
+    assert (action.calibration_sequences, action.seed) == (8, 3)
+    (magnitude,) = resolve_actions(config.model_copy(update={"criterion": "magnitude"}), study.replaced(seed=3), 10**6)
+    assert (magnitude.calibration_sequences, magnitude.seed) == (0, 0)
+    with pytest.raises(ValueError, match="criterion wanda looks at training text, got no corpus"):
+        resolve_actions(config, study, 0)
+    with pytest.raises(ValueError, match="criterion wanda looks at the inputs of a block's matrices, so prunable must be matr"):
+        resolve_actions(config, study.replaced(prunable="all"), 10**6)
 
 
 def test_actions_that_train_need_text(study: Study) -> None:
