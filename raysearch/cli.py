@@ -109,6 +109,8 @@ def prune(
     threshold: Annotated[float | None, typer.Option(help="Magnitude below which weights are pruned.")] = None,
     threshold_unit: Annotated[str, typer.Option(help="absolute or std.")] = "absolute",
     l1_lambda: float = 0.0,
+    distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     finetune_epochs: float = 0.0,
     learning_rate: float = 3e-4,
     prunable: Annotated[str, typer.Option(help="matrices, or all to add the embeddings.")] = "matrices",

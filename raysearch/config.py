@@ -120,6 +120,10 @@ class TrialConfig(Frozen):
     `sparsegpt`) looks at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
+    distill_alpha: float = Field(0.0, ge=0, le=1)
+    """Share of the dense model's logits in the loss of fine-tuning: (1 - alpha) CE + alpha temperature^2 KL."""
+    temperature: float = Field(1.0, gt=0)
+    """What both models' logits are divided by for the KL; without meaning where `distill_alpha` is 0."""
     finetune_epochs: float = Field(0.0, ge=0)
     """Epochs of fine-tuning after each prune."""
     learning_rate: float = Field(3e-4, gt=0)
@@ -159,6 +163,8 @@ class Action(Frozen):
     calibration_sequences: int = 0
     """0 where the criterion looks at weights alone."""
     l1_lambda: float = 0.0
+    distill_alpha: float = 0.0
+    temperature: float = 1.0
     learning_rate: float = 0.0
     finetune_tokens: int = 0
     data_start_tokens: int = 0

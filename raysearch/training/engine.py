@@ -118,10 +118,14 @@ class Engine:
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size
         self.micro_sequences = (micro_batch_tokens or batch_tokens // self.world_size) // context_tokens
 
-        def load() -> PreTrainedModel:
+        def load_dense() -> PreTrainedModel:
             model = load_model(model_path, getattr(torch, dtype))
             if dtype == "bfloat16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 multiply_in_fp32(model)
+            return model
+
+        def load() -> PreTrainedModel:
+            model = load_dense()
             take_loss(model, compiled, is_partitioned=zero_stage == 3)
             self.prunables: list[Prunable] = prunable_parameters(model, prunable)
             self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
@@ -150,6 +154,8 @@ class Engine:
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
+        self._dense = functools.cache(lambda: self._layout.frozen(load_dense))
+        self._distillation: tuple[Tensor, Tensor] | None = None
         self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
@@ -342,10 +348,13 @@ class Engine:
         self.set_masks(self._dense_masks())
         return step
 
-    def restart(self, l1_lambda: float) -> None:
-        """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are."""
+    def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0) -> None:
+        """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are. With an alpha above
+        0 the steps to come also follow the dense model's logits (loss.Teacher)."""
         self.optimizer.restart()
         self.optimizer.l1_lambda = l1_lambda
+        self._distillation = (torch.tensor(distill_alpha, device=self.device),
+                              torch.tensor(temperature, device=self.device)) if distill_alpha else None
 
     def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
         """One optimizer step on this rank's `tokens` [sequences, context], `micro_sequences` at a time, whose gradients are
@@ -355,8 +364,15 @@ class Engine:
             group["lr"] = learning_rate
         if self.device.type == "cuda":  # copied while the step before computes
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return self._layout.train_step([functools.partial(self._layout.forward, input_ids=part, loss=loss)
-                                        for part in tokens.split(self.micro_sequences)])
+        parts = tokens.split(self.micro_sequences)
+        return self._layout.train_step([functools.partial(self._loss, part, loss) for part in parts])
+
+    def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
+        if self._distillation is None:
+            return self._layout.forward(input_ids=tokens, loss=loss)
+        with torch.no_grad():
+            logits = self._dense()(input_ids=tokens, use_cache=False).logits
+        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(logits, *self._distillation))
 
     def halve_micro_batch(self) -> int | None:
         """After memory ran out in a step: half as many sequences at a time from now on, or as divide the rank's; how many, and

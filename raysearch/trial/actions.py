@@ -72,6 +72,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
              "mask_interval_steps"),
             (min(action.l1_lambda, action.learning_rate) >= 0, "l1_lambda and learning_rate must be at least 0"),
+            (0 <= action.distill_alpha <= 1 and action.temperature > 0,
+             f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
         for holds, rule in rules:
             if not holds:
@@ -95,9 +97,10 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    if config.l1_lambda and not num_steps:
-        raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
-                         f"{config.l1_lambda:g} and finetune_epochs 0")
+    for field in ("l1_lambda", "distill_alpha"):
+        if (value := getattr(config, field)) and not num_steps:
+            raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
+                             f"{value:g} and finetune_epochs 0")
     if is_gradual and not num_steps:
         raise ValueError(f"criterion {config.criterion} prunes during fine-tuning, so finetune_epochs must be above 0 with it, "
                          "got 0")
@@ -122,6 +125,8 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}
+    if config.distill_alpha:
+        fixed |= {"distill_alpha": config.distill_alpha, "temperature": config.temperature}
     tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))

@@ -11,7 +11,7 @@ def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
     by_rate = resolve_actions(TrialConfig(schedule="constant", rate=0.2, num_rounds=3), study, 10**6)
     by_target = resolve_actions(TrialConfig(schedule="exponential", target_sparsity=1 - 0.8**3, num_rounds=3), study, 10**6)
     assert by_rate == by_target
-    untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0)
+    untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0, temperature=3.0)
     assert resolve_actions(untouched, study, 10**6) == resolve_actions(TrialConfig(target_sparsity=0.5), study, 10**6)
 
 
@@ -35,6 +35,7 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({"target_sparsity": 0.5, "finetune_epochs": 0.01}, "finetune_epochs must be 0 or make at least one step of 256 tokens"),
     ({"target_sparsity": 0.5, "l1_lambda": 0.1}, "l1_lambda acts during fine-tuning"),
+    ({"target_sparsity": 0.5, "distill_alpha": 0.1}, "distill_alpha acts during fine-tuning, .*got distill_alpha 0.1"),
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
@@ -91,6 +92,7 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4"),
     ({"sparsity": 0.5, "criterion": "wanda", "scope": "row"}, "criterion wanda needs calibration_sequences, got 0"),
     ({"sparsity": 0.4, "criterion": "ria", "pattern": "2:4", "calibration_sequences": 2}, "criterion ria prunes to pattern"),
+    ({"sparsity": 0.5, "distill_alpha": 1.1}, "distill_alpha must be 0 to 1 and temperature above 0, got 1.1 and 1.0"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),

@@ -136,6 +136,25 @@ def test_sparsegpt_is_the_same_for_every_stage_and_world_size(measured: dict) ->
                 assert far.float().mean() < 0.01, (name, parameter)
 
 
+def test_distillation_follows_the_dense_model(measured: dict, tiny_model: Path) -> None:
+    """By hand, with a half of each layer pruned; and the dense model has nothing to learn from itself."""
+    dense, model = (AutoModelForCausalLM.from_pretrained(tiny_model) for _ in range(2))
+    for name, p in model.named_parameters():
+        if ".h." in name and p.ndim == 2:
+            p.data[p.abs() <= p.abs().flatten().kthvalue(p.numel() // 2).values] = 0
+    tokens = next(batches())
+    found, wanted = ((each(input_ids=tokens).logits[:, :-1] / 2).log_softmax(-1) for each in (model, dense))
+    apart = 4 * (wanted.exp() * (wanted - found)).sum(-1).mean()
+    loss = 0.4 * model(input_ids=tokens, labels=tokens).loss + 0.6 * apart
+    cases = [case["distilled"] for by_stage in measured.values() for case in by_stage.values()]
+    for case in cases:
+        assert case["losses"][0] == pytest.approx(loss.item(), rel=1e-4)
+        assert case["losses"] == pytest.approx(cases[0]["losses"], rel=1e-3)
+        assert case["losses"][2] < case["losses"][0]
+        assert case["of_itself"] == pytest.approx(0, abs=1e-6)
+        assert case["num_revived"] == 0
+
+
 def test_latents_come_back(measured: dict) -> None:
     for by_stage in measured.values():
         for case in by_stage.values():
@@ -371,6 +390,23 @@ def calibrated_rounds(engine: Any, criterion: str) -> dict[str, Any]:
     return found
 
 
+def distilled_round(engine: Any) -> dict[str, Any]:
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    tokens = next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+    engine.load_base()
+    engine.restart(0.0, distill_alpha=1.0, temperature=1.0)
+    of_itself = engine.mean(engine.train_step(tokens, 0.0))
+    Pruner(engine, Action(sparsity=0.5, scope="layer"), 0).begin()
+    masks = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+    engine.restart(0.0, distill_alpha=0.6, temperature=2.0)
+    losses = [engine.mean(engine.train_step(tokens, 3e-3)) for _ in range(3)]
+    num_revived = sum(int((engine.gather(name)[~mask] != 0).sum()) for name, mask in masks.items())
+    engine.restart(0.0)
+    return {"losses": losses, "of_itself": of_itself, "num_revived": num_revived}
+
+
 def gradual_round(engine: Any, criterion: str) -> dict[str, Any]:
     import deepspeed
 
@@ -455,6 +491,7 @@ def main(model: str) -> dict[str, Any]:
         engine = Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128, context_tokens=32,
                         weight_decay=0.0)
         measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
+                           "distilled": distilled_round(engine),
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*CALIBRATED, "sparsegpt")},
                            **{criterion: gradual_round(engine, criterion) for criterion in ("movement", "gradual_magnitude")}}
     return measured
