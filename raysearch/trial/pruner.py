@@ -15,14 +15,13 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
-from raysearch.models.model import Prunable
-from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
-from raysearch.pruning.selection import SCORES, Passes, group_masks, keep_masks, reserved, row_masks, threshold_masks
-from raysearch.training.calibration import Statistic, stream
+from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
+from raysearch.trial.matrices import layer_sparsities, matrix_mask, prune_block_by_block
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -42,7 +41,8 @@ class Pruner:
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
         if self.criterion.statistic is not None:
-            self._prune_block_by_block(self.criterion.statistic)
+            assert self.text is not None
+            prune_block_by_block(self.engine, self.action, self.text)
             return
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
@@ -115,7 +115,7 @@ class Pruner:
                               world_size=world_size, passes=passes)
         if action.scope == "row":
             return self._row_masks(scores, sparsity)
-        of_layer = self._layer_sparsities(sparsity)
+        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
         parts: dict[str, Tensor] = {}
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
@@ -125,64 +125,9 @@ class Pruner:
                                                  world_size=world_size, passes=passes)
         return [parts[shard.name] for shard in shards]
 
-    def _layer_sparsities(self, sparsity: float) -> dict[str, float]:
-        """The share of each prunable matrix, of which the parts of a layer's experts are one."""
-        prunables = self.engine.prunables
-        if self.action.budget == "uniform":
-            return {p.name: sparsity for p in prunables}
-        shapes, sizes = [(p.shape[-2], p.shape[-1]) for p in prunables], [math.prod(p.shape) for p in prunables]
-        return dict(zip((p.name for p in prunables), erdos_renyi(shapes, sizes, sparsity), strict=True))
-
-    def _matrix_mask(self, prunable: Prunable, scores: Tensor, sparsity: float) -> Tensor:
-        """Of the scores [O, K] of a whole matrix that gives up `sparsity`; the highest of each group, row, or of all stay."""
-        if self.n_of_m is not None:
-            return group_masks(scores, *self.n_of_m)
-        if self.action.scope == "row":
-            return row_masks(scores, num_to_prune(sparsity, scores.shape[1]))
-        flat = prunable.stored(scores)[None]
-        return prunable.rows(row_masks(flat, num_to_prune(sparsity, scores.numel())))
-
-    def _prune_block_by_block(self, statistic: Statistic) -> None:
-        """Each matrix by the inputs that it has behind the pruned blocks before it."""
-        engine, sparsity, text = self.engine, self.action.sparsity, self.text
-        assert sparsity is not None
-        assert text is not None
-        number = self.action.calibration_sequences
-        per_rank = -(-number // engine.world_size)
-        first = engine.rank * per_rank
-        tokens = text.stream(first, per_rank, self.action.seed).to(engine.device)
-        is_counted = [first + sequence < number for sequence in range(per_rank)]
-        of_layer = self._layer_sparsities(sparsity)
-        prunables = {p.name: p for p in engine.prunables}
-        for sums in stream(engine.model, tokens, is_counted, list(prunables), statistic):
-            masks = engine.masks()
-            for name, total in sums.items():
-                prunable = prunables[name]
-                weights = prunable.rows(engine.gather(name))
-                weights, mask = self._pruned(prunable, weights, engine.sum_over_ranks(total), of_layer[name])
-                for index, shard in enumerate(engine.shards):
-                    if shard.name == name:
-                        here = slice(shard.start, shard.start + shard.values.numel())
-                        shard.values.copy_(prunable.stored(weights)[here])
-                        masks[index] = prunable.stored(mask)[here]
-            engine.set_masks(masks)
-
-    def _pruned(self, prunable: Prunable, weights: Tensor, statistic: Tensor, sparsity: float) -> tuple[Tensor, Tensor]:
-        """(weights, mask) of a whole matrix [O, K]."""
-        if self.criterion.solve is not None:  # of a part of the inputs, which is compared by itself
-            def masks_of(scores: Tensor) -> Tensor:
-                if self.n_of_m is not None:
-                    return group_masks(scores, *self.n_of_m)
-                return row_masks(scores.reshape(1, -1), num_to_prune(sparsity, scores.numel())).view(scores.shape)
-
-            return self.criterion.solve(weights, statistic, masks_of, self.n_of_m.size if self.n_of_m else 0)
-        assert self.criterion.scores is not None
-        scores = self.criterion.scores(weights, statistic).masked_fill(weights == 0, -math.inf)
-        return weights, self._matrix_mask(prunable, scores, sparsity)
-
     def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
-        of_layer = self._layer_sparsities(sparsity)
+        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
         here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
         parts: dict[str, Tensor] = {}
         for prunable in self.engine.prunables:
@@ -190,7 +135,8 @@ class Pruner:
             shard, score = here.get(prunable.name, (None, whole[:0]))
             if shard is not None:
                 whole[shard.start:shard.start + len(score)] = score
-            mask = self._matrix_mask(prunable, prunable.rows(self.engine.all_reduce(whole)), of_layer[prunable.name])
+            rows = prunable.rows(self.engine.all_reduce(whole))
+            mask = matrix_mask(rows, self.action.scope, self.n_of_m, of_layer[prunable.name])
             if shard is not None:
                 parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
         return [parts[shard.name] for shard in self.engine.prunable_shards]
