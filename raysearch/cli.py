@@ -100,6 +100,7 @@ def prune(
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
     budget: Annotated[str, typer.Option(help="Of each layer, under scope layer or row: uniform or erdos_renyi.")] = "uniform",
     mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
+    mask_decay: Annotated[float, typer.Option(help="Of what criterion sr_ste has masked.")] = 2e-4,
     calibration_sequences: Annotated[int, typer.Option(help="Of training text, for a criterion that looks at inputs.")] = 128,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,
     initial_sparsity: float = 0.0,

@@ -103,8 +103,8 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude` and `movement` prune while
-    they fine-tune."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement`
+    prune while they fine-tune."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
@@ -115,6 +115,9 @@ class TrialConfig(Frozen):
     `erdos_renyi`: large matrices give up more."""
     mask_interval_steps: int = Field(10, ge=1)
     """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
+    mask_decay: float = Field(2e-4, ge=0)
+    """What criterion `sr_ste` adds to the gradient of what is masked, times its value; it rises from 0 to this until the last
+    masks are made."""
     calibration_sequences: int = Field(128, ge=1)
     """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
     `sparsegpt`) looks at."""
@@ -160,6 +163,7 @@ class Action(Frozen):
     """Fraction of the pattern's weights that is pruned at the end of the round; None in threshold mode."""
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
+    mask_decay: float = 0.0
     calibration_sequences: int = 0
     """0 where the criterion looks at weights alone."""
     l1_lambda: float = 0.0

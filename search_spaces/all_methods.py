@@ -15,7 +15,7 @@ def space(trial):
 
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
-        criterion = choice("criterion", "magnitude", "gradual_magnitude", "movement", "wanda", "ria", "sparsegpt")
+        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
@@ -30,7 +30,9 @@ def space(trial):
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
     else:
         fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
-    is_gradual = criterion in ("gradual_magnitude", "movement")
+    is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
+    if criterion == "sr_ste":
+        fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
     if is_gradual:
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:

@@ -26,6 +26,8 @@ class Criterion(NamedTuple):
     before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
     is_gradual: bool = False
     """Prunes *during* its round, along the path from the parent's sparsity to the action's."""
+    trains_pruned: bool = False
+    """What it pruned in the round is trained on, by the gradients of the masked weights, and may come back as it is by then."""
     statistic: Callable[[Tensor], Tensor] | None = None
     """inputs [positions, K] of a linear layer -> what is summed over calibration text, block after block of the model."""
     solve: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], tuple[Tensor, Tensor]] | None = None
@@ -75,6 +77,7 @@ def ria(weights: Tensor, statistic: Tensor | None) -> Tensor:
 CRITERIA = {
     "magnitude": Criterion(magnitude),
     "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
+    "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),
     "wanda": Criterion(wanda, statistic=squares),
     "ria": Criterion(ria, statistic=squares),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Space = Callable[["optuna.Trial"], dict[str, Any]]
 NUM_PROPOSALS = 500
-LATER_FIELDS = ("budget", "calibration_sequences", "distill_alpha", "temperature")
+LATER_FIELDS = ("budget", "calibration_sequences", "distill_alpha", "mask_decay", "temperature")
 """Of a trial's settings, those that studies of this format may have begun without: at their defaults no hash shows them."""
 MAX_SETTLED = 20
 """Distributions of one parameter in those draws; one with more depends on what was drawn before it."""

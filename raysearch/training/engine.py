@@ -246,8 +246,8 @@ class Engine:
         `shards`. Collective.
 
         While masks move (`keep_latents`), a weight that is pruned leaves its value behind, and one that comes back takes it
-        up again, both without moments. Otherwise it is gone. A kept prunable weight that is exactly 0 leaves its mask: the
-        stored bitmap, `sparsity` and the mask are then one.
+        up again, both without moments, unless it was trained meanwhile. Otherwise it is gone. A kept prunable weight that is
+        exactly 0 leaves its mask: the stored bitmap, `sparsity` and the mask are then one.
         """
         before, self.optimizer.masks = self.optimizer.masks, {}
         for master, shards in self._by_master.items():
@@ -268,7 +268,7 @@ class Engine:
             for shard, mask in given:
                 if mask is not None and shard.name in self.prunable_names:
                     shard.part(keep).logical_and_(shard.values != 0)
-            if latent is not None and master in before:
+            if latent is not None and master in before and master not in self.optimizer.trained:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
         self.sync()
@@ -287,12 +287,15 @@ class Engine:
         parts = [shard.of(self.optimizer.masks) for shard in self.shards]
         return [None if part is None else part.bool() for part in parts]
 
-    def keep_latents(self, gather: Gather) -> None:
-        """Until the next `restart` masks may move: `gather` adds up in every step, for the groups that hold prunable weights,
-        and what is pruned is kept behind the mask. 8 bytes a weight."""
+    def keep_latents(self, gather: Gather | None) -> None:
+        """Until the next `restart` masks may move, and what is pruned is kept behind the mask: as it was, while `gather` adds
+        up in every step, for the groups that hold prunable weights, or trained on where there is none. 8 bytes a weight."""
         for master in {shard.master: None for shard in self.prunable_shards}:
-            self.optimizer.gathered[master] = torch.zeros_like(master)
             self.optimizer.latents[master] = torch.zeros_like(master)
+            if gather is None:
+                self.optimizer.trained[master] = self.optimizer.masks[master].clone()
+            else:
+                self.optimizer.gathered[master] = torch.zeros_like(master)
         self.optimizer.gather = gather
 
     @torch.no_grad()

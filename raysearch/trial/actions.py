@@ -71,7 +71,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
             (not is_gradual or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
              f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
              "mask_interval_steps"),
-            (min(action.l1_lambda, action.learning_rate) >= 0, "l1_lambda and learning_rate must be at least 0"),
+            (min(action.l1_lambda, action.learning_rate, action.mask_decay) >= 0,
+             "l1_lambda, learning_rate and mask_decay must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
              f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
@@ -121,6 +122,8 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
     if is_gradual:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
+    if CRITERIA[config.criterion].trains_pruned:
+        fixed |= {"mask_decay": config.mask_decay}
     if calibrates:
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:

@@ -15,7 +15,7 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
-from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
@@ -47,13 +47,15 @@ class Pruner:
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             return
-        if self.criterion.gather is not None:
+        if self.criterion.gather is not None or self.criterion.trains_pruned:
             self.engine.keep_latents(self.criterion.gather)
         kept, total = self._kept()
         self._start = 1 - kept / total
 
     def after_step(self, step: int) -> None:
         """After the engine's step number `step`, counted from 1."""
+        if self.criterion.trains_pruned:
+            self.engine.optimizer.latent_decay = self.action.mask_decay * min(1.0, step / pruning_steps(self.num_steps)[1])
         if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None
@@ -77,7 +79,7 @@ class Pruner:
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
         shards = self.engine.prunable_shards
-        if self.criterion.scores is magnitude and not self._compares_rows:
+        if self.criterion.scores is magnitude and not self.criterion.trains_pruned and not self._compares_rows:
             # selection reads |w| off the weights; a pruned one is 0 and comes first
             values = [shard.values for shard in shards]
             if sparsity is None:

@@ -96,7 +96,8 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
-    ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0}, "l1_lambda and learning_rate must be at least 0"),
+    ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
+     "l1_lambda, learning_rate and mask_decay must be at least 0"),
 ])
 def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:
     good = Action(sparsity=0.3)

@@ -26,10 +26,10 @@ from raysearch.trial.worker import Worker
 
 STAGES = (0, 1, 2, 3)
 COMBINATIONS = [(criterion, pattern, scope)
-                for criterion in ("magnitude", "gradual_magnitude", "movement", "magnitude_times_age")
+                for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement", "magnitude_times_age")
                 for pattern in ("unstructured", "head", "row_pairs") for scope in ("global", "layer", "row")
                 if pattern == "unstructured" or scope != "row"]
-COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "movement")
+COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
 CALIBRATED = ("wanda", "ria")
 CALIBRATION = Blocks(Path("made up"), "")
@@ -75,7 +75,7 @@ def test_sparsity_is_met_and_nothing_pruned_comes_back(measured: dict, criterion
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("criterion", ["movement", "gradual_magnitude"])
+@pytest.mark.parametrize("criterion", ["movement", "gradual_magnitude", "sr_ste"])
 def test_a_gradual_round_is_three_nested_loops(measured: dict, tiny_model: Path, world_size: int, stage: int,
                                                criterion: str) -> None:
     case = measured[world_size][str(stage)][criterion]
@@ -238,7 +238,7 @@ def test_n_of_m_is_met_exactly_and_on_the_way_the_lowest_of_those_go_that_are_to
 
 # ---- by hand: plain torch, one process, no engine ----
 
-STEPS, SPARSITY, INTERVAL, RATE = 10, 0.5, 3, 1e-3
+STEPS, SPARSITY, INTERVAL, RATE, DECAY = 10, 0.5, 3, 1e-3, 1.0
 
 
 def batches() -> Iterator[Tensor]:
@@ -269,24 +269,28 @@ def by_hand(folder: Path, criterion: str) -> tuple[dict[str, Tensor], dict[str, 
         for name, gradient in gradients.items():
             if name in masks:
                 scores[name] -= gradient * full[name]  # straight through the mask, before clipping
-                gradient = gradient * masks[name]
+                gradient = gradient if criterion == "sr_ste" else gradient * masks[name]
             gradient = gradient * clip
+            if criterion == "sr_ste" and name in masks:
+                gradient = gradient + DECAY * min(1.0, (step - 1) / 7) * full[name] * ~masks[name]
             first[name] = 0.9 * first[name] + 0.1 * gradient
             second[name] = 0.95 * second[name] + 0.05 * gradient**2
             update = RATE * (first[name] / (1 - 0.9**step)) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
-            full[name] = torch.where(masks[name], full[name] - update, full[name]) if name in masks else full[name] - update
+            is_held = name in masks and criterion != "sr_ste"
+            full[name] = torch.where(masks[name], full[name] - update, full[name]) if is_held else full[name] - update
         if step in (1, 4, 7):  # 10 % and 70 % of 10 steps, and every third between
             p = (step - 1) / 6
             sparsity = SPARSITY - SPARSITY * (1 - p) ** 3 if step < 7 else SPARSITY
             if criterion == "gradual_magnitude":  # what is pruned is 0, for good
                 full |= {name: full[name] * masks[name] for name in prunable}
+            if criterion != "movement":
                 scores = {name: full[name].abs() for name in prunable}
             flat = torch.cat([scores[name].flatten() for name in prunable])
             keep = torch.ones(total, dtype=torch.bool)
             keep[flat.argsort(stable=True)[:int(sparsity * total + 0.5)]] = False
             parts = keep.split([full[name].numel() for name in prunable])
             for name, part in zip(prunable, parts):
-                changed = part.view_as(masks[name]) != masks[name]
+                changed = (part.view_as(masks[name]) != masks[name]) & torch.tensor(criterion != "sr_ste")
                 masks[name] = part.view_as(masks[name])
                 first[name] = torch.where(changed, 0, first[name])
                 second[name] = torch.where(changed, 0, second[name])
@@ -415,7 +419,8 @@ def gradual_round(engine: Any, criterion: str) -> dict[str, Any]:
 
     engine.load_base()
     engine.restart(0.0)
-    pruner = Pruner(engine, Action(criterion=criterion, sparsity=SPARSITY, mask_interval_steps=INTERVAL), STEPS)
+    pruner = Pruner(engine, Action(criterion=criterion, sparsity=SPARSITY, mask_interval_steps=INTERVAL, mask_decay=DECAY),
+                    STEPS)
     pruner.begin()
     for step, tokens in enumerate(batches(), start=1):
         mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
@@ -493,7 +498,7 @@ def main(model: str) -> dict[str, Any]:
         measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
                            "distilled": distilled_round(engine),
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*CALIBRATED, "sparsegpt")},
-                           **{criterion: gradual_round(engine, criterion) for criterion in ("movement", "gradual_magnitude")}}
+                           **{each: gradual_round(engine, each) for each in ("movement", "gradual_magnitude", "sr_ste")}}
     return measured
 
 
