@@ -71,9 +71,12 @@ def describe_config(row: pd.Series) -> str:
     parts = [f"{row['schedule']} {aim}".strip() + (f" in {row['num_rounds']}" if pd.notna(row["num_rounds"]) else "")]
     if pd.isna(row["threshold"]):
         parts.append(str(row["scope"]))
-    parts += [str(row[name]) for name in ("criterion", "pattern") if row[name] != TrialConfig.model_fields[name].default]
+    parts += [str(row[name]) for name in ("criterion", "pattern", "budget")
+              if row[name] != TrialConfig.model_fields[name].default]
     if row["finetune_epochs"]:
         parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}")
+    if row["distill_alpha"]:
+        parts.append(f"KL {row['distill_alpha']:.2g}")
     if row["l1_lambda"]:
         parts.append(f"l1 {row['l1_lambda']:.2g}")
     return ", ".join(parts)

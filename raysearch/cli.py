@@ -146,8 +146,12 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")],
     out: Out,
     criterion: str = "magnitude",
-    pattern: str = "unstructured",
+    pattern: Annotated[str, typer.Option(help="unstructured, head, or N:M such as 2:4.")] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
+    budget: Annotated[str, typer.Option(help="Of each layer, under scope layer or row: uniform or erdos_renyi.")] = "uniform",
+    mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
+    mask_decay: Annotated[float, typer.Option(help="Of what criterion sr_ste has masked.")] = 2e-4,
+    calibration_sequences: Annotated[int, typer.Option(help="Of training text, for a criterion that looks at inputs.")] = 128,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,
     initial_sparsity: float = 0.0,
     schedule: Annotated[str, typer.Option(help="one_shot, constant, linear, exponential, cubic or cosine.")] = "one_shot",
@@ -156,6 +160,8 @@ def prune(
     threshold: Annotated[float | None, typer.Option(help="Magnitude below which weights are pruned.")] = None,
     threshold_unit: Annotated[str, typer.Option(help="absolute or std.")] = "absolute",
     l1_lambda: float = 0.0,
+    distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     finetune_epochs: float = 0.0,
     learning_rate: float = 3e-4,
     prunable: Annotated[str, typer.Option(help="matrices, or all to add the embeddings.")] = "matrices",
@@ -182,9 +188,9 @@ def prune(
     config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
     check_study(study_of(**given))
     trial = parse(TrialConfig, config, "prune")
-    from raysearch.trial.actions import check_method  # torch alone: 1 s
+    from raysearch.trial.actions import check_names  # torch alone: 1 s
 
-    check_method(trial)
+    check_names(trial)
     from raysearch.prune import run_prune
 
     run_prune(given, config, out, echo)

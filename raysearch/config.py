@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
+Budget = Literal["uniform", "erdos_renyi"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -102,15 +103,30 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `movement` learns while it fine-tunes."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement`
+    prune while they fine-tune."""
     pattern: str = "unstructured"
-    """Which weights go together: one of pruning.patterns.PATTERNS. The sparsity is then that of the pattern's weights."""
+    """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
+    N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
     scope: Scope = "global"
     """Comparison group of the scores."""
+    budget: Budget = "uniform"
+    """What each layer gives up, where weights are compared within a layer or a row; under scope global the scores say it.
+    `erdos_renyi`: large matrices give up more."""
     mask_interval_steps: int = Field(10, ge=1)
     """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
+    mask_decay: float = Field(2e-4, ge=0)
+    """What criterion `sr_ste` adds to the gradient of what is masked, times its value; it rises from 0 to this until the last
+    masks are made."""
+    calibration_sequences: int = Field(128, ge=1)
+    """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
+    `sparsegpt`) looks at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
+    distill_alpha: float = Field(0.0, ge=0, le=1)
+    """Share of the dense model's logits in the loss of fine-tuning: (1 - alpha) CE + alpha temperature^2 KL."""
+    temperature: float = Field(1.0, gt=0)
+    """What both models' logits are divided by for the KL; without meaning where `distill_alpha` is 0."""
     finetune_epochs: float = Field(0.0, ge=0)
     """Epochs of fine-tuning after each prune."""
     learning_rate: float = Field(3e-4, gt=0)
@@ -140,19 +156,25 @@ class Action(Frozen):
     criterion: str = "magnitude"
     pattern: str = "unstructured"
     scope: Scope = "global"
+    budget: Budget = "uniform"
     mask_interval_steps: int = 0
     """0 where masks do not change while it fine-tunes."""
     sparsity: float | None = None
     """Fraction of the pattern's weights that is pruned at the end of the round; None in threshold mode."""
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
+    mask_decay: float = 0.0
+    calibration_sequences: int = 0
+    """0 where the criterion looks at weights alone."""
     l1_lambda: float = 0.0
+    distill_alpha: float = 0.0
+    temperature: float = 1.0
     learning_rate: float = 0.0
     finetune_tokens: int = 0
     data_start_tokens: int = 0
     """Where in the endless stream of shuffled epochs this round's fine-tuning begins."""
     seed: int = 0
-    """Seed of the data order; 0 where nothing is fine-tuned."""
+    """Seed of the data order; 0 where nothing is read."""
 
 
 class Unhashed:

@@ -1,6 +1,7 @@
 """Budgets: how many weights, or units, each comparison group gives up."""
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 
 import torch
@@ -15,6 +16,26 @@ def num_to_prune(sparsity: float, num_weights: int) -> int:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity must be between 0 and 1, got {sparsity:g}")
     return math.floor(Fraction(repr(float(sparsity))) * num_weights + Fraction(1, 2))
+
+
+def erdos_renyi(shapes: Sequence[tuple[int, int]], sizes: Sequence[int], sparsity: float) -> list[float]:
+    """The sparsity of each layer, of which those of large matrices are higher: density_l = eps (O + K) / (O K), Mocanu et al.
+    2018 (arXiv 1707.04780) eq. 3, with eps such that sparsity * sum(sizes) weights go in all.
+
+    shapes (O outputs, K inputs) of a layer's matrices; sizes, the weights of a layer (O K times the number of its matrices). A
+    layer whose density would be above 1 stays dense, and the others share what is left, as in RigL (Evci et al. 2020).
+    """
+    dense: set[int] = set()
+    left = (1 - sparsity) * sum(sizes)
+    raw = [(outputs + inputs) / (outputs * inputs) for outputs, inputs in shapes]
+    while len(dense) < len(sizes):
+        eps = left / sum(size * each for index, (size, each) in enumerate(zip(sizes, raw)) if index not in dense)
+        above = {index for index, each in enumerate(raw) if index not in dense and eps * each > 1}
+        if not above:
+            break
+        dense |= above
+        left -= sum(sizes[index] for index in above)
+    return [0.0 if index in dense else 1 - eps * each for index, each in enumerate(raw)]
 
 
 def units_to_keep(scores: Tensor, sizes: Tensor, eligible: Tensor, num_prune: int) -> Tensor:

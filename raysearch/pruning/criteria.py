@@ -10,17 +10,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from raysearch.pruning.sparsegpt import products, solve
+
 _CHUNK_WEIGHTS = 1 << 20  # 8 MB of fp64 at a time
 
 
 class Criterion(NamedTuple):
-    """All tensors are [n] fp32, any part of a parameter: a score depends on its own weight only."""
+    """All tensors are [n] fp32, any part of a parameter: a score depends on its own weight only. But with a `statistic`
+    they are whole matrices [O outputs, K inputs]."""
 
-    scores: Callable[[Tensor, Tensor | None], Tensor]
-    """(weights, what was gathered) -> scores."""
+    scores: Callable[[Tensor, Tensor | None], Tensor] | None
+    """(weights, what was gathered, or the statistic) -> scores. None where `solve` has its own."""
     gather: Callable[[Tensor, Tensor, Tensor], object] | None = None
     """(gathered, weights, gradients): adds to the first in place, in every step of the round, from gradients as they are
-    before clipping. A criterion that gathers prunes *during* its round; what it gathered ends with the round."""
+    before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
+    is_gradual: bool = False
+    """Prunes *during* its round, along the path from the parent's sparsity to the action's."""
+    trains_pruned: bool = False
+    """What it pruned in the round is trained on, by the gradients of the masked weights, and may come back as it is by then."""
+    statistic: Callable[[Tensor], Tensor] | None = None
+    """inputs [positions, K] of a linear layer -> what is summed over calibration text, block after block of the model."""
+    solve: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], tuple[Tensor, Tensor]] | None = None
+    """(weights, statistic, scores -> mask of a part of the inputs, M of an N:M or 0) -> (changed weights, mask): it prunes a
+    matrix by itself."""
 
 
 def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
@@ -42,9 +54,34 @@ def gather_movement(gathered: Tensor, weights: Tensor, gradients: Tensor) -> Non
     gathered.addcmul_(weights, gradients, value=-1)
 
 
+def squares(inputs: Tensor) -> Tensor:
+    """fp64 [K], whose sum over all positions is the square of each input's norm."""
+    return inputs.double().square().sum(0)
+
+
+def wanda(weights: Tensor, statistic: Tensor | None) -> Tensor:
+    """|W_ij| ||X_j||_2, Sun et al. 2023 (arXiv 2306.11695) eq. 1; compared within an output there."""
+    assert statistic is not None
+    return weights.abs() * statistic.sqrt().float()
+
+
+def ria(weights: Tensor, statistic: Tensor | None) -> Tensor:
+    """(|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||_2^a, a = 1/2: relative importance and activations, Zhang et al.
+    2024 ("Plug-and-Play", ICLR)."""
+    assert statistic is not None
+    size, tiny = weights.abs(), torch.finfo(torch.float32).tiny  # of an input or output that is pruned as a whole
+    relative = size / size.sum(0).clamp(min=tiny) + size / size.sum(1, keepdim=True).clamp(min=tiny)
+    return relative * statistic.sqrt().sqrt().float()
+
+
 CRITERIA = {
     "magnitude": Criterion(magnitude),
-    "movement": Criterion(movement, gather_movement),
+    "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
+    "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
+    "movement": Criterion(movement, gather_movement, is_gradual=True),
+    "wanda": Criterion(wanda, statistic=squares),
+    "ria": Criterion(ria, statistic=squares),
+    "sparsegpt": Criterion(None, statistic=products, solve=solve),
 }
 
 

@@ -5,9 +5,12 @@ and a parameter's map is the sum of one number for its row and one for its colum
 
 Adding a pattern is a function and a line in PATTERNS; tests/pruning/test_patterns.py runs every line through one suite.
 
+N:M is no line of it: it says which weights of a group must go, and none of them stand together.
+
 Legend: O outputs, K inputs of a matrix, H heads of one attention module, U units in all.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -111,6 +114,29 @@ PATTERNS: dict[str, Callable[[Layout], Units] | None] = {
     "unstructured": None,
     "head": heads,
 }
+
+
+class NOfM(NamedTuple):
+    """At most `num_kept` of every `size` consecutive weights along a matrix's inputs stay."""
+
+    num_kept: int
+    size: int
+
+    @property
+    def sparsity(self) -> float:
+        """Of whole groups; a ragged end loses fewer. To 12 decimals, like every sparsity of an action."""
+        return round(1 - self.num_kept / self.size, 12)
+
+
+def n_of_m(pattern: str) -> NOfM | None:
+    """Of "2:4" and its kin; None for a line of PATTERNS. ValueError for what is neither."""
+    if pattern in PATTERNS:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", pattern)
+    if found is None or not (rule := NOfM(*map(int, found.groups()))).num_kept < rule.size:
+        raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, or N:M with N below M, which keeps at most N of every "
+                         f"M consecutive inputs (2:4), got {pattern!r}")
+    return rule
 
 
 def units_of(part: Part, start: int, stop: int, device: torch.device) -> Tensor:

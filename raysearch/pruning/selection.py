@@ -169,6 +169,17 @@ def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
     return mask
 
 
+def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
+    """Mask [O, K] of a whole matrix of scores that keeps exactly `num_kept` of every `size` consecutive ones of a row.
+
+    Larger scores are kept; ties in a group go by column index. A ragged end keeps at most as many, as if it were filled up with
+    weights that go first. Raises ValueError for NaN.
+    """
+    num_rows, num_columns = scores.shape
+    groups = torch.nn.functional.pad(scores, (0, -num_columns % size), value=-math.inf).reshape(-1, size)
+    return row_masks(groups, size - num_kept).view(num_rows, -1)[:, :num_columns].contiguous()
+
+
 def _cut(shards: Sequence[Tensor], k: int, all_reduce: AllReduce, passes: Passes) -> tuple[int, int, int, list[int]]:
     """(key of the k-th lowest score, how many ties at it are pruned, how many there are, how many in each shard)."""
     _check_shards(shards)

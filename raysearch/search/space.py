@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 Space = Callable[["optuna.Trial"], dict[str, Any]]
 NUM_PROPOSALS = 500
+LATER_FIELDS = ("budget", "calibration_sequences", "distill_alpha", "mask_decay", "temperature")
+"""Of a trial's settings, those that studies of this format may have begun without: at their defaults no hash shows them."""
 MAX_SETTLED = 20
 """Distributions of one parameter in those draws; one with more depends on what was drawn before it."""
 
@@ -105,7 +107,9 @@ class Proposals:
         for _ in range(NUM_PROPOSALS):
             trial = study.ask()
             try:
-                fields: object = draw(space, trial).model_dump(mode="json")
+                config = draw(space, trial)
+                fields: object = {name: value for name, value in config.model_dump(mode="json").items()
+                                  if name not in LATER_FIELDS or value != TrialConfig.model_fields[name].default}
             except ValueError:  # a sweep tells it where it happens
                 fields = "refused"
             known = {name: distribution_to_json(each) for name, each in sorted(trial.distributions.items())}

@@ -120,10 +120,14 @@ class Engine:
         micro_batch = micro_batch or MicroBatch(batch_tokens // self.world_size, is_checkpointed=False)
         self.micro_sequences = micro_batch.tokens // context_tokens
 
-        def load() -> PreTrainedModel:
+        def load_dense() -> PreTrainedModel:
             model = load_model(model_path, getattr(torch, dtype))
             if dtype == "bfloat16" and self.device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
                 multiply_in_fp32(model)
+            return model
+
+        def load() -> PreTrainedModel:
+            model = load_dense()
             if micro_batch.is_checkpointed and model.supports_gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
             take_loss(model, compiled, is_partitioned=zero_stage == 3)
@@ -154,6 +158,8 @@ class Engine:
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
+        self._dense = functools.cache(lambda: self._layout.frozen(load_dense))
+        self._distillation: tuple[Tensor, Tensor] | None = None
         self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
@@ -244,8 +250,8 @@ class Engine:
         `shards`. Collective.
 
         While masks move (`keep_latents`), a weight that is pruned leaves its value behind, and one that comes back takes it
-        up again, both without moments. Otherwise it is gone. A kept prunable weight that is exactly 0 leaves its mask: the
-        stored bitmap, `sparsity` and the mask are then one.
+        up again, both without moments, unless it was trained meanwhile. Otherwise it is gone. A kept prunable weight that is
+        exactly 0 leaves its mask: the stored bitmap, `sparsity` and the mask are then one.
         """
         before, self.optimizer.masks = self.optimizer.masks, {}
         for master, shards in self._by_master.items():
@@ -266,7 +272,7 @@ class Engine:
             for shard, mask in given:
                 if mask is not None and shard.name in self.prunable_names:
                     shard.part(keep).logical_and_(shard.values != 0)
-            if latent is not None and master in before:
+            if latent is not None and master in before and master not in self.optimizer.trained:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
         self.sync()
@@ -285,12 +291,15 @@ class Engine:
         parts = [shard.of(self.optimizer.masks) for shard in self.shards]
         return [None if part is None else part.bool() for part in parts]
 
-    def keep_latents(self, gather: Gather) -> None:
-        """Until the next `restart` masks may move: `gather` adds up in every step, for the groups that hold prunable weights,
-        and what is pruned is kept behind the mask. 8 bytes a weight."""
+    def keep_latents(self, gather: Gather | None) -> None:
+        """Until the next `restart` masks may move, and what is pruned is kept behind the mask: as it was, while `gather` adds
+        up in every step, for the groups that hold prunable weights, or trained on where there is none. 8 bytes a weight."""
         for master in {shard.master: None for shard in self.prunable_shards}:
-            self.optimizer.gathered[master] = torch.zeros_like(master)
             self.optimizer.latents[master] = torch.zeros_like(master)
+            if gather is None:
+                self.optimizer.trained[master] = self.optimizer.masks[master].clone()
+            else:
+                self.optimizer.gathered[master] = torch.zeros_like(master)
         self.optimizer.gather = gather
 
     @torch.no_grad()
@@ -346,10 +355,13 @@ class Engine:
         self.set_masks(self._dense_masks())
         return step
 
-    def restart(self, l1_lambda: float) -> None:
-        """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are."""
+    def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0) -> None:
+        """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are. With an alpha above
+        0 the steps to come also follow the dense model's logits (loss.Teacher)."""
         self.optimizer.restart()
         self.optimizer.l1_lambda = l1_lambda
+        self._distillation = (torch.tensor(distill_alpha, device=self.device),
+                              torch.tensor(temperature, device=self.device)) if distill_alpha else None
 
     def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
         """One optimizer step on this rank's `tokens` [sequences, context], `micro_sequences` at a time, whose gradients are
@@ -359,8 +371,15 @@ class Engine:
             group["lr"] = learning_rate
         if self.device.type == "cuda":  # copied while the step before computes
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        return self._layout.train_step([functools.partial(self._layout.forward, input_ids=part, loss=loss)
-                                        for part in tokens.split(self.micro_sequences)])
+        parts = tokens.split(self.micro_sequences)
+        return self._layout.train_step([functools.partial(self._loss, part, loss) for part in parts])
+
+    def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
+        if self._distillation is None:
+            return self._layout.forward(input_ids=tokens, loss=loss)
+        with torch.no_grad():
+            logits = self._dense()(input_ids=tokens, use_cache=False).logits
+        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(logits, *self._distillation))
 
     def halve_micro_batch(self) -> int | None:
         """After memory ran out in a step: half as many sequences at a time from now on, or as divide the rank's; how many, and
@@ -376,9 +395,12 @@ class Engine:
 
     def mean(self, value: Tensor) -> float:
         """Mean over the ranks of one number."""
-        value = value.detach().float().to(self.device)
-        dist.all_reduce(value)
-        return float(value) / self.world_size
+        return float(self.sum_over_ranks(value.detach().float().to(self.device))) / self.world_size
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Of what each rank computed from sequences of its own; in place."""
+        dist.all_reduce(tensor)
+        return tensor
 
     def from_rank_0(self, compute: Callable[[], T]) -> T:
         """What `compute` returns on rank 0, on every rank; when it raises there, every rank raises."""

@@ -1,6 +1,6 @@
 """The loss is a function that the module's forward takes, so that DeepSpeed's hooks and a compiled graph cover it.
 
-Legend: B sequences, T tokens of each, N = B * T positions, D hidden size, V vocabulary.
+Legend: B sequences, T tokens of each, N = B * T positions, D hidden size, V vocabulary. A teacher's temperature is tau.
 """
 
 import os
@@ -19,9 +19,12 @@ from raysearch.models.architectures import architecture
 
 Head = Callable[..., Tensor]
 """head(hidden [..., D]) -> logits [..., V], with whatever bias, scale or cap the family has; head(hidden [N, D], targets [N])
--> the mean cross-entropy, with not all logits at once."""
-Loss = Callable[[Tensor, Head, Tensor], Tensor]
-"""(hidden [B, T, D], head, tokens [B, T]) -> a scalar, nats per token."""
+-> the mean cross-entropy, with not all logits at once; with a teacher too, the mean loss by both."""
+Teacher = tuple[Tensor, Tensor, Tensor]
+"""(logits [B, T, V] of the dense model, alpha [], tau []): the loss is (1 - alpha) CE + alpha tau^2 KL(teacher || model), both
+of logits over tau (Hinton et al. 2015, arXiv 1503.02531, section 2). All are tensors, so that one graph serves every trial."""
+Loss = Callable[..., Tensor]
+"""(hidden [B, T, D], head, tokens [B, T], and a teacher where there is one) -> a scalar, nats per token."""
 
 IGNORED = -100
 """The target of a position that does not count."""
@@ -29,23 +32,32 @@ ALIGNED = 64
 """Logits of a row, in a product on a GPU: 50,257 of them run on kernels two generations old."""
 
 
-def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor) -> Tensor:
-    """Mean cross-entropy of each token but the first."""
+def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor, teacher: Teacher | None = None) -> Tensor:
+    """Mean cross-entropy of each token but the first, mixed with the divergence from the teacher at the same positions."""
     targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
-    return head(hidden.flatten(0, 1), targets.flatten())
+    return head(hidden.flatten(0, 1), targets.flatten(), teacher)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Mean cross-entropy, fp32 [], of the logits hidden [N, D] @ weight [V, D]^T + bias [V] at the targets int64 [N] that are
-    not IGNORED. Both gradients are made in the forward pass, of a part of the positions after the other, so that no logits are
-    kept or computed twice (Hsu et al. 2024, Liger Kernel, section 3.2; here the compiler fuses what lies between the products).
+def _divergence(logits: Tensor, teacher: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """(tau^2 KL(teacher || model) [n], its gradient by the logits [n, V]) of logits fp32 [n, V]."""
+    wanted, found = ((each.float() / temperature).log_softmax(-1) for each in (teacher, logits))
+    return (wanted.exp() * (wanted - found)).sum(-1) * temperature**2, temperature * (found.exp() - wanted.exp())
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor,
+                         teacher: Teacher | None = None) -> Tensor:
+    """Mean cross-entropy, mixed with the divergence from a teacher, fp32 [], of the logits hidden [N, D] @ weight [V, D]^T +
+    bias [V] at the targets int64 [N] that are not IGNORED. Gradients are made in the forward pass, of a part of the positions
+    after the other, so that no logits are kept or computed twice (Hsu et al. 2024, Liger Kernel, section 3.2; here the compiler
+    fuses what lies between the products).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+    return _LinearCrossEntropy.apply(hidden, weight, bias, targets, *(teacher or (None, None, None)))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, of_teacher: Tensor | None,
+                alpha: Tensor, temperature: Tensor) -> Tensor:
         num_classes, dtype = weight.shape[0], hidden.dtype
         if hidden.is_cuda:
             weight = F.pad(weight, (0, 0, 0, -num_classes % ALIGNED))
@@ -60,16 +72,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_grad = None if bias is None else torch.zeros(num_classes, dtype=torch.float32, device=weight.device)
         total = torch.zeros((), dtype=torch.float32, device=weight.device)
         size = max(1, LOGITS_AT_ONCE // weight.shape[0])
-        for x, x_grad, target, is_counted in zip(*(t.split(size) for t in (hidden, hidden_grad, targets, counts))):
+        columns = [hidden, hidden_grad, targets, counts, *([] if of_teacher is None else [of_teacher.flatten(0, -2)])]
+        for x, x_grad, target, is_counted, *wanted in zip(*(t.split(size) for t in columns)):
             logits = (x @ weight.T).float()
             if bias is not None:
                 logits = logits + F.pad(bias.float(), (0, weight.shape[0] - num_classes))
             if weight.shape[0] > num_classes:
                 logits = logits.masked_fill(classes >= num_classes, -torch.inf)
             log_sum = logits.logsumexp(-1)
-            total = total + ((log_sum - logits.gather(1, target[:, None])[:, 0]) * is_counted).sum()
-            scale = (is_counted / num_counted)[:, None]
-            grad = ((logits - log_sum[:, None]).exp() - (classes == target[:, None]).float()) * scale
+            losses = log_sum - logits.gather(1, target[:, None])[:, 0]
+            grad = (logits - log_sum[:, None]).exp() - (classes == target[:, None]).float()
+            if wanted:
+                apart, apart_grad = _divergence(logits[:, :num_classes], wanted[0], temperature)
+                losses = (1 - alpha) * losses + alpha * apart
+                grad = (1 - alpha) * grad + alpha * F.pad(apart_grad, (0, weight.shape[0] - num_classes))
+            total = total + (losses * is_counted).sum()
+            grad = grad * (is_counted / num_counted)[:, None]
             if bias_grad is not None:
                 bias_grad += grad.sum(0)[:num_classes]
             grad = grad.to(x.dtype)
@@ -84,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (gradient,) = gradients
         hidden_grad, weight_grad, bias_grad = ctx.saved_tensors
         return (hidden_grad * gradient.to(hidden_grad.dtype), weight_grad * gradient.to(weight_grad.dtype),
-                None if bias_grad is None else bias_grad * gradient.to(bias_grad.dtype), None)
+                None if bias_grad is None else bias_grad * gradient.to(bias_grad.dtype), None, None, None, None)
 
 
 def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bool = False) -> None:
@@ -106,27 +124,27 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
     if has_plain_head:
         logits_of, cross_entropy = embeddings.forward, part(linear_cross_entropy)
 
-        def head(hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        def head(hidden: Tensor, targets: Tensor | None = None, teacher: Teacher | None = None) -> Tensor:
             if targets is None:
                 return logits_of(hidden)
-            return cross_entropy(hidden, embeddings.weight, embeddings.bias, targets)
+            return cross_entropy(hidden, embeddings.weight, embeddings.bias, targets, teacher)
 
         embeddings.forward = head
     if compiled and is_partitioned and known is not None:
         for block in model.get_submodule(known.blocks):
             block.forward = _compiled_in_training(block)
 
-    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any]) -> Tensor:
+    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any], teacher: tuple[Teacher, ...]) -> Tensor:
         if has_plain_head:
-            return loss(model.base_model(tokens, **named, use_cache=False).last_hidden_state, embeddings, tokens)
-        return loss(forward(tokens, **named).logits, _cross_entropy_of_logits, tokens)
+            return loss(model.base_model(tokens, **named, use_cache=False).last_hidden_state, embeddings, tokens, *teacher)
+        return loss(forward(tokens, **named).logits, _cross_entropy_of_logits, tokens, *teacher)
 
     loss_of = graph(loss_of)
 
-    def with_loss(*inputs: Any, loss: Loss | None = None, **named: Any) -> Any:
+    def with_loss(*inputs: Any, loss: Loss | None = None, teacher: Teacher | None = None, **named: Any) -> Any:
         if loss is None:
             return forward(*inputs, **named)
-        return loss_of(loss, named.pop("input_ids"), named)
+        return loss_of(loss, named.pop("input_ids"), named, () if teacher is None else (teacher,))
 
     model.forward = with_loss
 
@@ -145,9 +163,16 @@ def _check_cache() -> None:
               "the next gang finds", flush=True)
 
 
-def _cross_entropy_of_logits(logits: Tensor, targets: Tensor | None = None) -> Tensor:
+def _cross_entropy_of_logits(logits: Tensor, targets: Tensor | None = None, teacher: Teacher | None = None) -> Tensor:
     """The head of a model whose hidden states are its logits already."""
-    return logits if targets is None else F.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+    if targets is None:
+        return logits
+    loss = F.cross_entropy(logits.float(), targets, ignore_index=IGNORED)
+    if teacher is None:
+        return loss
+    of_teacher, alpha, temperature = teacher
+    apart, _ = _divergence(logits, of_teacher.flatten(0, -2), temperature)
+    return (1 - alpha) * loss + alpha * apart[targets != IGNORED].mean()
 
 
 def _compiled_in_training(block: nn.Module) -> Callable[..., Any]:

@@ -45,6 +45,12 @@ class SparseAdamW(torch.optim.AdamW):
         self.latents: dict[Tensor, Tensor] = {}
         """What lies behind the masks while they may still change: the weights as they were when they were pruned, and zero
         where the mask keeps. They pass AdamW unchanged, for their gradient is masked."""
+        self.trained: dict[Tensor, Tensor] = {}
+        """Where latents are trained too, by the gradients of the masked weights (SR-STE): the masks as the round began, whose
+        pruned weights stay so."""
+        self.latent_decay = 0.0
+        """Added to the gradient of a trained latent, times the latent: SR-STE, Zhou et al. 2021 (arXiv 2102.04010).
+        Differs in that AdamW takes the sum, and that the masks follow a path and settle."""
         self.clip_factor: float | Tensor = 1.0
         """What this step's gradients were multiplied with to clip them."""
 
@@ -53,6 +59,11 @@ class SparseAdamW(torch.optim.AdamW):
         for master in self._masters():
             if master in self.gathered:
                 self._look(master)
+            if master in self.trained:
+                latent = self.latents[master]
+                assert master.grad is not None
+                master.grad.add_(latent, alpha=self.latent_decay).mul_(self.trained[master])
+                master.add_(latent)  # exact: where one is not 0 the other is
         result = super().step(closure)
         self.keep_masks(self.param_groups[0]["lr"])
         return result
@@ -61,6 +72,8 @@ class SparseAdamW(torch.optim.AdamW):
     def keep_masks(self, learning_rate: float) -> None:
         """The L1 step and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
         for master in self._masters():
+            if master in self.trained:
+                torch.sub(master, master * self.masks[master], out=self.latents[master])
             if master in self.masks:
                 soft_threshold_(master, learning_rate * self.l1_lambda).mul_(self.masks[master])
 
@@ -74,7 +87,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     def hold_masks(self) -> None:
         """Masks move no more: what was gathered, and what lies behind them, is gone."""
-        self.gather, self.gathered, self.latents = None, {}, {}
+        self.gather, self.gathered, self.latents, self.trained, self.latent_decay = None, {}, {}, {}, 0.0
 
     def forget_moments(self, master: Tensor, where: Tensor) -> None:
         """Sets Adam's moments to 0 where the mask changed: those of another weight would move it."""

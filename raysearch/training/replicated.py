@@ -28,6 +28,10 @@ class Replicated:
         self._flats = [_Flat(group["params"], device) for group in groups]
         self.optimizer = SparseAdamW([{**group, "params": [flat.master]} for group, flat in zip(groups, self._flats)], **adamw)
 
+    def frozen(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """Another model beside this one, which is not trained."""
+        return load().to(self.module.device).requires_grad_(False).eval()
+
     def pieces(self) -> Iterator[tuple[Tensor, nn.Parameter, int, int, int]]:
         """(master, parameter, first weight of the parameter in it, number of weights, offset in the master)."""
         for flat in self._flats:

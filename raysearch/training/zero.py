@@ -55,13 +55,8 @@ class Sharded:
         }
         if stage > 1:  # stage 1 would do so through another class, whose layout is another
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
-        partitioning: object = None
-        if stage == 3:  # from_pretrained then loads every parameter straight into its partitions
-            from transformers.integrations import HfDeepSpeedConfig
-
-            partitioning = HfDeepSpeedConfig(settings)
-        model = load()
-        del partitioning  # while it lives every model is partitioned, also one that is loaded to be exported
+        self._settings = settings
+        model = self._loaded(load)
         if stage == 3 and (known := architecture(model)) is not None:  # a block is gathered as a whole, between two graphs
             deepspeed.utils.set_z3_leaf_modules_by_name(
                 model, [f"{known.blocks}.{index}" for index in range(len(model.get_submodule(known.blocks)))])
@@ -74,6 +69,25 @@ class Sharded:
         else:
             self._optimizer.scaled_global_norm = self._norm
         self._clip_norm = clip_norm
+
+    def _loaded(self, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        partitioning: object = None
+        if self.stage == 3:  # from_pretrained then loads every parameter straight into its partitions
+            from transformers.integrations import HfDeepSpeedConfig
+
+            partitioning = HfDeepSpeedConfig(self._settings)
+        model = load()
+        del partitioning  # while it lives every model is partitioned, also one that is loaded to be exported
+        return model
+
+    def frozen(self, load: Callable[[], PreTrainedModel]) -> nn.Module:
+        """Another model beside this one, which is not trained; partitioned where this one is."""
+        model = self._loaded(load).requires_grad_(False).eval()
+        if self.stage < 3:
+            return model.to(next(self.module.parameters()).device)
+        engine: nn.Module = import_deepspeed().initialize(model=model, config=self._settings)[0]
+        engine.eval()  # which returns nothing
+        return engine
 
     def _masters(self) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
         """(fp32 master, the flat buffer of weights that it mirrors, the parameters in it) per sub-group."""

@@ -4,43 +4,86 @@ from collections.abc import Sequence
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
-from raysearch.pruning.patterns import PATTERNS
+from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.schedules import resolve_schedule
+from raysearch.pruning.sparsegpt import WIDTH
+
+
+def check_names(method: TrialConfig | Action) -> NOfM | None:
+    """ValueError of one sentence for a criterion or a pattern that there is not; the pattern's N:M."""
+    if method.criterion not in CRITERIA:
+        raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {method.criterion!r}")
+    return n_of_m(method.pattern)
+
+
+def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
+    """ValueError for a criterion, a pattern and a scope that do not go together, or not with the study; the pattern's N:M."""
+    criterion, pattern, scope = method.criterion, method.pattern, method.scope
+    group = check_names(method)
+    if group is not None and (method.threshold is not None or scope != "global"):
+        raise ValueError(f"pattern {pattern} compares the weights of each {group.size}, so scope stays global and a threshold "
+                         f"does not go with it, got scope {scope} and threshold {method.threshold}")
+    if group is None and pattern != "unstructured" and (scope == "row" or method.threshold_unit == "std"):
+        raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
+                         f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
+    if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
+        raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
+                         f"scope layer or row, got {pattern} and {scope}")
+    calibrates = CRITERIA[criterion].statistic is not None
+    if calibrates and group is None and (pattern != "unstructured" or scope == "global" or method.threshold is not None):
+        raise ValueError(f"criterion {criterion} prunes block by block, so it needs scope layer or row without a threshold, or "
+                         f"a pattern N:M, got pattern {pattern}, scope {scope} and threshold {method.threshold}")
+    if CRITERIA[criterion].solve is not None and scope == "row":
+        raise ValueError(f"criterion {criterion} compares the weights of all outputs of {WIDTH} inputs, so scope must be "
+                         f"layer, got {scope}")
+    if calibrates and study.model.prunable != "matrices":
+        raise ValueError(f"criterion {criterion} looks at the inputs of a block's matrices, so prunable must be matrices, "
+                         f"got {study.model.prunable}")
+    if calibrates and not num_train_tokens:
+        raise ValueError(f"criterion {criterion} looks at training text, got no corpus")
+    if CRITERIA[criterion].is_gradual and method.threshold is not None:
+        raise ValueError(f"criterion {criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
+                         f"threshold {method.threshold:g}")
+    return group
 
 
 def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int, where: str) -> None:
     """ValueError of one sentence, with `where`, for actions that were written by hand and contradict themselves."""
     batch_tokens, context_tokens = study.training.batch_tokens, study.data.context_tokens
     for number, action in enumerate(actions, start=1):
-        learns = action.criterion in CRITERIA and CRITERIA[action.criterion].gather is not None
+        try:
+            group = _check_method(action, study, num_train_tokens)
+        except ValueError as error:
+            raise ValueError(f"{where}, action {number}: {error}") from error
+        is_gradual, calibrates = CRITERIA[action.criterion].is_gradual, CRITERIA[action.criterion].statistic is not None
         rules = (
-            (action.criterion in CRITERIA, f"criterion must be one of {', '.join(CRITERIA)}, got {action.criterion!r}"),
-            (action.pattern in PATTERNS, f"pattern must be one of {', '.join(PATTERNS)}, got {action.pattern!r}"),
             ((action.sparsity is None) != (action.threshold is None),
              f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
             (action.sparsity is None or 0 <= action.sparsity < 1,
              f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
+            (group is None or (action.sparsity or 0) <= group.sparsity,
+             f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
+            (not calibrates or action.calibration_sequences > 0,
+             f"criterion {action.criterion} needs calibration_sequences, got {action.calibration_sequences}"),
+            (not (calibrates and group) or action.sparsity == group.sparsity,
+             f"criterion {action.criterion} prunes to pattern {action.pattern} at once, got sparsity {action.sparsity}"),
             (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
              f"finetune_tokens must be a multiple of batch_tokens = {batch_tokens}, got {action.finetune_tokens}"),
             (action.data_start_tokens >= 0 and action.data_start_tokens % context_tokens == 0,
              f"data_start_tokens must be a multiple of context_tokens = {context_tokens}, got {action.data_start_tokens}"),
             (not action.finetune_tokens or num_train_tokens > 0,
              f"finetune_tokens {action.finetune_tokens} needs text to train on, got no corpus"),
-            (not learns or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
-             f"criterion {action.criterion} learns during fine-tuning: it needs finetune_tokens, sparsity and "
+            (not is_gradual or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
+             f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
              "mask_interval_steps"),
-            (min(action.l1_lambda, action.learning_rate) >= 0, "l1_lambda and learning_rate must be at least 0"),
+            (min(action.l1_lambda, action.learning_rate, action.mask_decay) >= 0,
+             "l1_lambda, learning_rate and mask_decay must be at least 0"),
+            (0 <= action.distill_alpha <= 1 and action.temperature > 0,
+             f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
         for holds, rule in rules:
             if not holds:
                 raise ValueError(f"{where}, action {number}: {rule}")
-
-
-def check_method(config: TrialConfig) -> None:
-    """ValueError of one sentence for a criterion or a pattern that there is not."""
-    for field, table in (("criterion", CRITERIA), ("pattern", PATTERNS)):
-        if (name := getattr(config, field)) not in table:
-            raise ValueError(f"{field} must be one of {', '.join(table)}, got {name!r}")
 
 
 def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) -> tuple[Action, ...]:
@@ -48,25 +91,25 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
 
     `num_train_tokens` is the size of the train split (0 without a corpus). Raises ValueError for contradictions.
     """
-    check_method(config)
-    learns = CRITERIA[config.criterion].gather is not None
+    group, target_sparsity = _check_method(config, study, num_train_tokens), config.target_sparsity
+    if group is not None and config.rate is None and target_sparsity is None:
+        target_sparsity = group.sparsity
+    if group is not None and (target_sparsity is None or round(target_sparsity, 12) != group.sparsity):
+        raise ValueError(f"pattern {config.pattern} ends at sparsity {group.sparsity:g}, so target_sparsity must be that, or "
+                         f"absent without a rate, got {target_sparsity}")
+    is_gradual = CRITERIA[config.criterion].is_gradual
     epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    if config.l1_lambda and not num_steps:
-        raise ValueError(f"l1_lambda acts during fine-tuning, so finetune_epochs must be above 0 with it, got l1_lambda "
-                         f"{config.l1_lambda:g} and finetune_epochs 0")
-    if learns and not num_steps:
-        raise ValueError(f"criterion {config.criterion} learns during fine-tuning, so finetune_epochs must be above 0 with it, "
+    for field in ("l1_lambda", "distill_alpha"):
+        if (value := getattr(config, field)) and not num_steps:
+            raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
+                             f"{value:g} and finetune_epochs 0")
+    if is_gradual and not num_steps:
+        raise ValueError(f"criterion {config.criterion} prunes during fine-tuning, so finetune_epochs must be above 0 with it, "
                          "got 0")
-    if learns and config.threshold is not None:
-        raise ValueError(f"criterion {config.criterion} has no cut in units of the weights, so it needs target_sparsity or "
-                         f"rate, got threshold {config.threshold:g}")
-    if config.pattern != "unstructured" and (config.scope == "row" or config.threshold_unit == "std"):
-        raise ValueError(f"pattern {config.pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
-                         f"threshold_unit std do not go with it, got {config.scope} and {config.threshold_unit}")
     if config.threshold is not None:
         num_rounds = config.num_rounds or 1
         if config.schedule == "one_shot" and num_rounds > 1:
@@ -75,13 +118,23 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         cuts = [{"threshold": round(config.threshold * k / num_rounds, 12)} for k in range(1, num_rounds + 1)]
     else:
         cuts = [{"sparsity": sparsity} for sparsity in resolve_schedule(
-            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=config.target_sparsity,
+            config.schedule, initial_sparsity=config.initial_sparsity, target_sparsity=target_sparsity,
             num_rounds=config.num_rounds, rate=config.rate)]
-    fixed = config.model_dump(include={"criterion", "pattern", "scope", "threshold_unit"})
-    if learns:
+    calibrates = CRITERIA[config.criterion].statistic is not None
+    if calibrates and group is not None and len(cuts) > 1:
+        raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
+                         f"one_shot, got {config.schedule} of {len(cuts)} rounds")
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
+    if is_gradual:
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
+    if CRITERIA[config.criterion].trains_pruned:
+        fixed |= {"mask_decay": config.mask_decay}
+    if calibrates:
+        fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}
+    if config.distill_alpha:
+        fixed |= {"distill_alpha": config.distill_alpha, "temperature": config.temperature}
     tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))

@@ -1,9 +1,9 @@
 """The pruner: units -> statistics -> scores -> budgets -> selection -> masks, on this rank's shards, with nothing gathered.
 
-A criterion that only looks at the weights prunes at the beginning of a round. One that gathers (pruning.criteria) prunes
-during it, along the path from the parent's sparsity to the action's. Everything here is collective, and gives every rank the
-same masks whatever the world size: single weights are selected exactly (pruning.selection), and the scores of units are
-summed as integers, in which no order of adding shows.
+A criterion that is gradual (pruning.criteria) prunes during a round, along the path from the parent's sparsity to the action's;
+the others as it begins. Everything here is collective, and gives every rank the same masks whatever the world size: single
+weights are selected exactly (pruning.selection), and the scores of units are summed as integers, in which no order of adding
+shows.
 """
 
 import math
@@ -15,11 +15,13 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
-from raysearch.pruning.budgets import masks_are_due, num_to_prune, sparsity_at, units_to_keep
-from raysearch.pruning.criteria import CRITERIA, moments, std_threshold
-from raysearch.pruning.patterns import PATTERNS, Units, units_of
-from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, row_masks, threshold_masks
+from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
+from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
+from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
+from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
+from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
+from raysearch.trial.matrices import layer_sparsities, matrix_mask, prune_block_by_block
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -28,25 +30,33 @@ Masks = list[Tensor | None]
 class Pruner:
     """Of one round: `begin` before it trains, `after_step` in it, `end` behind it. Collective."""
 
-    def __init__(self, engine: Engine, action: Action, num_steps: int) -> None:
-        self.engine, self.action, self.num_steps = engine, action, num_steps
+    def __init__(self, engine: Engine, action: Action, num_steps: int, text: Blocks | None = None) -> None:
+        self.engine, self.action, self.num_steps, self.text = engine, action, num_steps, text
         self.criterion = CRITERIA[action.criterion]
-        find_units = PATTERNS[action.pattern]
+        self.n_of_m = n_of_m(action.pattern)
+        find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
         self._start = 0.0
 
     def begin(self) -> None:
-        """Prunes by the weights as they are, or gets ready to gather."""
-        if self.criterion.gather is None:
+        """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        if self.criterion.statistic is not None:
+            assert self.text is not None
+            prune_block_by_block(self.engine, self.action, self.text)
+            return
+        if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             return
-        self.engine.keep_latents(self.criterion.gather)
+        if self.criterion.gather is not None or self.criterion.trains_pruned:
+            self.engine.keep_latents(self.criterion.gather)
         kept, total = self._kept()
         self._start = 1 - kept / total
 
     def after_step(self, step: int) -> None:
         """After the engine's step number `step`, counted from 1."""
-        if self.criterion.gather is None or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
+        if self.criterion.trains_pruned:
+            self.engine.optimizer.latent_decay = self.action.mask_decay * min(1.0, step / pruning_steps(self.num_steps)[1])
+        if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None
         self.engine.set_masks(self._masks(sparsity_at(step, self.num_steps, self._start, self.action.sparsity)))
@@ -69,7 +79,8 @@ class Pruner:
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
         shards = self.engine.prunable_shards
-        if self.criterion is CRITERIA["magnitude"]:  # selection reads |w| off the weights; a pruned one is 0 and comes first
+        if self.criterion.scores is magnitude and not self.criterion.trains_pruned and not self._compares_rows:
+            # selection reads |w| off the weights; a pruned one is 0 and comes first
             values = [shard.values for shard in shards]
             if sparsity is None:
                 return threshold_masks(values, self._thresholds(shards))
@@ -80,37 +91,62 @@ class Pruner:
         keep = self._selected(scores, SCORES, sparsity)  # where fewer are to go than are gone, all that are gone stay so
         return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)]
 
+    @property
+    def _compares_rows(self) -> bool:
+        """Whether weights are compared within their row, or a part of it."""
+        return self.action.scope == "row" or self.n_of_m is not None
+
     def _selected(self, scores: Sequence[Tensor], passes: Passes, sparsity: float) -> list[Tensor]:
         """Masks of the prunable shards that keep the highest scores of each comparison group."""
         engine, action = self.engine, self.action
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
+        if self.n_of_m is not None:
+            stays = self._row_masks(scores, sparsity)
+            if sparsity >= self.n_of_m.sparsity:
+                return stays
+            # on the way there: the lowest of those that are to go
+            scores = [score.masked_fill(mask & self._eligible(shard), math.inf)
+                      for shard, score, mask in zip(shards, scores, stays)]
         if action.scope == "global":
             num_prune = num_to_prune(sparsity, sum(math.prod(p.shape) for p in engine.prunables))
+            if self.n_of_m is not None:
+                goes = torch.tensor(sum(int((score < math.inf).sum()) for score in scores), device=engine.device)
+                num_prune = min(num_prune, int(engine.all_reduce(goes)))
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
+        if action.scope == "row":
+            return self._row_masks(scores, sparsity)
+        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
         parts: dict[str, Tensor] = {}
-        here = {shard.name: (shard, score) for shard, score in zip(shards, scores)}
-        for prunable in engine.prunables:
-            shard, score = here.get(prunable.name, (None, torch.empty(0, device=engine.device)))
-            if action.scope == "layer":  # a rank that holds nothing of it takes part with an empty shard: it is collective
-                num_prune = num_to_prune(sparsity, math.prod(prunable.shape))
-                (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
-                                                     world_size=world_size, passes=passes)
-                continue
-            whole = torch.zeros(math.prod(prunable.shape), device=engine.device)  # a row may lie on several ranks
+        here = {shard.name: score for shard, score in zip(shards, scores)}
+        for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
+            score = here.get(prunable.name, torch.empty(0, device=engine.device))
+            num_prune = num_to_prune(of_layer[prunable.name], math.prod(prunable.shape))
+            (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
+                                                 world_size=world_size, passes=passes)
+        return [parts[shard.name] for shard in shards]
+
+    def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
+        """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
+        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
+        here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
+        parts: dict[str, Tensor] = {}
+        for prunable in self.engine.prunables:
+            whole = torch.zeros(math.prod(prunable.shape), device=self.engine.device)
+            shard, score = here.get(prunable.name, (None, whole[:0]))
             if shard is not None:
-                whole[shard.start:shard.start + len(score)] = score.abs() if passes is not SCORES else score
-            rows = prunable.rows(engine.all_reduce(whole))
-            mask = row_masks(rows, num_to_prune(sparsity, rows.shape[1]))
+                whole[shard.start:shard.start + len(score)] = score
+            rows = prunable.rows(self.engine.all_reduce(whole))
+            mask = matrix_mask(rows, self.action.scope, self.n_of_m, of_layer[prunable.name])
             if shard is not None:
                 parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
-        return [parts[shard.name] for shard in shards]
+        return [parts[shard.name] for shard in self.engine.prunable_shards]
 
     def _scores(self, shard: Shard) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""
         scores, eligible = self._criterion_scores(shard), self._eligible(shard)
-        return scores.masked_fill(~eligible, -math.inf) if self.action.scope == "row" else reserved(scores, eligible)
+        return scores.masked_fill(~eligible, -math.inf) if self._compares_rows else reserved(scores, eligible)
 
     def _eligible(self, shard: Shard) -> Tensor:
         """What may be kept: all but what was pruned before the round. A weight that left its mask in this round has a value
@@ -189,6 +225,7 @@ class Pruner:
         """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
         latents = shard.of(self.engine.optimizer.latents)
         weights = shard.values if latents is None else shard.values + latents
+        assert self.criterion.scores is not None
         return self.criterion.scores(weights, shard.of(self.engine.optimizer.gathered))
 
     def _kept(self) -> tuple[int, int]:

@@ -177,8 +177,8 @@ def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float |
     load_candidate(worker, parent)
     worker.loaded_key = None
     engine, times = worker.engine, [time.perf_counter()]
-    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens)
-    engine.restart(action.l1_lambda)
+    pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
+    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature)
     pruner.begin()
     times.append(time.perf_counter())
     train_loss = None

@@ -1,11 +1,13 @@
 """How many go: weights by exact decimal arithmetic, units by their sizes, and the path within a round."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.integers(1, 9), st.floats(0, 1))
@@ -27,6 +29,27 @@ def test_the_budget_is_met_within_half_a_unit_and_nothing_comes_back(units: list
     if gone > int(sizes[~eligible].sum()):
         assert abs(gone - num_prune) <= sizes.max() / 2
     assert not keep.any() or not (eligible & ~keep).any() or scores[keep].min() >= scores[eligible & ~keep].max()
+
+
+@given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400), st.integers(1, 4)), min_size=1, max_size=8),
+       st.floats(0, 0.99))
+def test_erdos_renyi_is_its_definition(layers: list[tuple[int, int, int]], sparsity: float) -> None:
+    """Against a search for eps by bisection: density_l = min(1, eps (O + K) / (O K)), and the budget is met in all."""
+    shapes, sizes = [layer[:2] for layer in layers], [math.prod(layer) for layer in layers]
+
+    def kept(eps: float) -> list[float]:
+        return [min(1.0, eps * (o + k) / (o * k)) for o, k in shapes]
+
+    low, high = 0.0, 1000.0
+    for _ in range(100):
+        eps = (low + high) / 2
+        enough = sum(size * each for size, each in zip(sizes, kept(eps))) >= (1 - sparsity) * sum(sizes)
+        low, high = (low, eps) if enough else (eps, high)
+    found = erdos_renyi(shapes, sizes, sparsity)
+    assert found == pytest.approx([1 - each for each in kept(eps)], abs=1e-6)
+    assert all(0 <= each <= 1 for each in found)
+    later = erdos_renyi(shapes, sizes, (1 + sparsity) / 2)
+    assert all(after >= before - 1e-12 for before, after in zip(found, later))  # along a path nothing comes back
 
 
 def test_no_number_is_refused() -> None:

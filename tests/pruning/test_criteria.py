@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from raysearch.pruning.criteria import CRITERIA, Criterion, moments, std_threshold
+from raysearch.pruning.criteria import CRITERIA, Criterion, moments, squares, std_threshold
 from raysearch.pruning.selection import SCORES, keep_masks
 
 # a new criterion is a line: this one ranks by magnitude times the steps that it was looked at
-TENANTS = {**CRITERIA, "magnitude_times_age": Criterion(lambda weights, age: weights.abs() * age,
-                                                        lambda age, weights, gradients: age.add_(1))}
+TENANTS = {**{name: each for name, each in CRITERIA.items() if each.statistic is None},
+           "magnitude_times_age": Criterion(lambda weights, age: weights.abs() * age,
+                                            lambda age, weights, gradients: age.add_(1), is_gradual=True)}
 
 
 def some(seed: int, num: int = 257) -> Tensor:
@@ -86,6 +87,23 @@ def test_magnitude_ranks_by_size_and_movement_by_direction() -> None:
     total = torch.zeros(4)
     CRITERIA["movement"].gather(total, weights, gradients)  # descent goes along -gradient: the second and third grow
     assert CRITERIA["movement"].scores(weights, total).tolist() == pytest.approx([-2.0, 2.0, 0.1, -0.1])
+
+
+@pytest.mark.parametrize("num_pruned", [0, 30])
+def test_wanda_and_ria_are_nested_loops(num_pruned: int) -> None:
+    """Some weights, a whole row and a whole column of them, may be pruned already."""
+    weights, inputs = some(0, 35).view(5, 7), some(1, 77).view(11, 7)
+    weights.flatten()[:num_pruned] = 0
+    weights[:, 6] *= num_pruned == 0
+    statistic = squares(inputs[:4]) + squares(inputs[4:])
+    for i in range(5):
+        for j in range(7):
+            norm = math.sqrt(sum(float(x) ** 2 for x in inputs[:, j]))
+            row, column = sum(abs(float(w)) for w in weights[i]), sum(abs(float(w)) for w in weights[:, j])
+            size = abs(float(weights[i, j]))
+            assert float(CRITERIA["wanda"].scores(weights, statistic)[i, j]) == pytest.approx(size * norm, rel=1e-5)
+            relative = (size / column if column else 0) + (size / row if row else 0)
+            assert float(CRITERIA["ria"].scores(weights, statistic)[i, j]) == pytest.approx(relative * norm**0.5, rel=1e-5)
 
 
 def test_std_threshold_over_shards_equals_the_whole_layer() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from raysearch.pruning.patterns import PATTERNS, HeadRows, Layout, Matrix, Units, by_output, heads, units_of
+from raysearch.pruning.patterns import PATTERNS, HeadRows, Layout, Matrix, NOfM, Units, by_output, heads, n_of_m, units_of
 
 
 def row_pairs(layout: Layout) -> Units:
@@ -93,3 +93,12 @@ def test_a_head_is_its_rows_and_columns() -> None:
 def test_heads_of_a_model_that_is_not_known_are_refused() -> None:
     with pytest.raises(ValueError, match="pattern head needs a model whose heads are known"):
         heads(Layout(layout().matrices, []))
+
+
+def test_any_n_of_m_is_a_pattern() -> None:
+    assert n_of_m("unstructured") is None
+    assert [n_of_m(name) for name in ("2:4", "1:4", "7:16")] == [NOfM(2, 4), NOfM(1, 4), NOfM(7, 16)]
+    assert [n_of_m(name).sparsity for name in ("2:4", "1:4", "2:3")] == [0.5, 0.75, 0.333333333333]
+    for name in ("4:4", "5:4", "0:4", "2:0", "2:4:8", "-1:4", "02:4", " 2:4", "2:4\n", "luck", ""):
+        with pytest.raises(ValueError, match="or N:M with N below M, which keeps at most N of every M"):
+            n_of_m(name)

@@ -18,6 +18,7 @@ from raysearch.pruning.selection import (
     MAGNITUDES,
     SCORES,
     Passes,
+    group_masks,
     keep_masks,
     reserved,
     row_masks,
@@ -300,3 +301,28 @@ def test_two_gloo_processes_agree_with_one(tmp_path: Path) -> None:
     expected = keep_masks([torch.arange(11) % 4 - 2.0, torch.ones(6)], [0, 1], 7)
     assert [m.tolist() for m in masks] == [m.tolist() for m in expected]
     assert sum(int((~m).sum()) for m in masks) == 7
+
+
+@pytest.mark.parametrize(("num_kept", "size"), [(2, 4), (1, 4), (4, 8), (3, 5)])
+@pytest.mark.parametrize("num_columns", [40, 39, 41, 3])
+def test_groups_keep_exactly_n_of_m(num_kept: int, size: int, num_columns: int) -> None:
+    """Against three nested loops; scores of both signs, many ties, some reserved at -inf."""
+    scores = torch.randint(-2, 3, (6, num_columns), generator=torch.Generator().manual_seed(0)).float()
+    scores[0] = 0.0
+    scores[1, ::3] = -math.inf
+    wanted = torch.zeros_like(scores, dtype=torch.bool)
+    for row in range(6):
+        for start in range(0, num_columns, size):
+            places = list(range(start, min(start + size, num_columns)))
+            for place in sorted(places, key=lambda place: (scores[row, place].item(), place))[max(0, len(places) - num_kept):]:
+                wanted[row, place] = True
+    mask = group_masks(scores, num_kept, size)
+    assert torch.equal(mask[2:], wanted[2:])
+    assert torch.equal(mask & (scores > -math.inf), wanted & (scores > -math.inf))
+    whole = num_columns // size * size
+    assert (mask[:, :whole].reshape(-1, size).sum(1) == num_kept).all()
+
+
+def test_groups_refuse_nan() -> None:
+    with pytest.raises(ValueError, match="scores must be numbers, got NaN"):
+        group_masks(torch.tensor([[1.0, math.nan, 0.0]]), 1, 2)

@@ -4,13 +4,15 @@ import ast
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import optuna
 import pytest
 
 import search_spaces
-from raysearch.config import Action, Study, TrialConfig, parse, study_of
+from raysearch.config import Action, Budget, Scope, Study, TrialConfig, parse, study_of
+from raysearch.pruning.criteria import CRITERIA
+from raysearch.pruning.patterns import PATTERNS
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import Proposals, check_given, draw, load_space, read_trials, sample_trials, space_hash
 from raysearch.study.records import TrialRecord
@@ -93,6 +95,25 @@ def test_each_trial_is_checked_against_the_studys_space() -> None:
     high = 0.8
     assert re.search(r"draws first from .*0.8.*, and the study's space from .*0.9.*; a space must always",
                      str(sampler.ask().trial))
+
+
+def test_new_settings_change_no_study_that_does_without_them() -> None:
+    assert space_hash(load_space("search_spaces.demo")[1]) == "a8b28fcdb92eb8cc"
+    known = space_hash(lambda trial: {"target_sparsity": 0.5})
+    assert space_hash(lambda trial: {"target_sparsity": 0.5, "budget": "uniform"}) == known
+    assert space_hash(lambda trial: {"target_sparsity": 0.5, "scope": "layer"}) != known
+    assert space_hash(lambda trial: {"target_sparsity": 0.5, "scope": "layer", "budget": "erdos_renyi"}) != known
+
+
+def test_every_method_is_in_one_space_and_each_draw_is_resolved() -> None:
+    study, space = load_space("search_spaces.all_methods")
+    actions = [action for trial in sample_trials(study, space, Inputs("", 10**8, {}, None), 500) for action in trial]
+    assert {action.criterion for action in actions} == set(CRITERIA)
+    assert {action.pattern for action in actions} == {*PATTERNS, "2:4", "4:8", "1:4"}
+    assert {action.budget for action in actions} == set(get_args(Budget))
+    assert {action.scope for action in actions} == set(get_args(Scope))
+    assert {bool(action.distill_alpha) for action in actions} == {True, False}
+    assert len({hash(action) for action in actions}) > 400
 
 
 def test_draws_are_resolved_and_the_same_twice() -> None:

@@ -41,6 +41,32 @@ def test_it_is_the_loss_that_transformers_gives(family: str) -> None:
         assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-4, atol=1e-8), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_teacher_is_followed(family: str) -> None:
+    """(1 - alpha) CE + alpha tau^2 KL, position by position and class by class."""
+    torch.manual_seed(0)
+    model, dense = FAMILIES[family]().train(), FAMILIES[family]().train()
+    tokens = torch.randint(64, (2, 5))
+    alpha, tau = 0.3, 2.0
+    found, wanted = (each(input_ids=tokens).logits.double() for each in (model, dense))
+    total: Any = 0.0
+    for row in range(2):
+        for place in range(4):
+            cross = -found[row, place].log_softmax(0)[tokens[row, place + 1]]
+            apart: Any = 0.0
+            for each in range(64):
+                p, q = ((logits[row, place] / tau).softmax(0)[each] for logits in (wanted.detach(), found))
+                apart = apart + p * (p.log() - q.log())
+            total = total + ((1 - alpha) * cross + alpha * tau**2 * apart) / 8
+    wanted_gradients = gradients(model, total)
+    take_loss(model)
+    teacher = (wanted.detach().float(), torch.tensor(alpha), torch.tensor(tau))
+    loss = model(input_ids=tokens, loss=next_token_loss, teacher=teacher)
+    assert torch.allclose(loss.double(), total, rtol=1e-5)
+    for name, gradient in gradients(model, loss).items():
+        assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-7), name
+
+
 def test_gpt2_too_and_without_a_loss_nothing_changed(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
     tokens = torch.arange(60).view(3, 20)
@@ -62,12 +88,18 @@ def test_gradients_do_not_depend_on_the_parts(has_bias: bool, num_parts: int, mo
     targets = torch.randint(13, (50,), generator=generator)
     targets[::7] = IGNORED
     inputs = [hidden, weight, *([bias] if has_bias else [])]
-    wanted = torch.autograd.grad(2 * F.cross_entropy(F.linear(*inputs), targets, ignore_index=IGNORED), inputs)
+    of_teacher, alpha, tau = torch.randn(50, 13, generator=generator, dtype=torch.float64), torch.tensor(0.4), torch.tensor(3.0)
+    logits = F.linear(*inputs)
+    apart = F.kl_div((logits / 3).log_softmax(-1), (of_teacher / 3).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    mixed = (0.6 * F.cross_entropy(logits, targets, ignore_index=IGNORED) + 0.4 * 9 * apart[targets != IGNORED].mean())
+    wanted_mixed = torch.autograd.grad(2 * mixed, inputs, retain_graph=True)
+    wanted = torch.autograd.grad(2 * F.cross_entropy(logits, targets, ignore_index=IGNORED), inputs)
     monkeypatch.setattr("raysearch.training.loss.LOGITS_AT_ONCE", 13 * -(-50 // num_parts))
     single = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    loss = 2 * linear_cross_entropy(single[0], single[1], single[2] if has_bias else None, targets)
-    for gradient, exact in zip(torch.autograd.grad(loss, single), wanted):
-        assert torch.allclose(gradient.double(), exact, rtol=1e-4, atol=1e-7)
+    for teacher, exacts in ((None, wanted), ((of_teacher.float(), alpha, tau), wanted_mixed)):
+        loss = 2 * linear_cross_entropy(single[0], single[1], single[2] if has_bias else None, targets, teacher)
+        for gradient, exact in zip(torch.autograd.grad(loss, single), exacts):
+            assert torch.allclose(gradient.double(), exact, rtol=1e-4, atol=1e-7)
 
 
 def test_a_loss_of_ones_own_gets_hidden_states_and_head(tiny_model: Path) -> None:

@@ -11,7 +11,7 @@ def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
     by_rate = resolve_actions(TrialConfig(schedule="constant", rate=0.2, num_rounds=3), study, 10**6)
     by_target = resolve_actions(TrialConfig(schedule="exponential", target_sparsity=1 - 0.8**3, num_rounds=3), study, 10**6)
     assert by_rate == by_target
-    untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0)
+    untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0, temperature=3.0)
     assert resolve_actions(untouched, study, 10**6) == resolve_actions(TrialConfig(target_sparsity=0.5), study, 10**6)
 
 
@@ -35,13 +35,27 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
 @pytest.mark.parametrize(("fields", "sentence"), [
     ({"target_sparsity": 0.5, "finetune_epochs": 0.01}, "finetune_epochs must be 0 or make at least one step of 256 tokens"),
     ({"target_sparsity": 0.5, "l1_lambda": 0.1}, "l1_lambda acts during fine-tuning"),
+    ({"target_sparsity": 0.5, "distill_alpha": 0.1}, "distill_alpha acts during fine-tuning, .*got distill_alpha 0.1"),
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
-    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, movement, got 'luck'"),
-    ({"target_sparsity": 0.5, "pattern": "4:8"}, "pattern must be one of unstructured, head, got '4:8'"),
-    ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning, so finetune_epochs"),
-    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement has no cut in units of"),
+    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, .*'luck'"),
+    ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
+    ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "follows a path of .*threshold 0.5"),
+    ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, or N:M with N below M.*got '4:4'"),
+    ({"target_sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, so target_sparsity must be that.*got 0.6"),
+    ({"schedule": "constant", "rate": 0.1, "num_rounds": 2, "pattern": "1:4"}, "pattern 1:4 ends at sparsity 0.75.*got None"),
+    ({"threshold": 0.1, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4.*threshold 0.1"),
+    ({"target_sparsity": 0.5, "criterion": "wanda"}, "criterion wanda prunes block by block, so it needs scope layer or row"),
+    ({"threshold": 0.5, "criterion": "ria"}, "criterion ria prunes block by block, .*threshold 0.5"),
+    ({"target_sparsity": 0.5, "criterion": "ria", "pattern": "head", "scope": "layer"}, "criterion ria prunes block by block"),
+    ({"target_sparsity": 0.5, "criterion": "sparsegpt", "scope": "row"}, "criterion sparsegpt .*must be layer, got row"),
+    ({"criterion": "wanda", "pattern": "2:4", "schedule": "linear", "num_rounds": 2}, "prunes to pattern 2:4 at once, so its"),
+    ({"target_sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among .*and global"),
+    ({"target_sparsity": 0.5, "budget": "erdos_renyi", "scope": "layer", "pattern": "head"}, "budget erdos_renyi .*got head"),
+    ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
+    ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
+    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement follows a path of "),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
@@ -50,11 +64,21 @@ def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -
         resolve_actions(TrialConfig(**fields), study, 10**6)
 
 
-def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
+def test_n_of_m_has_a_sparsity_of_its_own(study: Study) -> None:
+    (said,), (unsaid,) = (resolve_actions(TrialConfig(pattern="2:3", target_sparsity=target), study, 10**6)
+                          for target in (1 / 3, None))
+    assert said == unsaid
+    path = resolve_actions(TrialConfig(pattern="2:8", schedule="linear", num_rounds=3), study, 10**6)
+    assert [action.sparsity for action in path] == [0.25, 0.5, 0.75]
+    check_actions(path, study, 10**6, "line 1")
+
+
+def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     learning = {"target_sparsity": 0.5, "finetune_epochs": 1.0, "mask_interval_steps": 7}
     (movement,) = resolve_actions(TrialConfig(criterion="movement", **learning), study, 10**6)
+    (gradual,) = resolve_actions(TrialConfig(criterion="gradual_magnitude", **learning), study, 10**6)
     (magnitude,) = resolve_actions(TrialConfig(**learning), study, 10**6)
-    assert (movement.mask_interval_steps, magnitude.mask_interval_steps) == (7, 0)
+    assert [a.mask_interval_steps for a in (movement, gradual, magnitude)] == [7, 7, 0]
 
 
 @pytest.mark.parametrize(("fields", "sentence"), [
@@ -63,16 +87,35 @@ def test_masks_move_only_where_the_criterion_learns(study: Study) -> None:
     ({"sparsity": 1.0}, "sparsity must be at least 0 and below 1, got 1.0"),
     ({"sparsity": 0.5, "criterion": "luck"}, "criterion must be one of"),
     ({"sparsity": 0.5, "pattern": "luck"}, "pattern must be one of"),
+    ({"sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, got 0.6"),
+    ({"sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among layers, so it needs"),
+    ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4"),
+    ({"sparsity": 0.5, "criterion": "wanda", "scope": "row"}, "criterion wanda needs calibration_sequences, got 0"),
+    ({"sparsity": 0.4, "criterion": "ria", "pattern": "2:4", "calibration_sequences": 2}, "criterion ria prunes to pattern"),
+    ({"sparsity": 0.5, "distill_alpha": 1.1}, "distill_alpha must be 0 to 1 and temperature above 0, got 1.1 and 1.0"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
-    ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement learns during fine-tuning: it needs finetune_to"),
-    ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0}, "l1_lambda and learning_rate must be at least 0"),
+    ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
+    ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
+     "l1_lambda, learning_rate and mask_decay must be at least 0"),
 ])
 def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:
     good = Action(sparsity=0.3)
     check_actions([good], study, 10**6, "line 1")
     with pytest.raises(ValueError, match=f"line 1, action 2: {sentence}"):
         check_actions([good, Action(**fields)], study, 10**6, "line 1")
+
+
+def test_calibration_needs_text_and_matrices(study: Study) -> None:
+    config = TrialConfig(criterion="wanda", scope="row", target_sparsity=0.5, calibration_sequences=8)
+    (action,) = resolve_actions(config, study.replaced(seed=3), 10**6)
+    assert (action.calibration_sequences, action.seed) == (8, 3)
+    (magnitude,) = resolve_actions(config.model_copy(update={"criterion": "magnitude"}), study.replaced(seed=3), 10**6)
+    assert (magnitude.calibration_sequences, magnitude.seed) == (0, 0)
+    with pytest.raises(ValueError, match="criterion wanda looks at training text, got no corpus"):
+        resolve_actions(config, study, 0)
+    with pytest.raises(ValueError, match="criterion wanda looks at the inputs of a block's matrices, so prunable must be matr"):
+        resolve_actions(config, study.replaced(prunable="all"), 10**6)
 
 
 def test_actions_that_train_need_text(study: Study) -> None:

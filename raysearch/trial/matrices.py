@@ -1,0 +1,67 @@
+"""Whole matrices, one after the other: what is compared within them, and pruning block by block by what flows into them."""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from raysearch.config import Action
+from raysearch.models.model import Prunable
+from raysearch.pruning.budgets import erdos_renyi, num_to_prune
+from raysearch.pruning.criteria import CRITERIA
+from raysearch.pruning.patterns import NOfM, n_of_m
+from raysearch.pruning.selection import group_masks, row_masks
+from raysearch.training.calibration import stream
+from raysearch.training.data import Blocks
+from raysearch.training.engine import Engine
+
+
+def layer_sparsities(prunables: Sequence[Prunable], budget: str, sparsity: float) -> dict[str, float]:
+    """The share of each prunable matrix; the experts in one parameter are one layer."""
+    if budget == "uniform":
+        return {p.name: sparsity for p in prunables}
+    shapes, sizes = [(p.shape[-2], p.shape[-1]) for p in prunables], [math.prod(p.shape) for p in prunables]
+    return dict(zip((p.name for p in prunables), erdos_renyi(shapes, sizes, sparsity), strict=True))
+
+
+def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float) -> Tensor:
+    """Mask [O, K] of the scores of a matrix, or of a part of its inputs, that gives up `sparsity`: the highest of each group,
+    of each row or of all stay. Ties go in row-major order."""
+    if group is not None:
+        return group_masks(scores, *group)
+    if scope == "row":
+        return row_masks(scores, num_to_prune(sparsity, scores.shape[1]))
+    return row_masks(scores.reshape(1, -1), num_to_prune(sparsity, scores.numel())).view(scores.shape)
+
+
+@torch.no_grad()
+def prune_block_by_block(engine: Engine, action: Action, text: Blocks) -> None:
+    """Each matrix by the inputs that it has behind the pruned blocks before it. Collective; the sequences are shared out."""
+    assert action.sparsity is not None
+    criterion, group, number = CRITERIA[action.criterion], n_of_m(action.pattern), action.calibration_sequences
+    assert criterion.statistic is not None
+    per_rank = -(-number // engine.world_size)
+    first = engine.rank * per_rank
+    tokens = text.stream(first, per_rank, action.seed).to(engine.device)
+    is_counted = [first + sequence < number for sequence in range(per_rank)]
+    of_layer = layer_sparsities(engine.prunables, action.budget, action.sparsity)
+    prunables = {p.name: p for p in engine.prunables}
+    for sums in stream(engine.model, tokens, is_counted, list(prunables), criterion.statistic):
+        masks = engine.masks()
+        for name, total in sums.items():
+            prunable = prunables[name]
+            masks_of = functools.partial(matrix_mask, scope=action.scope, group=group, sparsity=of_layer[name])
+            weights, statistic = prunable.rows(engine.gather(name)), engine.sum_over_ranks(total)
+            if criterion.solve is not None:
+                weights, mask = criterion.solve(weights, statistic, masks_of, group.size if group else 0)
+            else:
+                assert criterion.scores is not None
+                mask = masks_of(criterion.scores(weights, statistic).masked_fill(weights == 0, -math.inf))
+            for index, shard in enumerate(engine.shards):
+                if shard.name == name:
+                    here = slice(shard.start, shard.start + shard.values.numel())
+                    shard.values.copy_(prunable.stored(weights)[here])
+                    masks[index] = prunable.stored(mask)[here]
+        engine.set_masks(masks)

@@ -1,0 +1,54 @@
+"""Every method: criteria, patterns, budgets, distillation, with and without training. books-30m on GPUs, as in books_30m.py.
+
+What goes with what is in docs/how_it_works.md; a combination that does not is refused before it runs. A name stands for one
+list of choices, so where the choices are fewer the name is another.
+"""
+
+from search_spaces.books_30m import STUDY as BOOKS
+
+STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 60}}
+
+
+def space(trial):
+    def choice(name, *choices):
+        return trial.suggest_categorical(name, choices)
+
+    epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
+    if epochs:
+        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "wanda", "ria", "sparsegpt")
+        fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
+                  "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
+                  "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
+        if fields["distill_alpha"]:
+            fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
+    else:
+        criterion, fields = choice("one_shot/criterion", "magnitude", "wanda", "ria", "sparsegpt"), {}
+    fields |= {"criterion": criterion, "finetune_epochs": epochs}
+    looks_at_text = criterion in ("wanda", "ria", "sparsegpt")
+    if looks_at_text:
+        fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
+        fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
+    else:
+        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
+    is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
+    if criterion == "sr_ste":
+        fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
+    if is_gradual:
+        fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
+    if ":" in fields["pattern"]:
+        return fields
+    if fields["pattern"] == "head":
+        return fields | {"target_sparsity": trial.suggest_float("head/target_sparsity", 0.1, 0.7),
+                         "scope": choice("head/scope", "global", "layer")}
+    if criterion == "magnitude" and choice("by", "sparsity", "threshold") == "threshold":
+        return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
+    if criterion == "sparsegpt":
+        fields["scope"] = "layer"
+    else:
+        fields["scope"] = (choice("calibrated/scope", "layer", "row") if looks_at_text
+                           else choice("scope", "global", "layer", "row"))
+    if fields["scope"] != "global":
+        fields["budget"] = choice("budget", "uniform", "erdos_renyi")
+    if epochs and not is_gradual:
+        fields |= {"schedule": "cubic", "num_rounds": trial.suggest_int("num_rounds", 1, 3)}
+    return fields | {"target_sparsity": trial.suggest_float("target_sparsity", 0.4, 0.95)}

@@ -1,0 +1,60 @@
+"""What is compared within a matrix; a round with a calibrated criterion, stored, loaded and trained. That every stage and
+world size makes the same masks is held by test_pruner.py, which has the ranks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from raysearch.config import Action
+from raysearch.models.model import Prunable
+from raysearch.pruning.patterns import NOfM
+from raysearch.study.records import round_key
+from raysearch.trial.matrices import layer_sparsities, matrix_mask
+from raysearch.trial.round import dense_round, load_candidate, run_round
+from raysearch.trial.worker import Worker
+
+
+def test_what_is_compared_is_what_the_scope_says() -> None:
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    assert matrix_mask(scores, "layer", None, 0.5).tolist() == [[False] * 4, [True] * 4]
+    assert matrix_mask(scores, "row", None, 0.5).tolist() == [[False, False, True, True]] * 2
+    assert matrix_mask(scores, "global", NOfM(1, 2), 0.5).tolist() == [[False, True, False, True]] * 2
+    assert matrix_mask(torch.zeros(2, 4), "layer", None, 0.25).tolist() == [[False, False, True, True], [True] * 4]
+
+
+def test_experts_share_a_budget() -> None:
+    prunables = [Prunable("dense", (8, 8), False), Prunable("experts", (4, 8, 8), False), Prunable("large", (64, 64), True)]
+    assert set(layer_sparsities(prunables, "uniform", 0.3).values()) == {0.3}
+    found = layer_sparsities(prunables, "erdos_renyi", 0.6)
+    assert found["dense"] == found["experts"] < 0.6 < found["large"]
+
+
+@pytest.mark.parametrize("fields", [{"criterion": "wanda", "scope": "row"}, {"criterion": "sparsegpt", "pattern": "2:4"}])
+def test_a_calibrated_round_is_stored_loaded_and_trained(worker: Worker, fields: dict) -> None:
+    dense = dense_round(worker)
+    one_shot = Action(sparsity=0.5, calibration_sequences=4, **fields)
+    magnitude = Action(sparsity=0.5, **{name: value for name, value in fields.items() if name != "criterion"})
+    found, by_magnitude = run_round(worker, dense, one_shot), run_round(worker, dense, magnitude)
+    assert found.sparsity == pytest.approx(0.5, abs=1e-3)
+    key = "text/bits_per_byte"
+    assert found.metrics[key].value < by_magnitude.metrics[key].value
+    load_candidate(worker, dense)
+    load_candidate(worker, found)
+    kept = {p.name: worker.engine.gather(p.name) != 0 for p in worker.engine.prunables}
+    trained = run_round(worker, found, Action(sparsity=0.5, calibration_sequences=4, finetune_tokens=1024, learning_rate=1e-3,
+                                              **fields))
+    for name, mask in kept.items():
+        assert not (worker.engine.gather(name)[~mask]).any(), name
+    assert trained.metrics[key].value < found.metrics[key].value
+    assert round_key(dense.key, one_shot) == found.key
+
+
+def test_at_sparsity_0_the_weights_stay(worker: Worker, tiny_model: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    for criterion in ("wanda", "ria", "sparsegpt"):
+        action = Action(criterion=criterion, scope="layer", sparsity=0.0, calibration_sequences=2)
+        load_candidate(worker, run_round(worker, dense_round(worker), action))
+        for name, parameter in model.named_parameters():
+            assert torch.equal(worker.engine.gather(name), parameter), (criterion, name)
