@@ -374,7 +374,7 @@ def evaluate(
     """Score a model on named tasks, with lm-eval's metrics."""
     from raysearch.evaluation.names import check_names
 
-    check_names(model, tasks.split(","))
+    check_names(model, comma_separated(tasks, "--tasks"))
     if backend not in ("auto", "dense"):
         raise ValueError(f"--backend must be auto or dense, got {backend!r}")
     from json import dumps

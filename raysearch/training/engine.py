@@ -6,6 +6,7 @@ applies them (optimizer.py). Outside that step one invariant holds for every met
 `zero.py` (DeepSpeed) at the others.
 """
 
+import atexit
 import functools
 import importlib.util
 import os
@@ -70,6 +71,8 @@ def _join(timeout_s: float) -> torch.device:
     if not dist.is_initialized():
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
+        if not is_cuda:  # a thread of gloo that outlives the interpreter ends the process with SIGABRT
+            atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
     return device
 
 
