@@ -377,6 +377,8 @@ def evaluate(
     check_names(model, comma_separated(tasks, "--tasks"))
     if backend not in ("auto", "dense"):
         raise ValueError(f"--backend must be auto or dense, got {backend!r}")
+    if not json:
+        doing("scoring")
     from json import dumps
 
     from analysis.tables import aligned, with_stderr
@@ -406,6 +408,7 @@ def kernels(
     from raysearch.models.checkpoint import model_folder
 
     model_folder(model)
+    doing("timing kernels")
     from analysis.tables import aligned
     from raysearch.deploy.load import open_model
     from raysearch.models.sparse import sparsify_for_inference
