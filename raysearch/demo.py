@@ -26,7 +26,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     study = study.replaced(path=str(out / "model"))
     start_ray(study)
     echo(f"1/4 pretrain a tiny GPT on the documentation of Python: {study.model.path}")
-    pretrain("tiny", "builtin", out / "model")
+    pretrain("tiny", "builtin", out / "model", echo=echo)
     echo(f"2/4 sweep: {study.search.num_trials} trials, {study.search.max_concurrent} at a time")
     result = sweep(SPACE, out / "study", study, space, echo)
     if result.interrupted:
