@@ -12,8 +12,9 @@ from raysearch.deploy.export import COMPRESSED
 from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
-from raysearch.models.model import check_causal, dtype_note, first_line, load_tokenizer, stored_dtype, vocab_size
+from raysearch.models.model import check_causal, dtype_note, load_tokenizer, stored_dtype, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
+from raysearch.study.text import first_line
 from raysearch.training.corpus import Say, quiet
 from raysearch.training.data import check_tokenizer, load_splits
 

@@ -8,10 +8,11 @@ from raysearch.config import TrialConfig, parse, study_of
 from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
 from raysearch.kernels.device import device_name
-from raysearch.models.model import context_limit, first_line, load_config
+from raysearch.models.model import context_limit, load_config
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
+from raysearch.study.text import first_line
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, report_round

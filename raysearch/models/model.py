@@ -38,6 +38,7 @@ from raysearch.models.checkpoint import (
     weight_files,
 )
 from raysearch.study.files import file_sha256
+from raysearch.study.text import first_line
 
 EXPERTS_IN_OUT = ("Llama4TextExperts",)
 """Experts stored [in, out] that do not say so by `is_transposed`."""
@@ -280,8 +281,3 @@ def _experts(module: Any) -> Iterator[tuple[nn.Parameter, bool]]:
                 yield parameter, name == "w2"
             elif len(parameter_shape(parameter)) == 3:
                 yield parameter, getattr(module, "is_transposed", type(module).__name__ in EXPERTS_IN_OUT)
-
-
-def first_line(error: Exception) -> str:
-    """What a library's exception says, short enough for a sentence of ours."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

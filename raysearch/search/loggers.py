@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, TrialRecord, hash_json
 from raysearch.study.storage import AnyPath
+from raysearch.study.text import first_line
 from raysearch.trial.rank import measured
 
 ANSWER_S = 5
@@ -86,7 +87,7 @@ class Loggers:
                 tracker.show(run)
             except Exception as error:  # of any kind: each package has its own, and a study of days must not end by one
                 self.trackers.remove(tracker)
-                self.echo(f"{type(tracker).__name__} takes no more of this sweep ({_first_line(error)}); the same command "
+                self.echo(f"{type(tracker).__name__} takes no more of this sweep ({first_line(error)}); the same command "
                           "logs the rest")
 
     def show_all(self) -> None:
@@ -133,9 +134,6 @@ def check_target(uri: str) -> None:
             socket.create_connection((url.host, url.port), ANSWER_S).close()
         create_engine(url).connect().close()
 
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 class TensorBoard:
@@ -202,7 +200,7 @@ class MLflow:
             self.client.search_experiments(max_results=1)
         except Exception as error:  # MLflow's own, SQLAlchemy's and those of a driver that is missing
             shown = re.sub(r"://[^/@]*@", "://...@", uri)  # without a password
-            raise ValueError(f"--mlflow {shown}: cannot be used ({_first_line(error)}); give sqlite:///FILE, or "
+            raise ValueError(f"--mlflow {shown}: cannot be used ({first_line(error)}); give sqlite:///FILE, or "
                              "http://HOST:PORT of an MLflow server") from error
         self.name = experiment
         self._runs: dict[str, tuple[str, set[tuple[str, int]]]] = {}
@@ -252,7 +250,7 @@ class WandB:
             try:
                 check_target(server)
             except OSError as error:
-                raise ValueError(f"--wandb {project}: {server} does not answer ({_first_line(error)}); check the network, "
+                raise ValueError(f"--wandb {project}: {server} does not answer ({first_line(error)}); check the network, "
                                  f"{offline}") from error
             if not wandb.login(prompt=False):
                 raise ValueError(f"--wandb {project}: nobody is logged in here; give WANDB_API_KEY, `wandb login`, {offline}")

@@ -87,3 +87,8 @@ def parse_json(text: str, where: str) -> Any:
                          "or remove it") from None
     except RecursionError:
         raise ValueError(f"{where}: is nested too deeply to be data; mend or remove it") from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, short enough for a sentence of ours."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

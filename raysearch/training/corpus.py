@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from raysearch.study.text import COMPRESSIONS, json_lines, open_text, parse_json, plain_suffix
+from raysearch.study.text import COMPRESSIONS, first_line, json_lines, open_text, parse_json, plain_suffix
 
 if TYPE_CHECKING:
     import datasets
@@ -189,7 +189,7 @@ def _parquet_texts(file: Path, field: str) -> Iterator[str]:
             for batch in table.iter_batches(columns=[field]):
                 yield from filter(None, batch.column(0).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"corpus {file}: cannot be read as Parquet ({_first_line(error)}); write it again") from error
+        raise ValueError(f"corpus {file}: cannot be read as Parquet ({first_line(error)}); write it again") from error
 
 
 def _column(where: str, data: "datasets.Dataset", field: str) -> Iterator[str]:
@@ -212,7 +212,7 @@ def _saved_dataset(folder: Path) -> "datasets.Dataset":
     try:
         data = _quiet_datasets().load_from_disk(str(folder))
     except Exception as error:  # Arrow's, json's and those of datasets
-        raise ValueError(f"corpus {folder}: cannot be read as a folder that datasets saved ({_first_line(error)}); save it "
+        raise ValueError(f"corpus {folder}: cannot be read as a folder that datasets saved ({first_line(error)}); save it "
                          "again") from error
     if isinstance(data, dict):
         if "train" not in data:
@@ -227,7 +227,7 @@ def _dataset(corpus: str) -> "datasets.Dataset":
         return _quiet_datasets().load_dataset(name, config or None, split="train")
     except Exception as error:  # the hub's client, fsspec and the readers each raise their own kinds
         raise ValueError(f"corpus {corpus}: neither a file or folder here nor a Hugging Face dataset that loads "
-                         f'({_first_line(error)}); check the name and the network, or use "builtin"') from error
+                         f'({first_line(error)}); check the name and the network, or use "builtin"') from error
 
 
 def _quiet_datasets() -> ModuleType:
@@ -237,7 +237,3 @@ def _quiet_datasets() -> ModuleType:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     return datasets
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
