@@ -57,17 +57,21 @@ def flops_per_token(name: str, num_parameters: int) -> float:
 class WithLoss(nn.Module):
     """The loss inside the module, where DDP's hooks and the compiler see all of it."""
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
+    def __init__(self, model: GPT2LMHeadModel, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cross_entropy = model, cross_entropy
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = self.model.lm_head(self.model.transformer(input_ids=tokens).last_hidden_state[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return self.cross_entropy(logits, tokens)
+
+
+def next_token_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def by_hand(name: str, way: str, tokens: Tensor) -> Step:
-    model = GPT2LMHeadModel(config(name)).cuda().train()
+    model, cross_entropy = GPT2LMHeadModel(config(name)).cuda().train(), next_token_cross_entropy
     if way == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -75,8 +79,10 @@ def by_hand(name: str, way: str, tokens: Tensor) -> Step:
         for block in model.transformer.h:
             block.compile()
             fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    whole: Any = WithLoss(model)
+        cross_entropy = torch.compile(cross_entropy)
+    whole: Any = WithLoss(model, cross_entropy)
+    if way == "fsdp":
+        fully_shard(whole, mp_policy=policy)
     if way == "ddp":
         whole = nn.parallel.DistributedDataParallel(whole, device_ids=[torch.cuda.current_device()],
                                                     gradient_as_bucket_view=True)
