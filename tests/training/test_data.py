@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from raysearch.study.files import default_cache_dir
 from raysearch.training.corpus import load_documents
 from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents, train_tokenizer
+from raysearch.training.texts import Texts
 
 WORDS = ("the cat sat on a mat and the dog ran to a red house by the sea while rain fell").split()  # noqa: SIM905
 
@@ -25,7 +26,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer([story(i) for i in range(50)], 300)
 
 
-def split(corpus: str | Path, name: str = "train") -> list[str]:
+def texts(documents: list[str]) -> Texts:
+    return Texts.of((document, True) for document in documents)
+
+
+def split(corpus: str | Path, name: str = "train") -> Texts:
     return split_documents(load_documents(str(corpus)))[name]
 
 
@@ -38,13 +43,13 @@ def corpus(tmp_path: Path) -> str:
 
 def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
     documents = [story(i) for i in range(2000)] + [story(7)] * 3
-    splits = split_documents(documents)
+    splits = split_documents(texts(documents))
     sets = {split: set(texts) for split, texts in splits.items()}
     assert sum(map(len, splits.values())) == 2003
     assert sum(map(len, sets.values())) == 2000 == len(set.union(*sets.values()))
     assert 60 < len(splits["selection"]) < 140
     assert 60 < len(splits["report"]) < 140
-    fewer = split_documents(documents[:1000])
+    fewer = split_documents(texts(documents[:1000]))
     assert all(set(fewer[split]) <= sets[split] for split in splits)  # a document never changes its split
 
 
@@ -52,7 +57,7 @@ def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
 def test_a_few_long_documents_are_cut_at_paragraphs(num_documents: int) -> None:
     paragraphs = [story(i, 100) for i in range(600)]
     documents = ["\n\n".join(part) for part in np.array_split(paragraphs, num_documents)]
-    splits = split_documents(documents)
+    splits = split_documents(texts(documents))
     assert all(splits.values())
     pieces = [piece for texts in splits.values() for piece in texts]
     assert max(map(len, pieces)) <= 4000
@@ -62,9 +67,9 @@ def test_a_few_long_documents_are_cut_at_paragraphs(num_documents: int) -> None:
 
 def test_tiny_corpora_fill_all_splits_or_are_refused() -> None:
     for num in range(3, 12):
-        assert all(split_documents([f"passage {i}" for i in range(num)]).values())
+        assert all(split_documents(texts([f"passage {i}" for i in range(num)])).values())
     with pytest.raises(ValueError, match="each of train, selection and report, got 1"):
-        split_documents(["one short text"] * 5)
+        split_documents(texts(["one short text"] * 5))
 
 
 def test_tokenizer_is_lossless_deterministic_and_checked(tokenizer: PreTrainedTokenizerFast) -> None:
