@@ -221,10 +221,10 @@ class Engine:
         for shard in self.shards:
             if shard.name not in whole:
                 whole = {shard.name: self._expanded(shard.name, weights[shard.name])}  # of the one before nothing is kept
-            values, mask = (part if part is None else part[shard.start:shard.start + shard.values.numel()]
-                            for part in whole[shard.name])
-            shard.values.copy_(values)
-            masks.append(mask)
+            here = slice(shard.start, shard.start + shard.values.numel())
+            values, mask = whole[shard.name]
+            shard.values.copy_(values[here])
+            masks.append(None if mask is None else mask[here].clone())
         self.set_masks(masks)
 
     def _expanded(self, name: str, stored: Tensor | SparseWeight) -> tuple[Tensor, Tensor | None]:
