@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
-Budget = Literal["uniform", "erdos_renyi"]
+Budget = Literal["uniform", "erdos_renyi", "owl"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -112,7 +112,11 @@ class TrialConfig(Frozen):
     """Comparison group of the scores."""
     budget: Budget = "uniform"
     """What each layer gives up, where weights are compared within a layer or a row; under scope global the scores say it.
-    `erdos_renyi`: large matrices give up more."""
+    `erdos_renyi`: large matrices give up more. `owl`: blocks with many outliers among their Wanda scores give up less."""
+    owl_lambda: float = Field(0.08, ge=0, le=1)
+    """How far a block's density may be from the mean under budget `owl`."""
+    owl_m: float = Field(5.0, gt=0)
+    """What is an outlier there: a score above this many times its block's mean."""
     mask_interval_steps: int = Field(10, ge=1)
     """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
     mask_decay: float = Field(2e-4, ge=0)
@@ -120,7 +124,7 @@ class TrialConfig(Frozen):
     masks are made."""
     calibration_sequences: int = Field(128, ge=1)
     """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
-    `sparsegpt`) looks at."""
+    `sparsegpt`) and budget `owl` look at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
     distill_alpha: float = Field(0.0, ge=0, le=1)
@@ -157,6 +161,8 @@ class Action(Frozen):
     pattern: str = "unstructured"
     scope: Scope = "global"
     budget: Budget = "uniform"
+    owl_lambda: float = 0.0
+    owl_m: float = 0.0
     mask_interval_steps: int = 0
     """0 where masks do not change while it fine-tunes."""
     sparsity: float | None = None
@@ -165,7 +171,7 @@ class Action(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     mask_decay: float = 0.0
     calibration_sequences: int = 0
-    """0 where the criterion looks at weights alone."""
+    """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0
     distill_alpha: float = 0.0
     temperature: float = 1.0

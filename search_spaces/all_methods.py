@@ -48,7 +48,11 @@ def space(trial):
         fields["scope"] = (choice("calibrated/scope", "layer", "row") if looks_at_text
                            else choice("scope", "global", "layer", "row"))
     if fields["scope"] != "global":
-        fields["budget"] = choice("budget", "uniform", "erdos_renyi")
+        fields["budget"] = choice("budget", "uniform", "erdos_renyi", "owl")
+    if fields.get("budget") == "owl":
+        fields |= {"owl_lambda": trial.suggest_float("owl_lambda", 0.02, 0.2),
+                   "owl_m": choice("owl_m", 3.0, 5.0, 7.0, 10.0),
+                   "calibration_sequences": fields.get("calibration_sequences") or choice("owl/calibration_sequences", 32, 128)}
     if epochs and not is_gradual:
         fields |= {"schedule": "cubic", "num_rounds": trial.suggest_int("num_rounds", 1, 3)}
     return fields | {"target_sparsity": trial.suggest_float("target_sparsity", 0.4, 0.95)}

@@ -16,6 +16,10 @@ def check_names(method: TrialConfig | Action) -> NOfM | None:
     return n_of_m(method.pattern)
 
 
+def looks_at_text(method: TrialConfig | Action) -> bool:
+    return CRITERIA[method.criterion].statistic is not None or method.budget == "owl"
+
+
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
     """ValueError for a criterion, a pattern and a scope that do not go together, or not with the study; the pattern's N:M."""
     criterion, pattern, scope = method.criterion, method.pattern, method.scope
@@ -36,11 +40,12 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if CRITERIA[criterion].solve is not None and scope == "row":
         raise ValueError(f"criterion {criterion} compares the weights of all outputs of {WIDTH} inputs, so scope must be "
                          f"layer, got {scope}")
-    if calibrates and study.model.prunable != "matrices":
-        raise ValueError(f"criterion {criterion} looks at the inputs of a block's matrices, so prunable must be matrices, "
+    reader = f"criterion {criterion}" if calibrates else f"budget {method.budget}"
+    if looks_at_text(method) and study.model.prunable != "matrices":
+        raise ValueError(f"{reader} looks at the inputs of a block's matrices, so prunable must be matrices, "
                          f"got {study.model.prunable}")
-    if calibrates and not num_train_tokens:
-        raise ValueError(f"criterion {criterion} looks at training text, got no corpus")
+    if looks_at_text(method) and not num_train_tokens:
+        raise ValueError(f"{reader} looks at training text, got no corpus")
     if CRITERIA[criterion].is_gradual and method.threshold is not None:
         raise ValueError(f"criterion {criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
                          f"threshold {method.threshold:g}")
@@ -63,8 +68,11 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
             (group is None or (action.sparsity or 0) <= group.sparsity,
              f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
-            (not calibrates or action.calibration_sequences > 0,
-             f"criterion {action.criterion} needs calibration_sequences, got {action.calibration_sequences}"),
+            (not looks_at_text(action) or action.calibration_sequences > 0,
+             f"{'criterion ' + action.criterion if calibrates else 'budget owl'} needs calibration_sequences, got "
+             f"{action.calibration_sequences}"),
+            (action.budget != "owl" or (0 <= action.owl_lambda <= 1 and action.owl_m > 0),
+             f"budget owl needs owl_lambda of 0 to 1 and owl_m above 0, got {action.owl_lambda} and {action.owl_m}"),
             (not (calibrates and group) or action.sparsity == group.sparsity,
              f"criterion {action.criterion} prunes to pattern {action.pattern} at once, got sparsity {action.sparsity}"),
             (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
@@ -129,7 +137,9 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if CRITERIA[config.criterion].trains_pruned:
         fixed |= {"mask_decay": config.mask_decay}
-    if calibrates:
+    if config.budget == "owl":
+        fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
+    if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}

@@ -21,7 +21,7 @@ from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
-from raysearch.trial.matrices import layer_sparsities, matrix_mask, prune_block_by_block
+from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -37,12 +37,15 @@ class Pruner:
         find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
         self._start = 0.0
+        self._of_layer: LayerSparsities
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        self._of_layer = budget_of(self.engine, self.action, self.text)
         if self.criterion.statistic is not None:
             assert self.text is not None
-            prune_block_by_block(self.engine, self.action, self.text)
+            assert self.action.sparsity is not None
+            prune_block_by_block(self.engine, self.action, self.text, self._of_layer(self.action.sparsity))
             return
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
@@ -117,8 +120,7 @@ class Pruner:
                               world_size=world_size, passes=passes)
         if action.scope == "row":
             return self._row_masks(scores, sparsity)
-        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
-        parts: dict[str, Tensor] = {}
+        of_layer, parts = self._of_layer(sparsity), dict[str, Tensor]()
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
             score = here.get(prunable.name, torch.empty(0, device=engine.device))
@@ -129,7 +131,7 @@ class Pruner:
 
     def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
-        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
+        of_layer = self._of_layer(sparsity)
         here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
         parts: dict[str, Tensor] = {}
         for prunable in self.engine.prunables:

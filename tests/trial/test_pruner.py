@@ -32,6 +32,7 @@ COMBINATIONS = [(criterion, pattern, scope)
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
 CALIBRATED = ("wanda", "ria")
+BY_TEXT = (*CALIBRATED, "magnitude")  # whose budget looks at it
 CALIBRATION = Blocks(Path("made up"), "")
 vars(CALIBRATION)["tokens"] = np.arange(8 * 32, dtype=np.uint16).reshape(8, 32) * 37 % 257
 
@@ -89,7 +90,7 @@ def test_a_gradual_round_is_three_nested_loops(measured: dict, tiny_model: Path,
     assert case["zeros_of_the_module"] == sum(int((~mask).sum()) for mask in masks.values()) or differences
 
 
-@pytest.mark.parametrize("criterion", CALIBRATED)
+@pytest.mark.parametrize("criterion", BY_TEXT)
 def test_calibrated_masks_are_the_same_for_every_stage_and_world_size(measured: dict, criterion: str) -> None:
     """A sequence is looked at alone, so that only the order of adding in fp64 differs."""
     for name in measured[1]["0"]["calibrated"][criterion]:
@@ -372,8 +373,9 @@ def calibrated_rounds(engine: Any, criterion: str) -> dict[str, Any]:
     found = {}
     tokens = next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
     for name, fields in (("row", {"scope": "row", "sparsity": 0.55}), ("2:4", {"pattern": "2:4", "sparsity": 0.5}),
-                         ("layer", {"scope": "layer", "sparsity": 0.55, "budget": "erdos_renyi"})):
-        if criterion == "sparsegpt" and name == "row":
+                         ("layer", {"scope": "layer", "sparsity": 0.55, "budget": "erdos_renyi"}),
+                         ("owl", {"scope": "layer", "sparsity": 0.55, "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0})):
+        if (criterion == "sparsegpt" and name in ("row", "owl")) or (criterion == "magnitude" and name != "owl"):
             continue
         engine.load_base()
         engine.restart(0.0)
@@ -497,7 +499,7 @@ def main(model: str) -> dict[str, Any]:
                         weight_decay=0.0)
         measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
                            "distilled": distilled_round(engine),
-                           "calibrated": {each: calibrated_rounds(engine, each) for each in (*CALIBRATED, "sparsegpt")},
+                           "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
                            **{each: gradual_round(engine, each) for each in ("movement", "gradual_magnitude", "sr_ste")}}
     return measured
 
