@@ -103,8 +103,8 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement`
-    prune while they fine-tune."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement` prune while they
+    fine-tune; `rigl` and `set` then drop weights for others."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
@@ -118,10 +118,12 @@ class TrialConfig(Frozen):
     owl_m: float = Field(5.0, gt=0)
     """What is an outlier there: a score above this many times its block's mean."""
     mask_interval_steps: int = Field(10, ge=1)
-    """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
+    """Steps between two changes of the masks, where they change while it fine-tunes."""
     mask_decay: float = Field(2e-4, ge=0)
     """What criterion `sr_ste` adds to the gradient of what is masked, times its value; it rises from 0 to this until the last
     masks are made."""
+    drop_fraction: float = Field(0.3, gt=0, le=1)
+    """Of each layer's kept weights, the share that `rigl` and `set` drop for others at a time; half a cosine brings it to 0."""
     calibration_sequences: int = Field(128, ge=1)
     """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
     `sparsegpt`) and budget `owl` look at."""
@@ -170,6 +172,7 @@ class Action(Frozen):
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
     mask_decay: float = 0.0
+    drop_fraction: float = 0.0
     calibration_sequences: int = 0
     """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0

@@ -15,7 +15,8 @@ def space(trial):
 
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
-        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "wanda", "ria", "sparsegpt")
+        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "rigl", "set",
+                           "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
@@ -28,12 +29,14 @@ def space(trial):
     if looks_at_text:
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
+    elif criterion in ("rigl", "set"):
+        fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5)}
     else:
         fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
-    if is_gradual:
+    if is_gradual or criterion in ("rigl", "set"):
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
@@ -44,6 +47,8 @@ def space(trial):
         return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
     if criterion == "sparsegpt":
         fields["scope"] = "layer"
+    elif criterion in ("rigl", "set"):
+        fields["scope"] = choice("moving/scope", "global", "layer")
     else:
         fields["scope"] = (choice("calibrated/scope", "layer", "row") if looks_at_text
                            else choice("scope", "global", "layer", "row"))

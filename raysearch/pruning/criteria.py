@@ -26,6 +26,9 @@ class Criterion(NamedTuple):
     before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
     is_gradual: bool = False
     """Prunes *during* its round, along the path from the parent's sparsity to the action's."""
+    moves: bool = False
+    """Prunes as its round begins; then each layer drops weights and grows others (pruning.regrow), the highest of what was
+    gathered in the step before, or any where nothing is gathered. What the parent had pruned may come back."""
     trains_pruned: bool = False
     """What it pruned in the round is trained on, by the gradients of the masked weights, and may come back as it is by then."""
     statistic: Callable[[Tensor], Tensor] | None = None
@@ -54,6 +57,11 @@ def gather_movement(gathered: Tensor, weights: Tensor, gradients: Tensor) -> Non
     gathered.addcmul_(weights, gradients, value=-1)
 
 
+def gather_gradient(gathered: Tensor, weights: Tensor, gradients: Tensor) -> None:
+    """|dL/dW|, of pruned weights too."""
+    gathered.add_(gradients.abs())
+
+
 def squares(inputs: Tensor) -> Tensor:
     """fp64 [K], whose sum over all positions is the square of each input's norm."""
     return inputs.double().square().sum(0)
@@ -79,6 +87,8 @@ CRITERIA = {
     "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
     "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),
+    "rigl": Criterion(magnitude, gather_gradient, moves=True),  # Evci et al. 2020 (arXiv 1911.11134)
+    "set": Criterion(magnitude, moves=True),  # Mocanu et al. 2018 (arXiv 1707.04780)
     "wanda": Criterion(wanda, statistic=squares),
     "ria": Criterion(ria, statistic=squares),
     "sparsegpt": Criterion(None, statistic=products, solve=solve),

@@ -21,6 +21,7 @@ from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
+from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
 
 Masks = list[Tensor | None]
@@ -38,6 +39,7 @@ class Pruner:
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
         self._start = 0.0
         self._of_layer: LayerSparsities
+        self._drop_and_grow: DropAndGrow | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
@@ -49,6 +51,8 @@ class Pruner:
             return
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
+            if self.criterion.moves:
+                self._drop_and_grow = DropAndGrow(self.engine, self.action, self.num_steps)
             return
         if self.criterion.gather is not None or self.criterion.trains_pruned:
             self.engine.keep_latents(self.criterion.gather)
@@ -59,6 +63,8 @@ class Pruner:
         """After the engine's step number `step`, counted from 1."""
         if self.criterion.trains_pruned:
             self.engine.optimizer.latent_decay = self.action.mask_decay * min(1.0, step / pruning_steps(self.num_steps)[1])
+        if self._drop_and_grow is not None:
+            self._drop_and_grow.after_step(step)
         if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None

@@ -57,6 +57,10 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
     ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
     ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement follows a path of "),
+    ({"threshold": 0.5, "criterion": "set", "finetune_epochs": 1.0}, "criterion set follows a path .*, or holds one"),
+    ({"target_sparsity": 0.5, "criterion": "rigl"}, "criterion rigl prunes during fine-tuning, so finetune_epochs"),
+    ({"target_sparsity": 0.5, "criterion": "rigl", "scope": "row", "finetune_epochs": 1.0}, "within a layer, .*ed and row"),
+    ({"criterion": "set", "pattern": "2:4", "finetune_epochs": 1.0}, "criterion set drops and grows .*got 2:4 and global"),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
@@ -100,6 +104,7 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
+    ({"sparsity": 0.5, "criterion": "rigl", "finetune_tokens": 256, "mask_interval_steps": 1}, "criterion rigl needs a drop"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
      "l1_lambda, learning_rate and mask_decay must be at least 0"),
 ])
