@@ -125,8 +125,8 @@ class TrialConfig(Frozen):
     drop_fraction: float = Field(0.3, gt=0, le=1)
     """Of each layer's kept weights, the share that `rigl` and `set` drop for others at a time; half a cosine brings it to 0."""
     calibration_sequences: int = Field(128, ge=1)
-    """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
-    `sparsegpt`) and budget `owl` look at."""
+    """Sequences of the training text, of `context_tokens` each, that `wanda`, `ria`, `sparsegpt`, `taylor` and budget
+    `owl` look at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
     distill_alpha: float = Field(0.0, ge=0, le=1)

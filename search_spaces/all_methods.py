@@ -16,18 +16,19 @@ def space(trial):
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
         criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "rigl", "set",
-                           "wanda", "ria", "sparsegpt")
+                           "taylor", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
-        criterion, fields = choice("one_shot/criterion", "magnitude", "wanda", "ria", "sparsegpt"), {}
+        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "wanda", "ria", "sparsegpt"), {}
     fields |= {"criterion": criterion, "finetune_epochs": epochs}
     looks_at_text = criterion in ("wanda", "ria", "sparsegpt")
-    if looks_at_text:
+    if looks_at_text or criterion == "taylor":
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
+    if looks_at_text:
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
     elif criterion in ("rigl", "set"):
         fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5)}

@@ -385,6 +385,14 @@ class Engine:
         parts = tokens.split(self.micro_sequences)
         return self._layout.train_step([functools.partial(self._loss, part, loss) for part in parts])
 
+    def look(self, tokens: Tensor, gather: Gather) -> None:
+        """What `gather` makes of the gradients of the cross-entropy on this rank's tokens, from 0; no weight changes."""
+        self.watch(gather)
+        distillation, self._distillation = self._distillation, None
+        self.train_step(tokens, 0.0)
+        self._distillation = distillation
+        self.optimizer.forget_steps()
+
     def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
         if self._distillation is None:
             return self._layout.forward(input_ids=tokens, loss=loss)

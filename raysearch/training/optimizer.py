@@ -78,12 +78,16 @@ class SparseAdamW(torch.optim.AdamW):
                 soft_threshold_(master, learning_rate * self.l1_lambda).mul_(self.masks[master])
 
     def restart(self) -> None:
-        """Forgets the moments and the step count, in place, and what was gathered for the round before."""
+        """Forgets the moments, the step count, and what was gathered for the round before."""
+        self.forget_steps()
+        self.hold_masks()
+
+    def forget_steps(self) -> None:
+        """The moments and the step count, in place."""
         for state in self.state.values():
             for value in state.values():
                 if torch.is_tensor(value):
                     value.zero_()
-        self.hold_masks()
 
     def hold_masks(self) -> None:
         """Masks move no more: what was gathered, and what lies behind them, is gone."""

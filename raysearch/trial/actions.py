@@ -17,7 +17,8 @@ def check_names(method: TrialConfig | Action) -> NOfM | None:
 
 
 def looks_at_text(method: TrialConfig | Action) -> bool:
-    return CRITERIA[method.criterion].statistic is not None or method.budget == "owl"
+    criterion = CRITERIA[method.criterion]
+    return criterion.statistic is not None or criterion.by_sequence or method.budget == "owl"
 
 
 def changes_masks(method: TrialConfig | Action) -> bool:
@@ -45,15 +46,15 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if CRITERIA[criterion].solve is not None and scope == "row":
         raise ValueError(f"criterion {criterion} compares the weights of all outputs of {WIDTH} inputs, so scope must be "
                          f"layer, got {scope}")
-    reader = f"criterion {criterion}" if calibrates else f"budget {method.budget}"
-    if looks_at_text(method) and study.model.prunable != "matrices":
+    reader = "budget owl" if method.budget == "owl" else f"criterion {criterion}"
+    if (calibrates or method.budget == "owl") and study.model.prunable != "matrices":
         raise ValueError(f"{reader} looks at the inputs of a block's matrices, so prunable must be matrices, "
                          f"got {study.model.prunable}")
     if looks_at_text(method) and not num_train_tokens:
         raise ValueError(f"{reader} looks at training text, got no corpus")
-    if changes_masks(method) and method.threshold is not None:
-        raise ValueError(f"criterion {criterion} follows a path of sparsities, or holds one, so it needs target_sparsity or "
-                         f"rate, got threshold {method.threshold:g}")
+    if (changes_masks(method) or CRITERIA[criterion].by_sequence) and method.threshold is not None:
+        raise ValueError(f"criterion {criterion} ranks, and has no scale for a cut, so it needs target_sparsity or rate, got "
+                         f"threshold {method.threshold:g}")
     if CRITERIA[criterion].moves and (pattern != "unstructured" or scope == "row"):
         raise ValueError(f"criterion {criterion} drops and grows single weights within a layer, so it needs pattern "
                          f"unstructured and scope global or layer, got {pattern} and {scope}")
@@ -78,7 +79,7 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
             (group is None or (action.sparsity or 0) <= group.sparsity,
              f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
             (not looks_at_text(action) or action.calibration_sequences > 0,
-             f"{'criterion ' + action.criterion if calibrates else 'budget owl'} needs calibration_sequences, got "
+             f"{'budget owl' if action.budget == 'owl' else 'criterion ' + action.criterion} needs calibration_sequences, got "
              f"{action.calibration_sequences}"),
             (action.budget != "owl" or (0 <= action.owl_lambda <= 1 and action.owl_m > 0),
              f"budget owl needs owl_lambda of 0 to 1 and owl_m above 0, got {action.owl_lambda} and {action.owl_m}"),

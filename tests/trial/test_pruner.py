@@ -167,6 +167,16 @@ def test_drop_and_grow_is_the_same_for_every_stage_and_world_size(measured: dict
         assert case["num_not_at_0"] == 0
 
 
+def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> None:
+    """But for the rounding of gradients in fp32: single weights near ties."""
+    cases = [case["taylor"] for by_stage in measured.values() for case in by_stage.values()]
+    first = np.unpackbits(np.frombuffer(bytes.fromhex(cases[0]["unstructured"]), np.uint8))
+    assert abs(float(first.mean()) - 0.5) < 1e-3
+    for case in cases:
+        assert case["head"] == cases[0]["head"]
+        assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
+
+
 def test_latents_come_back(measured: dict) -> None:
     for by_stage in measured.values():
         for case in by_stage.values():
@@ -533,6 +543,26 @@ def moved_masks(engine: Any, criterion: str) -> dict[str, Any]:
             "num_not_at_0": sum(int((values[name][after[name] & ~mask] != 0).sum()) for name, mask in before.items())}
 
 
+def taylor_masks(engine: Any) -> dict[str, str]:
+    """Hexadecimal, in whole bytes; some weights of the parent are pruned."""
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    found = {}
+    for pattern in ("unstructured", "head"):
+        engine.load_base()
+        engine.restart(0.0, distill_alpha=1.0)
+        Pruner(engine, Action(sparsity=0.2), 0).begin()
+        before = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+        action = Action(criterion="taylor", pattern=pattern, scope="layer", sparsity=0.5, calibration_sequences=3)
+        Pruner(engine, action, 0, CALIBRATION).begin()
+        masks = {name: engine.gather_mask(name) for name in before}
+        assert not any((masks[name] & ~mask).any() for name, mask in before.items())
+        found[pattern] = np.packbits(torch.cat([mask.cpu().flatten() for mask in masks.values()]).numpy()).tobytes().hex()
+    engine.restart(0.0)
+    return found
+
+
 def come_back(engine: Any) -> dict[str, bool]:
     """A weight that is pruned while masks move leaves its value behind, and takes it up again without moments."""
     engine.load_base()
@@ -588,7 +618,8 @@ def main(model: str) -> dict[str, Any]:
                            "distilled": distilled_round(engine),
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
                            **{each: gradual_round(engine, each) for each in IN_THE_ROUND},
-                           "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")}}
+                           "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")},
+                           "taylor": taylor_masks(engine)}
     return measured
 
 
