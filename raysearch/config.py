@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
-Budget = Literal["uniform", "erdos_renyi"]
+Budget = Literal["uniform", "erdos_renyi", "owl"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -103,8 +103,8 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement`
-    prune while they fine-tune."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement` prune while they
+    fine-tune; `rigl` and `set` then drop weights for others."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
@@ -112,15 +112,21 @@ class TrialConfig(Frozen):
     """Comparison group of the scores."""
     budget: Budget = "uniform"
     """What each layer gives up, where weights are compared within a layer or a row; under scope global the scores say it.
-    `erdos_renyi`: large matrices give up more."""
+    `erdos_renyi`: large matrices give up more. `owl`: blocks with many outliers among their Wanda scores give up less."""
+    owl_lambda: float = Field(0.08, ge=0, le=1)
+    """How far a block's density may be from the mean under budget `owl`."""
+    owl_m: float = Field(5.0, gt=0)
+    """What is an outlier there: a score above this many times its block's mean."""
     mask_interval_steps: int = Field(10, ge=1)
-    """Steps between two changes of the masks, where the criterion prunes while it fine-tunes."""
+    """Steps between two changes of the masks, where they change while it fine-tunes."""
     mask_decay: float = Field(2e-4, ge=0)
     """What criterion `sr_ste` adds to the gradient of what is masked, times its value; it rises from 0 to this until the last
     masks are made."""
+    drop_fraction: float = Field(0.3, gt=0, le=1)
+    """Of each layer's kept weights, the share that `rigl` and `set` drop for others at a time; half a cosine brings it to 0."""
     calibration_sequences: int = Field(128, ge=1)
-    """Sequences of the training text, of `context_tokens` each, that a criterion with a statistic (`wanda`, `ria`,
-    `sparsegpt`) looks at."""
+    """Sequences of the training text, of `context_tokens` each, that `wanda`, `ria`, `sparsegpt`, `taylor` and budget
+    `owl` look at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
     distill_alpha: float = Field(0.0, ge=0, le=1)
@@ -157,6 +163,8 @@ class Action(Frozen):
     pattern: str = "unstructured"
     scope: Scope = "global"
     budget: Budget = "uniform"
+    owl_lambda: float = 0.0
+    owl_m: float = 0.0
     mask_interval_steps: int = 0
     """0 where masks do not change while it fine-tunes."""
     sparsity: float | None = None
@@ -164,8 +172,9 @@ class Action(Frozen):
     threshold: float | None = None
     threshold_unit: ThresholdUnit = "absolute"
     mask_decay: float = 0.0
+    drop_fraction: float = 0.0
     calibration_sequences: int = 0
-    """0 where the criterion looks at weights alone."""
+    """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0
     distill_alpha: float = 0.0
     temperature: float = 1.0

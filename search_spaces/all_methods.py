@@ -15,25 +15,29 @@ def space(trial):
 
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
-        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "wanda", "ria", "sparsegpt")
+        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "rigl", "set",
+                           "taylor", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
-        criterion, fields = choice("one_shot/criterion", "magnitude", "wanda", "ria", "sparsegpt"), {}
+        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "wanda", "ria", "sparsegpt"), {}
     fields |= {"criterion": criterion, "finetune_epochs": epochs}
     looks_at_text = criterion in ("wanda", "ria", "sparsegpt")
-    if looks_at_text:
+    if looks_at_text or criterion == "taylor":
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
+    if looks_at_text:
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
+    elif criterion in ("rigl", "set"):
+        fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5)}
     else:
         fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
-    if is_gradual:
+    if is_gradual or criterion in ("rigl", "set"):
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
@@ -44,11 +48,17 @@ def space(trial):
         return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
     if criterion == "sparsegpt":
         fields["scope"] = "layer"
+    elif criterion in ("rigl", "set"):
+        fields["scope"] = choice("moving/scope", "global", "layer")
     else:
         fields["scope"] = (choice("calibrated/scope", "layer", "row") if looks_at_text
                            else choice("scope", "global", "layer", "row"))
     if fields["scope"] != "global":
-        fields["budget"] = choice("budget", "uniform", "erdos_renyi")
+        fields["budget"] = choice("budget", "uniform", "erdos_renyi", "owl")
+    if fields.get("budget") == "owl":
+        fields |= {"owl_lambda": trial.suggest_float("owl_lambda", 0.02, 0.2),
+                   "owl_m": choice("owl_m", 3.0, 5.0, 7.0, 10.0),
+                   "calibration_sequences": fields.get("calibration_sequences") or choice("owl/calibration_sequences", 32, 128)}
     if epochs and not is_gradual:
         fields |= {"schedule": "cubic", "num_rounds": trial.suggest_int("num_rounds", 1, 3)}
     return fields | {"target_sparsity": trial.suggest_float("target_sparsity", 0.4, 0.95)}

@@ -38,6 +38,28 @@ def erdos_renyi(shapes: Sequence[tuple[int, int]], sizes: Sequence[int], sparsit
     return [0.0 if index in dense else 1 - eps * each for index, each in enumerate(raw)]
 
 
+def owl(outliers: Sequence[float], sizes: Sequence[int], sparsity: float, reach: float) -> list[float]:
+    """The sparsity of each layer, of which those with more outliers give up less: density_l = c + 2 lambda (D_l - min D) /
+    (max D - min D), Yin et al. 2024 (arXiv 2310.05175) section 3.2, lambda = `reach`, with c such that sparsity * sum(sizes)
+    weights go in all. Differs from their code where a density would be below 0 or above 1: it is that, and the others share
+    what is left.
+
+    outliers, the D_l: shares of a layer's scores that are above a multiple of their mean; sizes, its weights.
+    """
+    low, spread = min(outliers), max(outliers) - min(outliers)
+    raised = [2 * reach * (each - low) / spread if spread else 0.0 for each in outliers]
+
+    def densities(shift: float) -> list[float]:
+        return [min(1.0, max(0.0, shift + each)) for each in raised]
+
+    below, above = -max(raised), 1.0
+    for _ in range(60):  # halves: what is kept rises with the shift
+        middle = (below + above) / 2
+        kept = sum(size * each for size, each in zip(sizes, densities(middle)))
+        below, above = (middle, above) if kept < (1 - sparsity) * sum(sizes) else (below, middle)
+    return [round(1 - each, 12) for each in densities(above)]
+
+
 def units_to_keep(scores: Tensor, sizes: Tensor, eligible: Tensor, num_prune: int) -> Tensor:
     """bool [U]: which units of one comparison group stay when about `num_prune` of its weights go, lowest scores first.
 

@@ -26,8 +26,14 @@ class Criterion(NamedTuple):
     before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
     is_gradual: bool = False
     """Prunes *during* its round, along the path from the parent's sparsity to the action's."""
+    moves: bool = False
+    """Prunes as its round begins; then each layer drops weights and grows others (pruning.regrow), the highest of what was
+    gathered in the step before, or any where nothing is gathered. What the parent had pruned may come back."""
     trains_pruned: bool = False
     """What it pruned in the round is trained on, by the gradients of the masked weights, and may come back as it is by then."""
+    by_sequence: bool = False
+    """Gathers as its round begins, from one sequence of calibration text after the other; what counts is the size of a
+    sequence's sum, over a unit where there are units."""
     statistic: Callable[[Tensor], Tensor] | None = None
     """inputs [positions, K] of a linear layer -> what is summed over calibration text, block after block of the model."""
     solve: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], tuple[Tensor, Tensor]] | None = None
@@ -52,6 +58,11 @@ def movement(weights: Tensor, gathered: Tensor | None) -> Tensor:
 
 def gather_movement(gathered: Tensor, weights: Tensor, gradients: Tensor) -> None:
     gathered.addcmul_(weights, gradients, value=-1)
+
+
+def gather_gradient(gathered: Tensor, weights: Tensor, gradients: Tensor) -> None:
+    """|dL/dW|, of pruned weights too."""
+    gathered.add_(gradients.abs())
 
 
 def squares(inputs: Tensor) -> Tensor:
@@ -79,6 +90,9 @@ CRITERIA = {
     "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
     "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),
+    "taylor": Criterion(movement, gather_movement, by_sequence=True),  # Molchanov et al. 2016 (arXiv 1611.06440)
+    "rigl": Criterion(magnitude, gather_gradient, moves=True),  # Evci et al. 2020 (arXiv 1911.11134)
+    "set": Criterion(magnitude, moves=True),  # Mocanu et al. 2018 (arXiv 1707.04780)
     "wanda": Criterion(wanda, statistic=squares),
     "ria": Criterion(ria, statistic=squares),
     "sparsegpt": Criterion(None, statistic=products, solve=solve),

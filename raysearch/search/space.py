@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Space = Callable[["optuna.Trial"], dict[str, Any]]
 NUM_PROPOSALS = 500
-LATER_FIELDS = ("budget", "calibration_sequences", "distill_alpha", "mask_decay", "temperature")
-"""Of a trial's settings, those that studies of this format may have begun without: at their defaults no hash shows them."""
+FIRST_FIELDS = ("schedule", "initial_sparsity", "target_sparsity", "num_rounds", "rate", "threshold", "threshold_unit",
+                "criterion", "pattern", "scope", "mask_interval_steps", "l1_lambda", "finetune_epochs", "learning_rate")
+"""Of a trial's settings, those that every study of this format began with. At their defaults no hash shows the others."""
 MAX_SETTLED = 20
 """Distributions of one parameter in those draws; one with more depends on what was drawn before it."""
 
@@ -109,7 +110,7 @@ class Proposals:
             try:
                 config = draw(space, trial)
                 fields: object = {name: value for name, value in config.model_dump(mode="json").items()
-                                  if name not in LATER_FIELDS or value != TrialConfig.model_fields[name].default}
+                                  if name in FIRST_FIELDS or value != TrialConfig.model_fields[name].default}
             except ValueError:  # a sweep tells it where it happens
                 fields = "refused"
             known = {name: distribution_to_json(each) for name, each in sorted(trial.distributions.items())}

@@ -248,13 +248,14 @@ class Engine:
         return [shard.values != 0 if shard.name in self.prunable_names else None for shard in self.shards]
 
     @torch.no_grad()
-    def set_masks(self, masks: Sequence[Tensor | None]) -> None:
+    def set_masks(self, masks: Sequence[Tensor | None], grows: bool = False) -> None:
         """From now on the weights where the bool mask [n] of their shard is False are pruned; one mask, or None, for each of
         `shards`. Collective.
 
         While masks move (`keep_latents`), a weight that is pruned leaves its value behind, and one that comes back takes it
         up again, both without moments, unless it was trained meanwhile. Otherwise it is gone. A kept prunable weight that is
-        exactly 0 leaves its mask: the stored bitmap, `sparsity` and the mask are then one.
+        exactly 0 leaves its mask: the stored bitmap, `sparsity` and the mask are then one; but where it `grows`, it is to be
+        trained from there, without moments.
         """
         before, self.optimizer.masks = self.optimizer.masks, {}
         for master, shards in self._by_master.items():
@@ -272,10 +273,10 @@ class Engine:
                 latent.copy_(full).masked_fill_(keep, 0)
                 values.copy_(full)
             values.masked_fill_(~keep, 0)
-            for shard, mask in given:
+            for shard, mask in given if not grows else ():
                 if mask is not None and shard.name in self.prunable_names:
                     shard.part(keep).logical_and_(shard.values != 0)
-            if latent is not None and master in before and master not in self.optimizer.trained:
+            if (grows or latent is not None) and master in before and master not in self.optimizer.trained:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
         self.sync()
@@ -297,13 +298,20 @@ class Engine:
     def keep_latents(self, gather: Gather | None) -> None:
         """Until the next `restart` masks may move, and what is pruned is kept behind the mask: as it was, while `gather` adds
         up in every step, for the groups that hold prunable weights, or trained on where there is none. 8 bytes a weight."""
-        for master in {shard.master: None for shard in self.prunable_shards}:
+        for master in self._prunable_masters():
             self.optimizer.latents[master] = torch.zeros_like(master)
             if gather is None:
                 self.optimizer.trained[master] = self.optimizer.masks[master].clone()
-            else:
-                self.optimizer.gathered[master] = torch.zeros_like(master)
+        if gather is not None:
+            self.watch(gather)
+
+    def watch(self, gather: Gather) -> None:
+        """From the next step on `gather` adds up, from 0, for the groups that hold prunable weights."""
+        self.optimizer.gathered = {master: torch.zeros_like(master) for master in self._prunable_masters()}
         self.optimizer.gather = gather
+
+    def _prunable_masters(self) -> Iterable[Tensor]:
+        return {shard.master: None for shard in self.prunable_shards}
 
     @torch.no_grad()
     def gather(self, name: str) -> Tensor:
@@ -376,6 +384,14 @@ class Engine:
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         parts = tokens.split(self.micro_sequences)
         return self._layout.train_step([functools.partial(self._loss, part, loss) for part in parts])
+
+    def look(self, tokens: Tensor, gather: Gather) -> None:
+        """What `gather` makes of the gradients of the cross-entropy on this rank's tokens, from 0; no weight changes."""
+        self.watch(gather)
+        distillation, self._distillation = self._distillation, None
+        self.train_step(tokens, 0.0)
+        self._distillation = distillation
+        self.optimizer.forget_steps()
 
     def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
         if self._distillation is None:

@@ -5,6 +5,7 @@ to the module. So whatever must see a gradient, or must hold of every weight tha
 """
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ Gather = Callable[[Tensor, Tensor, Tensor], object]
 def _chunk(tensor: Tensor) -> int:
     """Elements that are worked on at a time."""
     return 1 << 26 if tensor.is_cuda else 1 << 20
-
 
 
 class SparseAdamW(torch.optim.AdamW):
@@ -78,12 +78,16 @@ class SparseAdamW(torch.optim.AdamW):
                 soft_threshold_(master, learning_rate * self.l1_lambda).mul_(self.masks[master])
 
     def restart(self) -> None:
-        """Forgets the moments and the step count, in place, and what was gathered for the round before."""
+        """Forgets the moments, the step count, and what was gathered for the round before."""
+        self.forget_steps()
+        self.hold_masks()
+
+    def forget_steps(self) -> None:
+        """The moments and the step count, in place."""
         for state in self.state.values():
             for value in state.values():
                 if torch.is_tensor(value):
                     value.zero_()
-        self.hold_masks()
 
     def hold_masks(self) -> None:
         """Masks move no more: what was gathered, and what lies behind them, is gone."""
@@ -96,15 +100,15 @@ class SparseAdamW(torch.optim.AdamW):
                 self.state[master][name].masked_fill_(where, 0)
 
     def _look(self, master: Tensor) -> None:
-        """Gathers from the gradient, in parts so that the sum of weights and latents is never held whole; then masks it."""
+        """Gathers from the gradient, in parts so that the sum of weights and latents is never held whole; then masks it where
+        latents have to pass unchanged."""
         assert self.gather is not None
         assert master.grad is not None
-        flat = [tensor.view(-1) for tensor in (self.gathered[master], master, master.grad, self.latents[master])]
-        chunk = _chunk(master)
-        for start in range(0, master.numel(), chunk):
-            gathered, weights, gradients, latents = (tensor[start:start + chunk] for tensor in flat)
-            self.gather(gathered, weights + latents, gradients / self.clip_factor)
-        if master in self.masks:
+        flat = [tensor.view(-1).split(_chunk(master)) for tensor in (self.gathered[master], master, master.grad)]
+        latents = self.latents[master].view(-1).split(_chunk(master)) if master in self.latents else repeat(0.0)
+        for gathered, weights, gradients, latent in zip(*flat, latents):
+            self.gather(gathered, weights + latent, gradients / self.clip_factor)
+        if master in self.masks and master in self.latents:
             master.grad.mul_(self.masks[master])
 
     def _masters(self) -> list[Tensor]:

@@ -16,6 +16,16 @@ def check_names(method: TrialConfig | Action) -> NOfM | None:
     return n_of_m(method.pattern)
 
 
+def looks_at_text(method: TrialConfig | Action) -> bool:
+    criterion = CRITERIA[method.criterion]
+    return criterion.statistic is not None or criterion.by_sequence or method.budget == "owl"
+
+
+def changes_masks(method: TrialConfig | Action) -> bool:
+    """Whether masks change while it fine-tunes."""
+    return CRITERIA[method.criterion].is_gradual or CRITERIA[method.criterion].moves
+
+
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
     """ValueError for a criterion, a pattern and a scope that do not go together, or not with the study; the pattern's N:M."""
     criterion, pattern, scope = method.criterion, method.pattern, method.scope
@@ -36,14 +46,18 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if CRITERIA[criterion].solve is not None and scope == "row":
         raise ValueError(f"criterion {criterion} compares the weights of all outputs of {WIDTH} inputs, so scope must be "
                          f"layer, got {scope}")
-    if calibrates and study.model.prunable != "matrices":
-        raise ValueError(f"criterion {criterion} looks at the inputs of a block's matrices, so prunable must be matrices, "
+    reader = "budget owl" if method.budget == "owl" else f"criterion {criterion}"
+    if (calibrates or method.budget == "owl") and study.model.prunable != "matrices":
+        raise ValueError(f"{reader} looks at the inputs of a block's matrices, so prunable must be matrices, "
                          f"got {study.model.prunable}")
-    if calibrates and not num_train_tokens:
-        raise ValueError(f"criterion {criterion} looks at training text, got no corpus")
-    if CRITERIA[criterion].is_gradual and method.threshold is not None:
-        raise ValueError(f"criterion {criterion} follows a path of sparsities, so it needs target_sparsity or rate, got "
+    if looks_at_text(method) and not num_train_tokens:
+        raise ValueError(f"{reader} looks at training text, got no corpus")
+    if (changes_masks(method) or CRITERIA[criterion].by_sequence) and method.threshold is not None:
+        raise ValueError(f"criterion {criterion} ranks, and has no scale for a cut, so it needs target_sparsity or rate, got "
                          f"threshold {method.threshold:g}")
+    if CRITERIA[criterion].moves and (pattern != "unstructured" or scope == "row"):
+        raise ValueError(f"criterion {criterion} drops and grows single weights within a layer, so it needs pattern "
+                         f"unstructured and scope global or layer, got {pattern} and {scope}")
     return group
 
 
@@ -55,7 +69,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
             group = _check_method(action, study, num_train_tokens)
         except ValueError as error:
             raise ValueError(f"{where}, action {number}: {error}") from error
-        is_gradual, calibrates = CRITERIA[action.criterion].is_gradual, CRITERIA[action.criterion].statistic is not None
+        criterion = CRITERIA[action.criterion]
+        calibrates = criterion.statistic is not None
         rules = (
             ((action.sparsity is None) != (action.threshold is None),
              f"needs exactly one of sparsity and threshold, got {action.sparsity} and {action.threshold}"),
@@ -63,8 +78,11 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"sparsity must be at least 0 and below 1, got {action.sparsity}"),
             (group is None or (action.sparsity or 0) <= group.sparsity,
              f"pattern {action.pattern} ends at sparsity {group and group.sparsity}, got {action.sparsity}"),
-            (not calibrates or action.calibration_sequences > 0,
-             f"criterion {action.criterion} needs calibration_sequences, got {action.calibration_sequences}"),
+            (not looks_at_text(action) or action.calibration_sequences > 0,
+             f"{'budget owl' if action.budget == 'owl' else 'criterion ' + action.criterion} needs calibration_sequences, got "
+             f"{action.calibration_sequences}"),
+            (action.budget != "owl" or (0 <= action.owl_lambda <= 1 and action.owl_m > 0),
+             f"budget owl needs owl_lambda of 0 to 1 and owl_m above 0, got {action.owl_lambda} and {action.owl_m}"),
             (not (calibrates and group) or action.sparsity == group.sparsity,
              f"criterion {action.criterion} prunes to pattern {action.pattern} at once, got sparsity {action.sparsity}"),
             (action.finetune_tokens >= 0 and action.finetune_tokens % batch_tokens == 0,
@@ -73,9 +91,12 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"data_start_tokens must be a multiple of context_tokens = {context_tokens}, got {action.data_start_tokens}"),
             (not action.finetune_tokens or num_train_tokens > 0,
              f"finetune_tokens {action.finetune_tokens} needs text to train on, got no corpus"),
-            (not is_gradual or (action.finetune_tokens > 0 and action.sparsity is not None and action.mask_interval_steps > 0),
+            (not changes_masks(action) or (min(action.finetune_tokens, action.mask_interval_steps) > 0
+                                           and action.sparsity is not None),
              f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
              "mask_interval_steps"),
+            (not criterion.moves or 0 < action.drop_fraction <= 1,
+             f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
             (min(action.l1_lambda, action.learning_rate, action.mask_decay) >= 0,
              "l1_lambda, learning_rate and mask_decay must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
@@ -97,7 +118,6 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if group is not None and (target_sparsity is None or round(target_sparsity, 12) != group.sparsity):
         raise ValueError(f"pattern {config.pattern} ends at sparsity {group.sparsity:g}, so target_sparsity must be that, or "
                          f"absent without a rate, got {target_sparsity}")
-    is_gradual = CRITERIA[config.criterion].is_gradual
     epoch_tokens = min(study.data.epoch_tokens or num_train_tokens, num_train_tokens)
     num_steps = round(config.finetune_epochs * epoch_tokens / study.training.batch_tokens)
     if config.finetune_epochs and not num_steps:
@@ -107,7 +127,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         if (value := getattr(config, field)) and not num_steps:
             raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
                              f"{value:g} and finetune_epochs 0")
-    if is_gradual and not num_steps:
+    if changes_masks(config) and not num_steps:
         raise ValueError(f"criterion {config.criterion} prunes during fine-tuning, so finetune_epochs must be above 0 with it, "
                          "got 0")
     if config.threshold is not None:
@@ -125,11 +145,15 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
                          f"one_shot, got {config.schedule} of {len(cuts)} rounds")
     fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
-    if is_gradual:
+    if changes_masks(config):
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if CRITERIA[config.criterion].trains_pruned:
         fixed |= {"mask_decay": config.mask_decay}
-    if calibrates:
+    if CRITERIA[config.criterion].moves:
+        fixed |= {"drop_fraction": config.drop_fraction}
+    if config.budget == "owl":
+        fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
+    if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
         fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}

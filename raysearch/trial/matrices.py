@@ -1,29 +1,71 @@
-"""Whole matrices, one after the other: what is compared within them, and pruning block by block by what flows into them."""
+"""Whole matrices, one after the other: what is compared within them, what each layer gives up, and pruning block by block by
+what flows into them."""
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.models.model import Prunable
-from raysearch.pruning.budgets import erdos_renyi, num_to_prune
-from raysearch.pruning.criteria import CRITERIA
+from raysearch.pruning.budgets import erdos_renyi, num_to_prune, owl
+from raysearch.pruning.criteria import CRITERIA, squares, wanda
 from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.selection import group_masks, row_masks
-from raysearch.training.calibration import stream
+from raysearch.training.calibration import Statistic, stream
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
 
+LayerSparsities = Callable[[float], dict[str, float]]
+"""sparsity of the model -> the share of each prunable matrix."""
+
 
 def layer_sparsities(prunables: Sequence[Prunable], budget: str, sparsity: float) -> dict[str, float]:
-    """The share of each prunable matrix; the experts in one parameter are one layer."""
+    """The share of each prunable matrix by its shape; the experts in one parameter are one layer."""
     if budget == "uniform":
         return {p.name: sparsity for p in prunables}
     shapes, sizes = [(p.shape[-2], p.shape[-1]) for p in prunables], [math.prod(p.shape) for p in prunables]
     return dict(zip((p.name for p in prunables), erdos_renyi(shapes, sizes, sparsity), strict=True))
+
+
+def budget_of(engine: Engine, action: Action, text: Blocks | None) -> LayerSparsities:
+    """What each layer gives up, by the weights as they are as the round begins. Collective; owl, whose layers are the blocks,
+    looks at text."""
+    if action.budget != "owl":
+        return functools.partial(layer_sparsities, engine.prunables, action.budget)
+    assert text is not None
+    outliers, sizes = _outliers(engine, action, text)
+
+    def by_outliers(sparsity: float) -> dict[str, float]:
+        of_block = owl(outliers, [sum(names.values()) for names in sizes], sparsity, action.owl_lambda)
+        return {name: each for names, each in zip(sizes, of_block) for name in names}
+
+    return by_outliers
+
+
+@torch.no_grad()
+def _outliers(engine: Engine, action: Action, text: Blocks) -> tuple[list[float], list[dict[str, int]]]:
+    """Of each block: the share of its weights whose Wanda score is above `owl_m` times their mean; its matrices' sizes."""
+    outliers, sizes, rows = [], [], {p.name: p.rows for p in engine.prunables}
+    for sums in _streamed(engine, action, text, squares):
+        scores = {name: wanda(rows[name](engine.gather(name)), engine.sum_over_ranks(total)) for name, total in sums.items()}
+        sizes.append({name: score.numel() for name, score in scores.items()})
+        num = sum(sizes[-1].values())
+        cut = action.owl_m * sum(float(score.sum(dtype=torch.float64)) for score in scores.values()) / num
+        outliers.append(sum(int((score > cut).sum()) for score in scores.values()) / num)
+    return outliers, sizes
+
+
+def _streamed(engine: Engine, action: Action, text: Blocks, statistic: Statistic) -> Iterator[dict[str, Tensor]]:
+    """Calibration's stream of this rank's share of the action's sequences."""
+    number = action.calibration_sequences
+    per_rank = -(-number // engine.world_size)
+    first = engine.rank * per_rank
+    tokens = text.stream(first, per_rank, action.seed).to(engine.device)
+    is_counted = [first + sequence < number for sequence in range(per_rank)]
+    return stream(engine.model, tokens, is_counted, [p.name for p in engine.prunables], statistic)
 
 
 def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float) -> Tensor:
@@ -37,18 +79,12 @@ def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float)
 
 
 @torch.no_grad()
-def prune_block_by_block(engine: Engine, action: Action, text: Blocks) -> None:
+def prune_block_by_block(engine: Engine, action: Action, text: Blocks, of_layer: dict[str, float]) -> None:
     """Each matrix by the inputs that it has behind the pruned blocks before it. Collective; the sequences are shared out."""
-    assert action.sparsity is not None
-    criterion, group, number = CRITERIA[action.criterion], n_of_m(action.pattern), action.calibration_sequences
+    criterion, group = CRITERIA[action.criterion], n_of_m(action.pattern)
     assert criterion.statistic is not None
-    per_rank = -(-number // engine.world_size)
-    first = engine.rank * per_rank
-    tokens = text.stream(first, per_rank, action.seed).to(engine.device)
-    is_counted = [first + sequence < number for sequence in range(per_rank)]
-    of_layer = layer_sparsities(engine.prunables, action.budget, action.sparsity)
     prunables = {p.name: p for p in engine.prunables}
-    for sums in stream(engine.model, tokens, is_counted, list(prunables), criterion.statistic):
+    for sums in _streamed(engine, action, text, criterion.statistic):
         masks = engine.masks()
         for name, total in sums.items():
             prunable = prunables[name]

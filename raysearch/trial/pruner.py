@@ -15,13 +15,16 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
-from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
-from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, units_of
+from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
-from raysearch.trial.matrices import layer_sparsities, matrix_mask, prune_block_by_block
+from raysearch.trial.drop_and_grow import DropAndGrow
+from raysearch.trial.first_order import gather_by_sequence, scores_by_sequence
+from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
+from raysearch.trial.units import unit_counts, unit_masks, unit_sums
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -37,15 +40,29 @@ class Pruner:
         find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
         self._start = 0.0
+        self._of_units: Tensor | None = None
+        self._of_layer: LayerSparsities
+        self._drop_and_grow: DropAndGrow | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        self._of_layer = budget_of(self.engine, self.action, self.text)
         if self.criterion.statistic is not None:
             assert self.text is not None
-            prune_block_by_block(self.engine, self.action, self.text)
+            assert self.action.sparsity is not None
+            prune_block_by_block(self.engine, self.action, self.text, self._of_layer(self.action.sparsity))
             return
+        if self.criterion.by_sequence:
+            assert self.text is not None
+            if self.units is None:
+                gather_by_sequence(self.engine, self.action, self.text)
+            else:
+                self._of_units = scores_by_sequence(self.engine, self.action, self.text, self.units)
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
+            self.engine.optimizer.gathered = {}
+            if self.criterion.moves:
+                self._drop_and_grow = DropAndGrow(self.engine, self.action, self.num_steps)
             return
         if self.criterion.gather is not None or self.criterion.trains_pruned:
             self.engine.keep_latents(self.criterion.gather)
@@ -56,6 +73,8 @@ class Pruner:
         """After the engine's step number `step`, counted from 1."""
         if self.criterion.trains_pruned:
             self.engine.optimizer.latent_decay = self.action.mask_decay * min(1.0, step / pruning_steps(self.num_steps)[1])
+        if self._drop_and_grow is not None:
+            self._drop_and_grow.after_step(step)
         if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None
@@ -117,8 +136,7 @@ class Pruner:
                               world_size=world_size, passes=passes)
         if action.scope == "row":
             return self._row_masks(scores, sparsity)
-        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
-        parts: dict[str, Tensor] = {}
+        of_layer, parts = self._of_layer(sparsity), dict[str, Tensor]()
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
             score = here.get(prunable.name, torch.empty(0, device=engine.device))
@@ -129,7 +147,7 @@ class Pruner:
 
     def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
         """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
-        of_layer = layer_sparsities(self.engine.prunables, self.action.budget, sparsity)
+        of_layer = self._of_layer(sparsity)
         here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
         parts: dict[str, Tensor] = {}
         for prunable in self.engine.prunables:
@@ -170,56 +188,17 @@ class Pruner:
     # ---- units ----
 
     def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
-        """Units whose weights are all pruned stay so; the masks of what belongs to no unit stay as they are."""
-        scores, sizes, eligible = self._unit_scores(units)
-        keep = eligible.clone()
-        if sparsity is None:
-            assert self.action.threshold is not None
-            keep &= scores >= self.action.threshold
-        else:
-            groups = units.group if self.action.scope == "layer" else torch.zeros_like(units.group)
-            for group in groups.unique():
-                members = (groups == group).nonzero().view(-1)
-                num_prune = num_to_prune(sparsity, int(sizes[members].sum()))
-                keep[members] = units_to_keep(scores[members], sizes[members], eligible[members], num_prune)
-        if not keep.any():
-            keep[scores.argmax()] = True  # a model without any head is no model
-        masks = self.engine.masks()
-        for index, shard in enumerate(self.engine.shards):
-            for part in units.parts:
-                if part.name == shard.name:
-                    unit = units_of(part, shard.start, shard.start + shard.values.numel(), self.engine.device)
-                    stays = keep.to(unit.device)[unit.clamp(min=0)] | (unit < 0)
-                    before = masks[index]
-                    masks[index] = stays if before is None else before & stays
-        return masks
+        sizes, eligible = unit_counts(self.engine, units, self._eligible)
+        scores = self._unit_scores(units, sizes)
+        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible)
 
-    def _unit_scores(self, units: Units) -> tuple[Tensor, Tensor, Tensor]:
-        """On the CPU and equal on every rank: scores fp64 [U], the mean over a unit's weights; sizes int64 [U]; eligible."""
-        engine, num_units = self.engine, len(units.group)
-        parts: list[tuple[Tensor, Tensor]] = []
-        largest = torch.zeros((), device=engine.device)
-        table = torch.zeros(2, num_units + 1, dtype=torch.int64, device=engine.device)  # the last column is of no unit
-        for shard in engine.prunable_shards:
-            for part in units.parts:
-                if part.name == shard.name and not part.goes_along:
-                    eligible = self._eligible(shard)
-                    scores = torch.where(eligible, self._criterion_scores(shard), 0)
-                    unit = units_of(part, shard.start, shard.start + shard.values.numel(), engine.device)
-                    where = torch.where(unit < 0, num_units, unit)
-                    table[0].scatter_add_(0, where, torch.ones_like(where))
-                    table[1].scatter_add_(0, where, eligible.long())
-                    parts.append((scores, where))
-                    largest = torch.maximum(largest, scores.abs().max())
-        sizes, alive = engine.all_reduce(table)[:, :num_units].cpu()
-        # integers of as many bits as the sum over the largest unit leaves, at most 40
-        num_bits = min(40, 62 - int(sizes.max()).bit_length())
-        scale = 2.0**num_bits / max(engine.maximum(largest), torch.finfo(torch.float32).tiny)
-        sums = torch.zeros(num_units + 1, dtype=torch.int64, device=engine.device)
-        for scores, where in parts:
-            sums.scatter_add_(0, where, (scores.double() * scale).round().long())
-        sums = engine.all_reduce(sums)[:num_units].cpu()
-        return sums.double() / scale / sizes.clamp(min=1), sizes, alive > 0
+    def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
+        """fp64 [U]: the mean over a unit's weights."""
+        if self._of_units is not None:
+            return self._of_units
+        sums = unit_sums(self.engine, units, sizes,
+                         lambda shard: torch.where(self._eligible(shard), self._criterion_scores(shard), 0))
+        return sums / sizes.clamp(min=1)
 
     def _criterion_scores(self, shard: Shard) -> Tensor:
         """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
@@ -234,5 +213,5 @@ class Pruner:
             total = sum(math.prod(p.shape) for p in self.engine.prunables)
             kept = self.engine.kept_counts()
             return sum(kept[name] for name in self.engine.prunable_names), total
-        _, sizes, eligible = self._unit_scores(self.units)
+        sizes, eligible = unit_counts(self.engine, self.units, self._eligible)
         return int(sizes[eligible].sum()), int(sizes.sum())

@@ -1,5 +1,6 @@
 """How many go: weights by exact decimal arithmetic, units by their sizes, and the path within a round."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, pruning_steps, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, owl, pruning_steps, sparsity_at, units_to_keep
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.integers(1, 9), st.floats(0, 1))
@@ -50,6 +51,31 @@ def test_erdos_renyi_is_its_definition(layers: list[tuple[int, int, int]], spars
     assert all(0 <= each <= 1 for each in found)
     later = erdos_renyi(shapes, sizes, (1 + sparsity) / 2)
     assert all(after >= before - 1e-12 for before, after in zip(found, later))  # along a path nothing comes back
+
+
+@given(st.lists(st.tuples(st.floats(0, 0.05), st.integers(1, 400)), min_size=1, max_size=8), st.floats(0, 0.99),
+       st.floats(0, 1))
+def test_owl_meets_its_budget_and_blocks_with_more_outliers_keep_more(blocks: list, sparsity: float, reach: float) -> None:
+    outliers, sizes = [block[0] for block in blocks], [block[1] for block in blocks]
+    found = owl(outliers, sizes, sparsity, reach)
+    assert all(0 <= each <= 1 for each in found)
+    assert sum(size * each for size, each in zip(sizes, found)) == pytest.approx(sparsity * sum(sizes), abs=1e-9 * sum(sizes))
+    assert all(a >= b for (_, a), (_, b) in itertools.pairwise(sorted(zip(outliers, found), key=lambda pair: pair[0]))
+               if a != b) or len(set(outliers)) < len(outliers)
+    assert max(found) - min(found) <= 2 * reach + 1e-9
+    later = owl(outliers, sizes, (1 + sparsity) / 2, reach)
+    assert all(after >= before - 1e-9 for before, after in zip(found, later))  # along a path nothing comes back
+
+
+def test_owl_is_its_definition() -> None:
+    """As the authors' code has it, for blocks of one size whose densities stay within 0 and 1."""
+    outliers = [0.010, 0.012, 0.004, 0.007]
+    density = [(each - 0.004) / 0.008 * 2 * 0.08 for each in outliers]
+    wanted = [1 - (each - sum(density) / 4 + 0.3) for each in density]
+    assert owl(outliers, [50] * 4, 0.7, 0.08) == pytest.approx(wanted, abs=1e-12)
+    assert owl([0.01] * 3, [50] * 3, 0.5, 0.08) == [0.5] * 3
+    assert owl(outliers, [50] * 4, 0.7, 0.0) == [0.7] * 4
+    assert owl([0.0, 1.0], [100, 100], 0.95, 0.5) == [1.0, 0.9]  # the first block would have less than nothing
 
 
 def test_no_number_is_refused() -> None:

@@ -41,7 +41,7 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
     ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, .*'luck'"),
     ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
-    ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "follows a path of .*threshold 0.5"),
+    ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "ranks, and has no scale for a cut"),
     ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, or N:M with N below M.*got '4:4'"),
     ({"target_sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, so target_sparsity must be that.*got 0.6"),
     ({"schedule": "constant", "rate": 0.1, "num_rounds": 2, "pattern": "1:4"}, "pattern 1:4 ends at sparsity 0.75.*got None"),
@@ -53,9 +53,15 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"criterion": "wanda", "pattern": "2:4", "schedule": "linear", "num_rounds": 2}, "prunes to pattern 2:4 at once, so its"),
     ({"target_sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among .*and global"),
     ({"target_sparsity": 0.5, "budget": "erdos_renyi", "scope": "layer", "pattern": "head"}, "budget erdos_renyi .*got head"),
+    ({"target_sparsity": 0.5, "budget": "owl"}, "budget owl shares single weights out among .*and global"),
     ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
     ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
-    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement follows a path of "),
+    ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement ranks, and has no scale"),
+    ({"threshold": 0.5, "criterion": "taylor"}, "criterion taylor ranks, and has no scale for a cut"),
+    ({"threshold": 0.5, "criterion": "set", "finetune_epochs": 1.0}, "criterion set ranks, and has no scale"),
+    ({"target_sparsity": 0.5, "criterion": "rigl"}, "criterion rigl prunes during fine-tuning, so finetune_epochs"),
+    ({"target_sparsity": 0.5, "criterion": "rigl", "scope": "row", "finetune_epochs": 1.0}, "within a layer, .*ed and row"),
+    ({"criterion": "set", "pattern": "2:4", "finetune_epochs": 1.0}, "criterion set drops and grows .*got 2:4 and global"),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
@@ -90,12 +96,17 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, got 0.6"),
     ({"sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among layers, so it needs"),
     ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4"),
+    ({"sparsity": 0.5, "criterion": "taylor"}, "criterion taylor needs calibration_sequences, got 0"),
+    ({"sparsity": 0.5, "budget": "owl", "scope": "layer"}, "budget owl needs calibration_sequences, got 0"),
+    ({"sparsity": 0.5, "budget": "owl", "scope": "layer", "calibration_sequences": 2, "owl_lambda": 0.1},
+     "budget owl needs owl_lambda of 0 to 1 and owl_m above 0, got 0.1 and 0.0"),
     ({"sparsity": 0.5, "criterion": "wanda", "scope": "row"}, "criterion wanda needs calibration_sequences, got 0"),
     ({"sparsity": 0.4, "criterion": "ria", "pattern": "2:4", "calibration_sequences": 2}, "criterion ria prunes to pattern"),
     ({"sparsity": 0.5, "distill_alpha": 1.1}, "distill_alpha must be 0 to 1 and temperature above 0, got 1.1 and 1.0"),
     ({"sparsity": 0.5, "finetune_tokens": 100}, "finetune_tokens must be a multiple of batch_tokens = 256, got 100"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "data_start_tokens": 3}, "data_start_tokens must be a multiple of context"),
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
+    ({"sparsity": 0.5, "criterion": "rigl", "finetune_tokens": 256, "mask_interval_steps": 1}, "criterion rigl needs a drop"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
      "l1_lambda, learning_rate and mask_decay must be at least 0"),
 ])
@@ -116,6 +127,15 @@ def test_calibration_needs_text_and_matrices(study: Study) -> None:
         resolve_actions(config, study, 0)
     with pytest.raises(ValueError, match="criterion wanda looks at the inputs of a block's matrices, so prunable must be matr"):
         resolve_actions(config, study.replaced(prunable="all"), 10**6)
+    (action,) = resolve_actions(TrialConfig(criterion="taylor", target_sparsity=0.5), study.replaced(prunable="all"), 10**6)
+    assert (action.calibration_sequences, action.scope) == (128, "global")
+    owl = TrialConfig(budget="owl", scope="layer", target_sparsity=0.5, owl_m=3.0)
+    (action,) = resolve_actions(owl, study.replaced(seed=3), 10**6)
+    assert (action.calibration_sequences, action.seed, action.owl_lambda, action.owl_m) == (128, 3, 0.08, 3.0)
+    with pytest.raises(ValueError, match="budget owl looks at training text, got no corpus"):
+        resolve_actions(owl, study, 0)
+    with pytest.raises(ValueError, match="budget owl looks at the inputs of a block's matrices, so prunable must be matrices"):
+        resolve_actions(owl, study.replaced(prunable="all"), 10**6)
 
 
 def test_actions_that_train_need_text(study: Study) -> None:

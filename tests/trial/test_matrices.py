@@ -1,6 +1,7 @@
 """What is compared within a matrix; a round with a calibrated criterion, stored, loaded and trained. That every stage and
 world size makes the same masks is held by test_pruner.py, which has the ranks."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from raysearch.config import Action
 from raysearch.models.model import Prunable
 from raysearch.pruning.patterns import NOfM
 from raysearch.study.records import round_key
-from raysearch.trial.matrices import layer_sparsities, matrix_mask
+from raysearch.trial.matrices import budget_of, layer_sparsities, matrix_mask
 from raysearch.trial.round import dense_round, load_candidate, run_round
 from raysearch.trial.worker import Worker
 
@@ -49,6 +50,30 @@ def test_a_calibrated_round_is_stored_loaded_and_trained(worker: Worker, fields:
         assert not (worker.engine.gather(name)[~mask]).any(), name
     assert trained.metrics[key].value < found.metrics[key].value
     assert round_key(dense.key, one_shot) == found.key
+
+
+def test_owl_counts_outliers_among_each_blocks_wanda_scores(worker: Worker, tiny_model: Path) -> None:
+    """By hand: hooks on the whole dense model, every score of a block in a loop."""
+    load_candidate(worker, dense_round(worker))
+    action = Action(budget="owl", owl_lambda=0.1, owl_m=2.5, scope="layer", sparsity=0.6, calibration_sequences=3)
+    model, found = AutoModelForCausalLM.from_pretrained(tiny_model), []
+    modules = {name: module for name, module in model.named_modules() if f"{name}.weight" in worker.engine.prunable_names}
+    squares = {name: torch.zeros(module.weight.shape[0], dtype=torch.float64) for name, module in modules.items()}
+    for name, module in modules.items():
+        module.register_forward_pre_hook(lambda module, x, name=name: squares.update({
+            name: squares[name] + x[0][0].double().square().sum(0)}))
+    with torch.no_grad():
+        for sequence in worker.inputs.blocks.stream(0, 3, 0):
+            model(input_ids=sequence[None])
+    for block in range(2):
+        scores = [abs(w) * math.sqrt(total) for name, module in modules.items() if f".h.{block}." in name
+                  for row, total in zip(module.weight.tolist(), squares[name].tolist()) for w in row]
+        found.append(sum(each > 2.5 * sum(scores) / len(scores) for each in scores) / len(scores))
+    shares = budget_of(worker.engine, action, worker.inputs.blocks)(0.6)
+    wanted = {name: 0.6 + 0.1 * (1 if (found[0] < found[1]) == (".h.0." in name) else -1) for name in shares}
+    assert shares == pytest.approx(wanted, abs=1e-9)
+    record = run_round(worker, dense_round(worker), action)
+    assert record.layer_sparsity == pytest.approx(shares, abs=1e-3)
 
 
 def test_at_sparsity_0_the_weights_stay(worker: Worker, tiny_model: Path) -> None:

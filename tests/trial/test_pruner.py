@@ -21,7 +21,7 @@ from raysearch.config import Action
 from raysearch.study.records import RoundRecord
 from raysearch.training.data import Blocks
 from raysearch.trial.pruner import Pruner
-from raysearch.trial.round import dense_round, load_candidate, run_round
+from raysearch.trial.round import dense_round, load_candidate, run_round, train_candidate
 from raysearch.trial.worker import Worker
 
 STAGES = (0, 1, 2, 3)
@@ -31,7 +31,9 @@ COMBINATIONS = [(criterion, pattern, scope)
                 if pattern == "unstructured" or scope != "row"]
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
+IN_THE_ROUND = ("movement", "gradual_magnitude", "sr_ste", "rigl", "set")
 CALIBRATED = ("wanda", "ria")
+BY_TEXT = (*CALIBRATED, "magnitude")  # whose budget looks at it
 CALIBRATION = Blocks(Path("made up"), "")
 vars(CALIBRATION)["tokens"] = np.arange(8 * 32, dtype=np.uint16).reshape(8, 32) * 37 % 257
 
@@ -81,7 +83,7 @@ def test_sparsity_is_met_and_nothing_pruned_comes_back(measured: dict, criterion
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("criterion", ["movement", "gradual_magnitude", "sr_ste"])
+@pytest.mark.parametrize("criterion", IN_THE_ROUND)
 def test_a_gradual_round_is_three_nested_loops(measured: dict, tiny_model: Path, world_size: int, stage: int,
                                                criterion: str) -> None:
     case = measured[world_size][str(stage)][criterion]
@@ -95,7 +97,7 @@ def test_a_gradual_round_is_three_nested_loops(measured: dict, tiny_model: Path,
     assert case["zeros_of_the_module"] == sum(int((~mask).sum()) for mask in masks.values()) or differences
 
 
-@pytest.mark.parametrize("criterion", CALIBRATED)
+@pytest.mark.parametrize("criterion", BY_TEXT)
 def test_calibrated_masks_are_the_same_for_every_stage_and_world_size(measured: dict, criterion: str) -> None:
     """A sequence is looked at alone, so that only the order of adding in fp64 differs."""
     for name in measured[1]["0"]["calibrated"][criterion]:
@@ -161,6 +163,26 @@ def test_distillation_follows_the_dense_model(measured: dict, tiny_model: Path) 
         assert case["num_revived"] == 0
 
 
+@pytest.mark.parametrize("criterion", ["rigl", "set"])
+def test_drop_and_grow_is_the_same_for_every_stage_and_world_size(measured: dict, criterion: str) -> None:
+    cases = [case["moved"][criterion] for by_stage in measured.values() for case in by_stage.values()]
+    for case in cases:
+        assert case == cases[0]
+        assert case["kept_as_many"]
+        assert case["num_grown"] > 1000
+        assert case["num_not_at_0"] == 0
+
+
+def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> None:
+    """But for the rounding of gradients in fp32: single weights near ties."""
+    cases = [case["taylor"] for by_stage in measured.values() for case in by_stage.values()]
+    first = np.unpackbits(np.frombuffer(bytes.fromhex(cases[0]["unstructured"]), np.uint8))
+    assert abs(float(first.mean()) - 0.5) < 1e-3
+    for case in cases:
+        assert case["head"] == cases[0]["head"]
+        assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
+
+
 def test_latents_come_back(measured: dict) -> None:
     for by_stage in measured.values():
         for case in by_stage.values():
@@ -199,6 +221,39 @@ def test_a_round_that_diverged_leaves_nothing_behind_its_masks(worker: Worker, d
     load_candidate(worker, record)
     for name, weights in before.items():
         assert torch.equal(worker.engine.gather(name), weights), name
+
+
+@pytest.mark.parametrize("fields", [
+    {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
+    {"criterion": "set", "drop_fraction": 0.3, "scope": "layer", "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0,
+     "calibration_sequences": 2},
+], ids=lambda fields: fields["criterion"])
+def test_a_round_that_was_killed_gives_the_same_candidate_when_it_runs_again(
+        worker: Worker, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, after_step = dense_round(worker), Pruner.after_step
+    action = Action(sparsity=0.5, finetune_tokens=2560, learning_rate=1e-3, mask_interval_steps=2, **fields)
+
+    def weights() -> dict[str, Tensor]:
+        train_candidate(worker, dense, action)
+        return {name: worker.engine.gather(name).clone() for name in worker.engine.shapes}
+
+    def killed(pruner: Pruner, step: int) -> None:
+        after_step(pruner, step)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    wanted = weights()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Pruner, "after_step", killed)
+        weights()
+    for name, again in weights().items():
+        assert torch.equal(again, wanted[name]), name
+    record = run_round(worker, dense, action)
+    assert record.sparsity == pytest.approx(0.5, abs=1e-3)
+    load_candidate(worker, dense)
+    load_candidate(worker, record)  # from its file
+    for name, kept in wanted.items():
+        assert torch.equal(worker.engine.gather(name), kept), name
 
 
 def test_scopes_cut_where_they_say(worker: Worker) -> None:
@@ -263,6 +318,10 @@ def by_hand(folder: Path, criterion: str) -> tuple[dict[str, Tensor], dict[str, 
     scores = {name: torch.zeros_like(full[name]) for name in prunable}
     first, second = ({name: torch.zeros_like(p) for name, p in full.items()} for _ in range(2))
     total = sum(full[name].numel() for name in prunable)
+    moves, anywhere = criterion in ("rigl", "set"), torch.Generator().manual_seed(0)
+    if moves:
+        cut = torch.cat([full[name].flatten() for name in prunable]).abs().sort().values[int(SPARSITY * total + 0.5) - 1]
+        masks = {name: full[name].abs() > cut for name in prunable}
     for step, tokens in enumerate(batches(), start=1):
         with torch.no_grad():
             for name, p in model.named_parameters():
@@ -284,7 +343,20 @@ def by_hand(folder: Path, criterion: str) -> tuple[dict[str, Tensor], dict[str, 
             update = RATE * (first[name] / (1 - 0.9**step)) / ((second[name] / (1 - 0.95**step)).sqrt() + 1e-8)
             is_held = name in masks and criterion != "sr_ste"
             full[name] = torch.where(masks[name], full[name] - update, full[name]) if is_held else full[name] - update
-        if step in (1, 4, 7):  # 10 % and 70 % of 10 steps, and every third between
+        for name in prunable if moves and step in (1, 4) else ():  # at 7 none moves
+            size, growth = full[name].abs().flatten(), gradients[name].abs().flatten()
+            if criterion == "set":
+                growth = torch.rand(size.numel(), generator=anywhere)
+            kept = int(masks[name].sum())
+            num_moved = int(0.3 / 2 * (1 + math.cos(math.pi * step / 7)) * kept)
+            stays = torch.zeros(size.numel(), dtype=torch.bool)
+            stays[(size - 1e9 * ~masks[name].flatten()).argsort()[size.numel() - (kept - num_moved):]] = True
+            now = stays.clone()
+            now[(growth - 1e9 * stays).argsort()[size.numel() - num_moved:]] = True
+            changed = now.view_as(masks[name]) != masks[name]
+            full[name], masks[name] = torch.where(changed, 0, full[name]), now.view_as(masks[name])
+            first[name], second[name] = torch.where(changed, 0, first[name]), torch.where(changed, 0, second[name])
+        if step in (1, 4, 7) and not moves:  # 10 % and 70 % of 10 steps, and every third between
             p = (step - 1) / 6
             sparsity = SPARSITY - SPARSITY * (1 - p) ** 3 if step < 7 else SPARSITY
             if criterion == "gradual_magnitude":  # what is pruned is 0, for good
@@ -378,8 +450,9 @@ def calibrated_rounds(engine: Any, criterion: str) -> dict[str, Any]:
     found = {}
     tokens = next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
     for name, fields in (("row", {"scope": "row", "sparsity": 0.55}), ("2:4", {"pattern": "2:4", "sparsity": 0.5}),
-                         ("layer", {"scope": "layer", "sparsity": 0.55, "budget": "erdos_renyi"})):
-        if criterion == "sparsegpt" and name == "row":
+                         ("layer", {"scope": "layer", "sparsity": 0.55, "budget": "erdos_renyi"}),
+                         ("owl", {"scope": "layer", "sparsity": 0.55, "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0})):
+        if (criterion == "sparsegpt" and name in ("row", "owl")) or (criterion == "magnitude" and name != "owl"):
             continue
         engine.load_base()
         engine.restart(0.0)
@@ -425,15 +498,15 @@ def gradual_round(engine: Any, criterion: str) -> dict[str, Any]:
 
     engine.load_base()
     engine.restart(0.0)
-    pruner = Pruner(engine, Action(criterion=criterion, sparsity=SPARSITY, mask_interval_steps=INTERVAL, mask_decay=DECAY),
-                    STEPS)
+    pruner = Pruner(engine, Action(criterion=criterion, sparsity=SPARSITY, mask_interval_steps=INTERVAL, mask_decay=DECAY,
+                                   drop_fraction=0.3), STEPS)
     pruner.begin()
     for step, tokens in enumerate(batches(), start=1):
         mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
         engine.train_step(mine, RATE)
         pruner.after_step(step)
     scores: dict[str, Any] = {}
-    gathers = pruner.criterion.gather is not None
+    gathers = bool(engine.optimizer.gathered)
     for shard in engine.prunable_shards if gathers else ():
         whole = torch.zeros(torch.Size(engine.shapes[shard.name]).numel(), device=engine.device)
         whole[shard.start:shard.start + shard.values.numel()] = shard.of(engine.optimizer.gathered)
@@ -448,6 +521,52 @@ def gradual_round(engine: Any, criterion: str) -> dict[str, Any]:
     return {"scores": scores, "zeros_of_the_module": zeros,
             "num_kept": {name: int(engine.gather_mask(name).sum()) for name in names},
             "weights": {name: engine.gather(name).flatten()[:50].tolist() for name in names}}
+
+
+def moved_masks(engine: Any, criterion: str) -> dict[str, Any]:
+    """After one drop and grow, by made-up gradients; some weights of the parent are pruned, and may grow."""
+    import hashlib
+
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    engine.load_base()
+    engine.restart(0.0)
+    Pruner(engine, Action(sparsity=0.3), 0).begin()
+    action = Action(criterion=criterion, scope="layer", sparsity=0.6, mask_interval_steps=1, drop_fraction=0.4)
+    pruner = Pruner(engine, action, 10)
+    pruner.begin()
+    before = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
+    for shard in engine.prunable_shards if criterion == "rigl" else ():
+        shard.of(engine.optimizer.gathered).copy_(made_up(shard.name, shard.start, shard.values.numel()))
+    pruner.after_step(1)
+    after = {p.name: engine.gather_mask(p.name).cpu() for p in engine.prunables}
+    values = {p.name: engine.gather(p.name).cpu() for p in engine.prunables}
+    engine.restart(0.0)
+    return {"sha256": hashlib.sha256(b"".join(mask.numpy().tobytes() for mask in after.values())).hexdigest(),
+            "kept_as_many": all(after[name].sum() == mask.sum() for name, mask in before.items()),
+            "num_grown": sum(int((after[name] & ~mask).sum()) for name, mask in before.items()),
+            "num_not_at_0": sum(int((values[name][after[name] & ~mask] != 0).sum()) for name, mask in before.items())}
+
+
+def taylor_masks(engine: Any) -> dict[str, str]:
+    """Hexadecimal, in whole bytes; some weights of the parent are pruned."""
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    found = {}
+    for pattern in ("unstructured", "head"):
+        engine.load_base()
+        engine.restart(0.0, distill_alpha=1.0)
+        Pruner(engine, Action(sparsity=0.2), 0).begin()
+        before = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+        action = Action(criterion="taylor", pattern=pattern, scope="layer", sparsity=0.5, calibration_sequences=3)
+        Pruner(engine, action, 0, CALIBRATION).begin()
+        masks = {name: engine.gather_mask(name) for name in before}
+        assert not any((masks[name] & ~mask).any() for name, mask in before.items())
+        found[pattern] = np.packbits(torch.cat([mask.cpu().flatten() for mask in masks.values()]).numpy()).tobytes().hex()
+    engine.restart(0.0)
+    return found
 
 
 def come_back(engine: Any) -> dict[str, bool]:
@@ -503,8 +622,10 @@ def main(model: str) -> dict[str, Any]:
                         weight_decay=0.0)
         measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
                            "distilled": distilled_round(engine),
-                           "calibrated": {each: calibrated_rounds(engine, each) for each in (*CALIBRATED, "sparsegpt")},
-                           **{each: gradual_round(engine, each) for each in ("movement", "gradual_magnitude", "sr_ste")}}
+                           "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
+                           **{each: gradual_round(engine, each) for each in IN_THE_ROUND},
+                           "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")},
+                           "taylor": taylor_masks(engine)}
     return measured
 
 

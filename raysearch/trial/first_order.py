@@ -1,0 +1,46 @@
+"""First order: what the loss on a sequence would change by if a weight, or a unit, went; one sequence after the other."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from raysearch.config import Action
+from raysearch.pruning.criteria import CRITERIA
+from raysearch.pruning.patterns import Units
+from raysearch.training.data import Blocks
+from raysearch.training.engine import Engine
+from raysearch.trial.units import unit_counts, unit_sums
+
+TINY = torch.finfo(torch.float64).tiny
+
+
+def _sequences(engine: Engine, action: Action, text: Blocks) -> Iterator[dict[Tensor, Tensor]]:
+    """What was gathered from each. Every rank reads every sequence, so that the mean of their gradients is that of one sequence
+    alone, whatever the world size."""
+    gather = CRITERIA[action.criterion].gather
+    assert gather is not None
+    for tokens in text.stream(0, action.calibration_sequences, action.seed):
+        engine.look(tokens[None], gather)
+        yield engine.optimizer.gathered
+
+
+def gather_by_sequence(engine: Engine, action: Action, text: Blocks) -> None:
+    """The optimizer's `gathered` becomes the sum over the action's sequences of |what was gathered from one|, Molchanov et al.
+    2016 (arXiv 1611.06440) eq. 6, weight by weight. No weight changes. Collective."""
+    totals: dict[Tensor, Tensor] = {}
+    for gathered in _sequences(engine, action, text):
+        totals = {master: each.abs_() + totals.get(master, 0) for master, each in gathered.items()}
+    engine.optimizer.gathered = totals
+
+
+def scores_by_sequence(engine: Engine, action: Action, text: Blocks, units: Units) -> Tensor:
+    """fp64 [U]: the same of sums over the weights of each unit, over their number; divided by the norm of its layer's, as in
+    their section 2.2. Collective, and equal on every rank."""
+    sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
+    scores = torch.zeros(len(units.group), dtype=torch.float64)
+    for gathered in _sequences(engine, action, text):
+        sums = unit_sums(engine, units, sizes, lambda shard, gathered=gathered: shard.of(gathered))
+        scores += sums.abs() / sizes.clamp(min=1)
+    squares = torch.zeros(int(units.group.max()) + 1, dtype=torch.float64).index_add_(0, units.group, scores.square())
+    return scores / squares.sqrt()[units.group].clamp(min=TINY)
