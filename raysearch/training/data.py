@@ -27,7 +27,7 @@ from raysearch.training.texts import Part, Texts
 
 FORMAT_VERSION = 1  # of the packed files; a change makes every cached file stale
 BATCH_BYTES = 2**20
-"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps of it, up to 250 times as much, is small."""
+"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps, up to 250 times as much, is small."""
 LONE_SPACE = re.compile(r"(?<=\S)(?=\s\S)")
 CUT_CHARS = 500
 """Text on each side of a cut that is tokenized to try it."""
