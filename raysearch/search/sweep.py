@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ray import tune
 from ray.tune import TuneError
 
-from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
+from raysearch.cluster.ending import ending_actors
 from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
@@ -93,7 +93,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         if searcher.has_work():
             echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)
-            with contextlib.nullcontext() if autoscaling else watching_nodes(study, searcher):
+            watches = not autoscaling and threading.current_thread() is threading.main_thread()  # which alone hears signals
+            with watching_nodes(study, searcher) if watches else contextlib.nullcontext():
                 interrupted = run_tune(ledger, study, searcher)
             if searcher.refusal:
                 raise searcher.refusal
@@ -185,7 +186,7 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
     try:
-        with stopping_on_signals(), out_of_memory_as_death():
+        with ending_actors():
             tuner.fit()
     except TuneError as error:  # Tune has made text of what arose in the searcher: a store that refuses, a damaged record
         if isinstance(error.__context__, OSError | ValueError):

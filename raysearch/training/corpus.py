@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = re.compile(f"^{re.escape(END_OF_TEXT)}$", re.MULTILINE)
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:.*)?")
 PLAIN = (".txt", ".json", ".jsonl")
 SUFFIXES = (*PLAIN, ".parquet", *(plain + compression for plain in PLAIN for compression in COMPRESSIONS))
 ENDINGS = f"{', '.join((*PLAIN, '.parquet'))} (but for the last also compressed: {', '.join(COMPRESSIONS)})"
@@ -52,6 +53,14 @@ def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> Texts:
     if not documents:
         raise ValueError(f"corpus {corpus}: holds no text; give one with at least a few thousand words")
     return documents
+
+
+def check_corpus(corpus: str, field: str = "text") -> None:
+    """ValueError of one sentence where there is no such corpus, or its first file does not begin with text; the hub is not
+    asked."""
+    if corpus != "builtin":
+        for file in _files(corpus)[:1]:
+            next(_file_parts(file, field), None)
 
 
 def progress(parts: Iterable[Part], say: Say, line: Callable[[int], str]) -> Iterator[Part]:
@@ -108,7 +117,7 @@ def _files(corpus: str) -> list[Path]:
         if not files:
             raise ValueError(f"corpus {corpus}: no file that ends in {ENDINGS} in it")
         return files
-    if corpus.endswith(SUFFIXES) or corpus.startswith(("/", ".", "~")) or corpus.count("/") > 1 or not corpus.strip():
+    if corpus.endswith(SUFFIXES) or not HUB_NAME.fullmatch(corpus):
         raise ValueError(f"corpus {corpus!r}: no such file or folder; give a path that exists, a Hugging Face dataset "
                          'name, or "builtin"')
     return []
@@ -119,16 +128,20 @@ def _parts(corpus: str, field: str) -> Iterator[Part]:
     if not files:
         yield from map(_whole, _column(f"corpus {corpus}", _dataset(corpus), field))
     for file in files:
-        where, suffix = f"corpus {file}", plain_suffix(file)
-        if file.is_dir():
-            yield from map(_whole, _column(where, _saved_dataset(file), field))
-        elif suffix == ".parquet":
-            yield from map(_whole, _parquet_texts(file, field))
-        elif suffix == ".txt":
-            yield from _plain_parts(file)
-        else:
-            for place, row in _json_rows(file, where):
-                yield from map(_whole, _row_text(row, field, place))
+        yield from _file_parts(file, field)
+
+
+def _file_parts(file: Path, field: str) -> Iterator[Part]:
+    where, suffix = f"corpus {file}", plain_suffix(file)
+    if file.is_dir():
+        yield from map(_whole, _column(where, _saved_dataset(file), field))
+    elif suffix == ".parquet":
+        yield from map(_whole, _parquet_texts(file, field))
+    elif suffix == ".txt":
+        yield from _plain_parts(file)
+    else:
+        for place, row in _json_rows(file, where):
+            yield from map(_whole, _row_text(row, field, place))
 
 
 def _whole(text: str) -> Part:

@@ -27,7 +27,7 @@ from raysearch.training.texts import Part, Texts
 
 FORMAT_VERSION = 1  # of the packed files; a change makes every cached file stale
 BATCH_BYTES = 2**20
-"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps of it, up to 250 times as much, is small."""
+"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps, up to 250 times as much, is small."""
 LONE_SPACE = re.compile(r"(?<=\S)(?=\s\S)")
 CUT_CHARS = 500
 """Text on each side of a cut that is tokenized to try it."""
@@ -49,8 +49,7 @@ def split_documents(documents: Texts) -> dict[str, Texts]:
         low, high = PIECE_CHARS
         num_chars = sum(len(part) for index in range(len(documents)) for part in documents.parts(index))
         documents = documents.pieces(min(max(num_chars // MIN_DOCUMENTS_TO_SPLIT, low), high))
-    position = [int.from_bytes(hashlib.sha256(documents.bytes_of(index)).digest()[:8]) / 2**64
-                for index in range(len(documents))]
+    position = [int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64 for data in documents.all_bytes()]
     bounds = (1 - 2 * HELD_OUT_SHARE, 1 - HELD_OUT_SHARE)
     split_of = {where: bisect.bisect(bounds, where) for where in position}
     if len(split_of) < 3:
@@ -152,7 +151,7 @@ def pack(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, spl
 def _fingerprint(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, split: str) -> str:
     digest = hashlib.sha256()
     head = (f"{FORMAT_VERSION} {context} {split}".encode(), _tokenizer_json(tokenizer).encode("utf-8", "replace"))
-    for data in itertools.chain(head, map(documents.bytes_of, range(len(documents)))):
+    for data in itertools.chain(head, documents.all_bytes()):
         digest.update(len(data).to_bytes(8) + data)
     return digest.hexdigest()[:32]
 
@@ -192,7 +191,7 @@ def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
     makes the same tokens of both sides as of the whole. Else 0, as where it puts a space before every text."""
     spaces = LONE_SPACE.finditer(text, len(text) - 2 * CUT_CHARS, len(text) - CUT_CHARS)
     if cut := max((space.start() for space in spaces), default=0):
-        left, right = text[cut - CUT_CHARS:cut], text[cut:cut + CUT_CHARS]
+        left, right = text[max(0, cut - CUT_CHARS):cut], text[cut:cut + CUT_CHARS]
         whole, *sides = token_ids(tokenizer, [left + right, left, right], False)
         return cut if list(whole) == list(itertools.chain(*sides)) else 0
     return 0

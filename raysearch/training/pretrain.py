@@ -30,7 +30,6 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.cluster.ending import stopping_on_signals
 from raysearch.cluster.joining import connect_ray, use_rays_network
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
@@ -134,7 +133,7 @@ def pretrain(
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
     try:
-        with stopping_on_signals(), _progress_lines(work / "progress.json", num_steps, echo):
+        with _progress_lines(work / "progress.json", num_steps, echo):
             _fit(job, num_workers, resources)
     except (KeyboardInterrupt, SystemExit):
         echo("stopped by a signal; the same command goes on from the last checkpoint")

@@ -41,19 +41,21 @@ class Texts(Sequence[str]):
         return len(self.spans)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]  # Sequence's overloads; documents have no slices
-        return self.bytes_of(index).decode()
+        start, end = self.spans[index]
+        return self.utf8[start:end].decode()
 
     @property
     def num_bytes(self) -> int:
         return int((self.spans[:, 1] - self.spans[:, 0]).sum())
 
-    def bytes_of(self, index: int) -> bytearray:
-        start, end = self.spans[index]
-        return self.utf8[start:end]
+    def all_bytes(self) -> Iterator[bytearray]:
+        return (self.utf8[start:end] for start, end in zip(*self.spans.T.tolist()))
 
     def parts(self, index: int) -> Iterator[str]:
-        """The document in parts of PART_BYTES."""
-        start, end = map(int, self.spans[index])
+        """The document in parts of PART_BYTES, which a short one is itself."""
+        start, end = self.spans[index].tolist()
+        if end - start <= PART_BYTES:
+            return iter((self[index],))
         return codecs.iterdecode((self.utf8[at:min(at + PART_BYTES, end)] for at in range(start, end, PART_BYTES)), "utf-8")
 
     def where(self, is_chosen: NDArray[np.bool_]) -> "Texts":

@@ -1,14 +1,19 @@
 """Documents, splits, tokenizer and packed blocks, on small real files."""
 
+import io
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import raysearch.training.data
+import raysearch.training.texts
 from raysearch.study.files import default_cache_dir
 from raysearch.training.corpus import load_documents
 from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents, train_tokenizer
@@ -101,6 +106,56 @@ def test_blocks_hold_the_split_in_order(corpus: str, tokenizer: PreTrainedTokeni
     copy = pickle.loads(pickle.dumps(blocks))
     assert copy == blocks
     assert copy.tokens.tolist() == blocks.tokens.tolist()
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator([story(i) for i in range(50)], trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<|endoftext|>"], unk_token="<unk>", show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def with_a_space_before() -> PreTrainedTokenizerFast:
+    """As Llama 2: a text is never the sum of its parts."""
+    tokenizer = train_tokenizer([story(i) for i in range(50)], 300)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    return tokenizer
+
+
+def over_spaces() -> PreTrainedTokenizerFast:
+    """Whose tokens hold spaces: no cut before a word is one between tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator([story(i) for i in range(50)], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize(("make", "is_cut"), [
+    (lambda: train_tokenizer([story(i) for i in range(50)], 300), True), (unigram, True), (with_a_space_before, False),
+    (over_spaces, None)])
+def test_a_long_document_has_the_tokens_of_the_whole(make: Callable[[], PreTrainedTokenizerFast], is_cut: bool | None,
+                                                     tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raysearch.training.texts, "PART_BYTES", 1500)
+    monkeypatch.setattr(raysearch.training.data, "CUT_CHARS", 200)
+    random = np.random.RandomState(0)
+    gaps = (" ", " ", "\n", "  ", "\n\n", "<|endoftext|>", "\u2019 ", "\U0001f600", "\u4e2d" * 300, "\t \n")
+    document = "".join(str(random.choice(WORDS)) + str(random.choice(gaps)) for _ in range(5000))
+    tokenizer, documents = make(), texts([document, "short", document[::-1]])
+    parts = list(raysearch.training.data._parts(documents, tokenizer))
+    assert "".join(part for part, _ in parts) == "".join(documents)
+    assert is_cut is None or (len(parts) > 50) == is_cut
+    whole = [token for text in documents for token in [*tokenizer(text, add_special_tokens=False)["input_ids"],
+                                                       tokenizer.eos_token_id]]
+    blocks = pack(documents, tokenizer, 1, "train", tmp_path)
+    assert blocks.tokens.flatten().tolist() == whole
+    assert blocks.path.read_bytes() == saved(blocks.tokens)
+
+
+def saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def test_blocks_are_cached_by_content(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
