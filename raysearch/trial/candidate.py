@@ -19,7 +19,7 @@ import torch
 from raysearch.config import Action
 from raysearch.evaluation import Evaluation
 from raysearch.kernels.device import device_name
-from raysearch.models.weights import WeightsFile, extent, stored_bytes, to_store
+from raysearch.models.weights import Extent, WeightsFile, extent, stored_bytes, to_store
 from raysearch.study.files import (
     file_sha256,
     folder_aside,
@@ -137,12 +137,16 @@ def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
     """
     engine, path = worker.engine, worker.ledger.weights_path(key)
     kept, nonzero = engine.kept_counts(), engine.nonzero_counts()
+
+    def extent_of(name: str, shape: tuple[int, ...]) -> Extent:
+        has_mask = name in engine.prunable_names or kept[name] < math.prod(shape)  # as `gather_mask` says
+        return extent(shape, torch.float32, kept[name], nonzero[name] if has_mask else kept[name])
+
     with contextlib.ExitStack() as until_written:
         if engine.rank == 0:
             folder = until_written.enter_context(folder_aside(worker.ledger.round_directory(key)))
             thread = until_written.enter_context(ThreadPoolExecutor(1))
-            file = WeightsFile(folder / path.name, {name: extent(shape, torch.float32, kept[name], nonzero[name])
-                                                    for name, shape in engine.shapes.items()})
+            file = WeightsFile(folder / path.name, {name: extent_of(name, shape) for name, shape in engine.shapes.items()})
             done = thread.submit(persist, path, file.begin)
         for name in engine.shapes:
             whole, mask = engine.gather(name), engine.gather_mask(name)  # collective
