@@ -6,8 +6,6 @@ Weights are written aside while the candidate is scored; the round's folder appe
 import contextlib
 import functools
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +22,7 @@ from raysearch.study.files import (
     file_sha256,
     folder_aside,
     is_there,
+    link_or_copy,
     new_directory,
     new_file,
     persist,
@@ -163,14 +162,6 @@ def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
             return file.path, sha256
 
         yield thread.submit(persist, path, finish)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    """One content under two names, where the filesystem has hard links."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,
