@@ -32,7 +32,6 @@ from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, StorePath, check_bucket
 from raysearch.trial.actions import check_actions, resolve_actions
-from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
 from raysearch.trial.rank import Job
@@ -168,10 +167,8 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
     for name in ("ray.tune", "ray.train"):  # a trial's end has a line of ours, and a log with its traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    base = put_base(study)
     trainable = tune.with_resources(
-        tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
-                             base=[base]),
+        tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
         gang_resources(study))
     tune_folder = ledger.directory / "tune"
     filesystem, storage_path = ((tune_folder.filesystem, tune_folder.path) if isinstance(tune_folder, StorePath)

@@ -410,7 +410,11 @@ def _load_checkpoint(engine: Engine) -> int:
 
 def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:
     """The fp32 masters, whole, as a Hugging Face folder in the training's dtype; written by rank 0."""
-    weights = {name: engine.gather(name).to("cpu", dtype) for name in engine.shapes}
+    weights = {}
+    for name in engine.shapes:
+        whole = engine.gather(name)  # collective
+        if engine.rank == 0:
+            weights[name] = whole.to("cpu", dtype)
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)

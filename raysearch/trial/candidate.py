@@ -6,8 +6,6 @@ Weights are written aside while the candidate is scored; the round's folder appe
 import contextlib
 import functools
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +17,12 @@ import torch
 from raysearch.config import Action
 from raysearch.evaluation import Evaluation
 from raysearch.kernels.device import device_name
-from raysearch.models.weights import WeightsFile, extent, stored_bytes, to_store
+from raysearch.models.weights import Extent, WeightsFile, extent, stored_bytes, to_store
 from raysearch.study.files import (
     file_sha256,
     folder_aside,
     is_there,
+    link_or_copy,
     new_directory,
     new_file,
     persist,
@@ -137,12 +136,16 @@ def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
     """
     engine, path = worker.engine, worker.ledger.weights_path(key)
     kept, nonzero = engine.kept_counts(), engine.nonzero_counts()
+
+    def extent_of(name: str, shape: tuple[int, ...]) -> Extent:
+        has_mask = name in engine.prunable_names or kept[name] < math.prod(shape)  # as `gather_mask` says
+        return extent(shape, torch.float32, kept[name], nonzero[name] if has_mask else kept[name])
+
     with contextlib.ExitStack() as until_written:
         if engine.rank == 0:
             folder = until_written.enter_context(folder_aside(worker.ledger.round_directory(key)))
             thread = until_written.enter_context(ThreadPoolExecutor(1))
-            file = WeightsFile(folder / path.name, {name: extent(shape, torch.float32, kept[name], nonzero[name])
-                                                    for name, shape in engine.shapes.items()})
+            file = WeightsFile(folder / path.name, {name: extent_of(name, shape) for name, shape in engine.shapes.items()})
             done = thread.submit(persist, path, file.begin)
         for name in engine.shapes:
             whole, mask = engine.gather(name), engine.gather_mask(name)  # collective
@@ -159,14 +162,6 @@ def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
             return file.path, sha256
 
         yield thread.submit(persist, path, finish)
-
-
-def link_or_copy(file: Path, target: Path) -> None:
-    """One content under two names, where the filesystem has hard links."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
 
 
 def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,

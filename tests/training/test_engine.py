@@ -1,10 +1,11 @@
 """The invariant of sharded pruning, for every ZeRO stage, dtype and world size, on real engines; on GPUs too, where bf16 is
 compiled."""
 
+import contextlib
+import gc
 import json
-import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.cluster.placement import MicroBatch
 
@@ -77,7 +79,31 @@ def test_no_later_trial_compiles_anything(tiny_model: Path, device: str) -> None
         assert case["compiled"] == pytest.approx(case["eager"], rel=1e-5), stage
 
 
-def measure(model: str, folder: str, stage: int, dtype: str, base: Mapping[str, Tensor] | None) -> dict:
+@pytest.fixture(scope="module")
+def in_memory(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Of two ranks at ZeRO-3: MB of a model of 31 M fp32 weights, and what they had in memory."""
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=12_000, n_positions=64, n_embd=512, n_layer=8, n_head=8)
+    GPT2LMHeadModel(config).save_pretrained(folder / "model")
+    return run_ranks(__file__, 2, [str(tiny_model), "large", str(folder)])
+
+
+CONSTANT_MB = 40
+"""Gloo's buffers, and what the allocator keeps."""
+
+
+@pytest.mark.parametrize(("moment", "shares"), [
+    ("begin", 6),  # weights, masters, gradients, two moments, mask
+    ("load again", 1), ("load_base", 0.5), ("prune", 1), ("store", 0), ("load", 1)])
+def test_no_rank_has_a_copy_of_a_large_model(in_memory: list, moment: str, shares: float) -> None:
+    for rank in in_memory:
+        limit = shares * rank["model"] / 2 + 2 * rank["largest"] + CONSTANT_MB
+        assert rank[moment] < limit, (moment, rank)
+    assert in_memory[0]["is_exact"]
+
+
+def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     from torch._dynamo.utils import counters
 
     from raysearch.kernels import selection_passes
@@ -87,7 +113,7 @@ def measure(model: str, folder: str, stage: int, dtype: str, base: Mapping[str, 
 
     counters.clear()
     settings: dict[str, Any] = {"prunable": "matrices", "zero_stage": stage, "dtype": dtype, "batch_tokens": 128,
-                                "context_tokens": 32, "weight_decay": 0.1, "base": base,
+                                "context_tokens": 32, "weight_decay": 0.1,
                                 "compiled": dtype == "bfloat16" and can_compile()}
     # two sequences at a time on either number of GPUs: one graph
     engine = Engine(model, **settings, micro_batch=MicroBatch(64, False) if settings["compiled"] else None)
@@ -143,6 +169,70 @@ def measure(model: str, folder: str, stage: int, dtype: str, base: Mapping[str, 
         engine.load_base()
     case["base_is_exact"] = all(torch.equal(engine.gather(name), dense[name]) for name in dense)
     return case | {"is_compiled": settings["compiled"], "num_graphs": counters["stats"]["unique_graphs"]}
+
+
+def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
+    """Most MB of memory of its own (files that are mapped belong to the node) that each moment added to what there was."""
+    import threading
+    import types
+
+    from raysearch.config import Action
+    from raysearch.models.model import load_model
+    from raysearch.models.weights import read_sparse
+    from raysearch.study.ledger import Ledger
+    from raysearch.training.engine import Engine
+    from raysearch.trial.candidate import written_meanwhile
+    from raysearch.trial.pruner import Pruner
+
+    def anonymous() -> float:
+        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith("RssAnon"))
+
+    found: dict[str, Any] = {}
+
+    @contextlib.contextmanager
+    def measuring(moment: str) -> Iterator[None]:
+        gc.collect()
+        before, most, ended = anonymous(), [0.0], threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.005):
+                most.append(anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        yield
+        ended.set()
+        watcher.join()
+        found[moment] = max(most) - before
+
+    def build(model: str) -> Engine:
+        return Engine(model, prunable="matrices", zero_stage=3, dtype="float32", batch_tokens=128, context_tokens=32,
+                      weight_decay=0.1)
+
+    build(tiny)  # with what is imported late
+    model = str(Path(folder) / "model")
+    with measuring("begin"):
+        engine = build(model)
+    sizes = [torch.Size(shape).numel() * 4 / 2**20 for shape in engine.shapes.values()]
+    found |= {"model": sum(sizes), "largest": max(sizes)}
+    with measuring("load again"):  # a teacher
+        engine._layout.frozen(lambda: load_model(model))
+    with measuring("load_base"):
+        engine.load_base()
+    with measuring("prune"):
+        Pruner(engine, Action(sparsity=0.5), 0).begin()
+    weights = {name: engine.gather(name) for name in list(engine.shapes)[2:8]}
+    with contextlib.ExitStack() as stored:
+        with measuring("store"):
+            worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"))
+            written = stored.enter_context(written_meanwhile(worker, "key"))
+            file = engine.from_rank_0(lambda: written.result()[0])
+        engine.load_base()
+        with measuring("load"):
+            engine.load(read_sparse(file, None))
+    found["is_exact"] = all(torch.equal(engine.gather(name), weight) for name, weight in weights.items())
+    return engine.gather_objects(found)
 
 
 def steps_of(engine: Any) -> list[float]:
@@ -217,15 +307,12 @@ def masks(model: str) -> dict:
 if __name__ == "__main__":
     model, what, *folder = sys.argv[1:]
     if what == "invariant":
-        from raysearch.models.model import load_model
         from raysearch.training.engine import device_type
 
-        shared = os.environ["WORLD_SIZE"] == "2"  # a rank alone keeps a copy of its own
-        bases = {dtype: dict(load_model(model, getattr(torch, dtype)).named_parameters()) if shared else None
-                 for dtype in ("float32", "bfloat16")}  # before ZeRO-3, which changes how models are loaded
-        result: dict[str, Any] = {f"{stage}/{dtype}": measure(model, *folder, stage, dtype, bases[dtype])
-                                  for stage, dtype in CASES}
+        result: Any = {f"{stage}/{dtype}": measure(model, *folder, stage, dtype) for stage, dtype in CASES}
         result["device"] = device_type()
+    elif what == "large":
+        result = in_memory_of(model, *folder)
     else:
         result = {"masks": masks, "graphs": graphs}[what](model)
     print(json.dumps(result))
