@@ -43,11 +43,13 @@ class Pruner:
         self._start = 0.0
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
+        self._before: Masks
         self._by_itself: DropAndGrow | SoftMovement | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
         self._of_layer = budget_of(self.engine, self.action, self.text)
+        self._before = self.engine.masks() if self.units else []
         if self.criterion.statistic is not None:
             assert self.text is not None
             assert self.action.sparsity is not None
@@ -69,7 +71,7 @@ class Pruner:
                 self._by_itself = DropAndGrow(self.engine, self.action, self.num_steps)
             return
         if self.criterion.gather is not None or self.criterion.trains_pruned:
-            self.engine.keep_latents(self.criterion.gather)
+            self.engine.keep_latents(self.criterion.gather, [part.name for part in self.units.parts] if self.units else ())
         kept, total = self._kept()
         self._start = 1 - kept / total
 
@@ -194,7 +196,7 @@ class Pruner:
     def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
         sizes, eligible = unit_counts(self.engine, units, self._eligible)
         scores = self._unit_scores(units, sizes)
-        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible)
+        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible, self._before)
 
     def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
         """fp64 [U]: the mean over a unit's weights."""

@@ -227,6 +227,61 @@ def test_a_round_that_diverged_leaves_nothing_behind_its_masks(worker: Worker, d
         assert torch.equal(worker.engine.gather(name), weights), name
 
 
+@pytest.mark.parametrize("criterion", ["movement", "sr_ste"])
+def test_a_head_that_comes_back_has_its_weights_and_its_biases(worker: Worker, criterion: str) -> None:
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine = worker.engine
+    engine.restart(0.0)
+    output, bias, other = (f"transformer.h.0.{name}" for name in ("attn.c_proj.weight", "attn.c_attn.bias", "mlp.c_fc.bias"))
+    Pruner(engine, Action(sparsity=0.01), 0).begin()
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    assert before[bias].all()
+    action = Action(criterion=criterion, pattern="head", scope="layer", sparsity=0.5, mask_interval_steps=1, mask_decay=0.0)
+    pruner = Pruner(engine, action, 10)
+    pruner.begin()
+
+    def rank_first(head: int) -> None:
+        """The other heads go."""
+        for shard in engine.prunable_shards:
+            if criterion == "movement":
+                shard.of(engine.optimizer.gathered).fill_(0.0)
+        if criterion == "movement":
+            for shard in engine.prunable_shards:
+                if shard.name == output:
+                    shard.of(engine.optimizer.gathered).view(2, -1)[head] = 1.0
+            return
+        for shard in engine.prunable_shards:  # its weights, wherever they are by now
+            if shard.name == output:
+                for values in (shard.values, shard.of(engine.optimizer.latents)):
+                    values.view(2, -1)[head].mul_(1e3)
+                    values.view(2, -1)[1 - head].mul_(1e-3)
+
+    def columns(name: str, head: int) -> Tensor:
+        return engine.gather(name).view(3, 2, -1)[:, head]
+
+    rank_first(0)
+    pruner.after_step(7)
+    assert not columns(bias, 1).any()
+    assert torch.equal(columns(bias, 0), before[bias].view(3, 2, -1)[:, 0])
+    rank_first(1)
+    rank_first(1)
+    pruner.after_step(7)
+    assert not columns(bias, 0).any()
+    assert torch.equal(columns(bias, 1), before[bias].view(3, 2, -1)[:, 1])
+    assert torch.equal(engine.gather(other), before[other])
+    if criterion == "movement":
+        fused = "transformer.h.0.attn.c_attn.weight"
+        assert torch.equal(engine.gather(fused).view(-1, 3, 2, 16)[:, :, 1], before[fused].view(-1, 3, 2, 16)[:, :, 1])
+    for step in range(8, 11):  # and nothing comes back to what stays pruned
+        engine.train_step(torch.arange(64 * engine.sequences_per_rank).view(-1, 64) % 50, 1e-3)
+        pruner.after_step(step)
+    pruner.end()
+    assert not columns(bias, 0).any()
+    assert columns(bias, 1).all()
+    engine.restart(0.0)
+
+
 @pytest.mark.parametrize("fields", [
     {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
     {"criterion": "set", "drop_fraction": 0.3, "scope": "layer", "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0,
