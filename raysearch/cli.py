@@ -157,6 +157,8 @@ def prune(
     owl_m: Annotated[float, typer.Option(help="A score is an outlier above this many times the mean, with owl.")] = 5.0,
     mask_interval_steps: Annotated[int, typer.Option(help="Between two masks of a criterion that prunes in the round.")] = 10,
     mask_decay: Annotated[float, typer.Option(help="Of what criterion sr_ste has masked.")] = 2e-4,
+    score_rate: Annotated[float, typer.Option(help="Learning rate of soft_movement's scores.")] = 1e-2,
+    score_penalty: Annotated[float, typer.Option(help="On the mean of their sigmoid, in nats per token.")] = 400.0,
     drop_fraction: Annotated[float, typer.Option(help="Of a layer, that rigl and set drop for others at a time.")] = 0.3,
     calibration_sequences: Annotated[int, typer.Option(help="Of training text, for a method that looks at inputs.")] = 128,
     target_sparsity: Annotated[float | None, typer.Option("--sparsity", help="Target among the prunable weights.")] = None,

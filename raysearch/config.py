@@ -99,12 +99,12 @@ class TrialConfig(Frozen):
     rate: float | None = Field(None, gt=0, lt=1)
     """Fraction of the remaining weights removed in each round (schedule "constant")."""
     threshold: float | None = Field(None, gt=0)
-    """Weights whose magnitude is below it are pruned."""
+    """Weights whose magnitude is below it are pruned; of criterion `soft_movement` those whose score's sigmoid is."""
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste` and `movement` prune while they
-    fine-tune; `rigl` and `set` then drop weights for others."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste`, `movement` and `soft_movement`
+    prune while they fine-tune; `rigl` and `set` then drop weights for others."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
@@ -122,6 +122,10 @@ class TrialConfig(Frozen):
     mask_decay: float = Field(2e-4, ge=0)
     """What criterion `sr_ste` adds to the gradient of what is masked, times its value; it rises from 0 to this until the last
     masks are made."""
+    score_rate: float = Field(1e-2, gt=0)
+    """Learning rate of the scores of `soft_movement`, whose `threshold` cuts their sigmoid."""
+    score_penalty: float = Field(400.0, ge=0)
+    """Lambda there: what it adds to the loss for the mean of that sigmoid, in nats per token."""
     drop_fraction: float = Field(0.3, gt=0, le=1)
     """Of each layer's kept weights, the share that `rigl` and `set` drop for others at a time; half a cosine brings it to 0."""
     calibration_sequences: int = Field(128, ge=1)
@@ -173,6 +177,8 @@ class Action(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     mask_decay: float = 0.0
     drop_fraction: float = 0.0
+    score_rate: float = 0.0
+    score_penalty: float = 0.0
     calibration_sequences: int = 0
     """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0

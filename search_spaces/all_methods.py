@@ -15,8 +15,8 @@ def space(trial):
 
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
-        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "rigl", "set",
-                           "taylor", "wanda", "ria", "sparsegpt")
+        criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "soft_movement", "rigl",
+                           "set", "taylor", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
@@ -30,6 +30,10 @@ def space(trial):
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
     if looks_at_text:
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
+    elif criterion == "soft_movement":
+        return fields | {"threshold": trial.suggest_float("soft/threshold", 0.02, 0.4, log=True),
+                         "score_rate": trial.suggest_float("score_rate", 3e-3, 0.1, log=True),
+                         "score_penalty": trial.suggest_float("score_penalty", 10, 1000, log=True)}
     elif criterion in ("rigl", "set"):
         fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5)}
     else:

@@ -31,6 +31,8 @@ class Criterion(NamedTuple):
     gathered in the step before, or any where nothing is gathered. What the parent had pruned may come back."""
     trains_pruned: bool = False
     """What it pruned in the round is trained on, by the gradients of the masked weights, and may come back as it is by then."""
+    is_soft: bool = False
+    """Keeps what is above a threshold, whose path it follows *during* its round; its scores are trained."""
     by_sequence: bool = False
     """Gathers as its round begins, from one sequence of calibration text after the other; what counts is the size of a
     sequence's sum, over a unit where there are units."""
@@ -90,6 +92,7 @@ CRITERIA = {
     "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
     "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),
+    "soft_movement": Criterion(movement, gather_movement, is_soft=True),
     "taylor": Criterion(movement, gather_movement, by_sequence=True),  # Molchanov et al. 2016 (arXiv 1611.06440)
     "rigl": Criterion(magnitude, gather_gradient, moves=True),  # Evci et al. 2020 (arXiv 1911.11134)
     "set": Criterion(magnitude, moves=True),  # Mocanu et al. 2018 (arXiv 1707.04780)

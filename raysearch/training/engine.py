@@ -12,7 +12,7 @@ import importlib.util
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -293,13 +293,15 @@ class Engine:
         parts = [shard.of(self.optimizer.masks) for shard in self.shards]
         return [None if part is None else part.bool() for part in parts]
 
-    def keep_latents(self, gather: Gather | None) -> None:
+    def keep_latents(self, gather: Gather | None, names: Collection[str] = ()) -> None:
         """Until the next `restart` masks may move, and what is pruned is kept behind the mask: as it was, while `gather` adds
         up in every step, for the groups that hold prunable weights, or trained on where there is none. 8 bytes a weight."""
-        for master in self._prunable_masters():
+        touched = {*self.prunable_names, *names}
+        for master in {shard.master: None for shard in self.shards if shard.name in touched}:
             self.optimizer.latents[master] = torch.zeros_like(master)
             if gather is None:
-                self.optimizer.trained[master] = self.optimizer.masks[master].clone()
+                mask = self.optimizer.masks.get(master)
+                self.optimizer.trained[master] = torch.ones_like(master) if mask is None else mask.clone()
         if gather is not None:
             self.watch(gather)
 

@@ -72,7 +72,7 @@ class SparseAdamW(torch.optim.AdamW):
     def keep_masks(self, learning_rate: float) -> None:
         """The L1 step and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
         for master in self._masters():
-            if master in self.trained:
+            if master in self.trained and master in self.masks:
                 torch.sub(master, master * self.masks[master], out=self.latents[master])
             if master in self.masks:
                 soft_threshold_(master, learning_rate * self.l1_lambda).mul_(self.masks[master])

@@ -23,7 +23,8 @@ def looks_at_text(method: TrialConfig | Action) -> bool:
 
 def changes_masks(method: TrialConfig | Action) -> bool:
     """Whether masks change while it fine-tunes."""
-    return CRITERIA[method.criterion].is_gradual or CRITERIA[method.criterion].moves
+    criterion = CRITERIA[method.criterion]
+    return criterion.is_gradual or criterion.moves or criterion.is_soft
 
 
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
@@ -52,9 +53,15 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
                          f"got {study.model.prunable}")
     if looks_at_text(method) and not num_train_tokens:
         raise ValueError(f"{reader} looks at training text, got no corpus")
-    if (changes_masks(method) or CRITERIA[criterion].by_sequence) and method.threshold is not None:
+    is_soft = CRITERIA[criterion].is_soft
+    if (changes_masks(method) or CRITERIA[criterion].by_sequence) and method.threshold is not None and not is_soft:
         raise ValueError(f"criterion {criterion} ranks, and has no scale for a cut, so it needs target_sparsity or rate, got "
                          f"threshold {method.threshold:g}")
+    if is_soft and (method.threshold is None or method.threshold >= 1 or method.threshold_unit == "std"
+                    or pattern != "unstructured"):
+        raise ValueError(f"criterion {criterion} cuts each weight by the sigmoid of its score, so it needs an absolute "
+                         f"threshold below 1 and pattern unstructured, got threshold {method.threshold}, "
+                         f"{method.threshold_unit}, and {pattern}")
     if CRITERIA[criterion].moves and (pattern != "unstructured" or scope == "row"):
         raise ValueError(f"criterion {criterion} drops and grows single weights within a layer, so it needs pattern "
                          f"unstructured and scope global or layer, got {pattern} and {scope}")
@@ -91,10 +98,11 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"data_start_tokens must be a multiple of context_tokens = {context_tokens}, got {action.data_start_tokens}"),
             (not action.finetune_tokens or num_train_tokens > 0,
              f"finetune_tokens {action.finetune_tokens} needs text to train on, got no corpus"),
-            (not changes_masks(action) or (min(action.finetune_tokens, action.mask_interval_steps) > 0
-                                           and action.sparsity is not None),
-             f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens, sparsity and "
-             "mask_interval_steps"),
+            (not changes_masks(action) or min(action.finetune_tokens, action.mask_interval_steps) > 0,
+             f"criterion {action.criterion} prunes during fine-tuning: it needs finetune_tokens and mask_interval_steps"),
+            (not criterion.is_soft or (action.score_rate > 0 and action.score_penalty >= 0),
+             f"criterion {action.criterion} needs a score_rate above 0 and a score_penalty of at least 0, got "
+             f"{action.score_rate} and {action.score_penalty}"),
             (not criterion.moves or 0 < action.drop_fraction <= 1,
              f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
             (min(action.l1_lambda, action.learning_rate, action.mask_decay) >= 0,
@@ -151,6 +159,8 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         fixed |= {"mask_decay": config.mask_decay}
     if CRITERIA[config.criterion].moves:
         fixed |= {"drop_fraction": config.drop_fraction}
+    if CRITERIA[config.criterion].is_soft:
+        fixed |= {"score_rate": config.score_rate, "score_penalty": config.score_penalty}
     if config.budget == "owl":
         fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
     if looks_at_text(config):

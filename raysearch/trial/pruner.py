@@ -24,6 +24,7 @@ from raysearch.training.engine import Engine, Shard
 from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.first_order import gather_by_sequence, scores_by_sequence
 from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
+from raysearch.trial.soft_movement import SoftMovement
 from raysearch.trial.units import unit_counts, unit_masks, unit_sums
 
 Masks = list[Tensor | None]
@@ -42,15 +43,20 @@ class Pruner:
         self._start = 0.0
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
-        self._drop_and_grow: DropAndGrow | None = None
+        self._before: Masks
+        self._by_itself: DropAndGrow | SoftMovement | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
         self._of_layer = budget_of(self.engine, self.action, self.text)
+        self._before = self.engine.masks() if self.units else []
         if self.criterion.statistic is not None:
             assert self.text is not None
             assert self.action.sparsity is not None
             prune_block_by_block(self.engine, self.action, self.text, self._of_layer(self.action.sparsity))
+            return
+        if self.criterion.is_soft:
+            self._by_itself = SoftMovement(self.engine, self.action, self.num_steps)
             return
         if self.criterion.by_sequence:
             assert self.text is not None
@@ -62,10 +68,10 @@ class Pruner:
             self.engine.set_masks(self._masks(self.action.sparsity))
             self.engine.optimizer.gathered = {}
             if self.criterion.moves:
-                self._drop_and_grow = DropAndGrow(self.engine, self.action, self.num_steps)
+                self._by_itself = DropAndGrow(self.engine, self.action, self.num_steps)
             return
         if self.criterion.gather is not None or self.criterion.trains_pruned:
-            self.engine.keep_latents(self.criterion.gather)
+            self.engine.keep_latents(self.criterion.gather, [part.name for part in self.units.parts] if self.units else ())
         kept, total = self._kept()
         self._start = 1 - kept / total
 
@@ -73,8 +79,8 @@ class Pruner:
         """After the engine's step number `step`, counted from 1."""
         if self.criterion.trains_pruned:
             self.engine.optimizer.latent_decay = self.action.mask_decay * min(1.0, step / pruning_steps(self.num_steps)[1])
-        if self._drop_and_grow is not None:
-            self._drop_and_grow.after_step(step)
+        if self._by_itself is not None:
+            self._by_itself.after_step(step)
         if not self.criterion.is_gradual or not masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
             return
         assert self.action.sparsity is not None
@@ -190,7 +196,7 @@ class Pruner:
     def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
         sizes, eligible = unit_counts(self.engine, units, self._eligible)
         scores = self._unit_scores(units, sizes)
-        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible)
+        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible, self._before)
 
     def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
         """fp64 [U]: the mean over a unit's weights."""

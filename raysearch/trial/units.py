@@ -1,6 +1,6 @@
 """Units over shards: what is summed over their weights, and masks of whole ones. Collective, and equal on every rank."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def unit_sums(engine: Engine, units: Units, sizes: Tensor, of_shard: OfShard) ->
 
 
 def unit_masks(engine: Engine, units: Units, action: Action, sparsity: float | None, scores: Tensor, sizes: Tensor,
-               eligible: Tensor) -> list[Tensor | None]:
-    """Of the engine's shards. Units whose weights are all pruned stay so; masks of what belongs to no unit stay as they are."""
+               eligible: Tensor, before: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of the engine's shards, within the masks `before`: units whose weights are all pruned for good stay so."""
     keep = eligible.clone()
     if sparsity is None:
         assert action.threshold is not None
@@ -52,14 +52,14 @@ def unit_masks(engine: Engine, units: Units, action: Action, sparsity: float | N
             keep[members] = units_to_keep(scores[members], sizes[members], eligible[members], num_prune)
     if not keep.any():
         keep[scores.argmax()] = True  # a model without any head is no model
-    masks = engine.masks()
+    masks = list(before)
     for index, shard in enumerate(engine.shards):
         for part in units.parts:
             if part.name == shard.name:
                 unit = units_of(part, shard.start, shard.start + shard.values.numel(), engine.device)
                 stays = keep.to(unit.device)[unit.clamp(min=0)] | (unit < 0)
-                before = masks[index]
-                masks[index] = stays if before is None else before & stays
+                mask = masks[index]
+                masks[index] = stays if mask is None else mask & stays
     return masks
 
 

@@ -183,6 +183,16 @@ def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> No
         assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
 
 
+def test_soft_movement_keeps_as_many_for_every_stage_and_world_size(measured: dict) -> None:
+    """But for Adam's first steps, whose size a rounding of the smallest gradients decides."""
+    cases = [case["soft"] for by_stage in measured.values() for case in by_stage.values()]
+    assert {case["num_revived"] for case in cases} == {0}
+    kept = [case["num_kept"] for case in cases]
+    assert min(kept) > 1000
+    assert max(kept) < 0.75 * 24576
+    assert max(kept) - min(kept) <= 0.002 * 24576
+
+
 def test_latents_come_back(measured: dict) -> None:
     for by_stage in measured.values():
         for case in by_stage.values():
@@ -223,15 +233,71 @@ def test_a_round_that_diverged_leaves_nothing_behind_its_masks(worker: Worker, d
         assert torch.equal(worker.engine.gather(name), weights), name
 
 
+@pytest.mark.parametrize("criterion", ["movement", "sr_ste"])
+def test_a_head_that_comes_back_has_its_weights_and_its_biases(worker: Worker, criterion: str) -> None:
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine = worker.engine
+    engine.restart(0.0)
+    output, bias, other = (f"transformer.h.0.{name}" for name in ("attn.c_proj.weight", "attn.c_attn.bias", "mlp.c_fc.bias"))
+    Pruner(engine, Action(sparsity=0.01), 0).begin()
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    assert before[bias].all()
+    action = Action(criterion=criterion, pattern="head", scope="layer", sparsity=0.5, mask_interval_steps=1, mask_decay=0.0)
+    pruner = Pruner(engine, action, 10)
+    pruner.begin()
+
+    def rank_first(head: int) -> None:
+        """The other heads go."""
+        for shard in engine.prunable_shards:
+            if criterion == "movement":
+                shard.of(engine.optimizer.gathered).fill_(0.0)
+        if criterion == "movement":
+            for shard in engine.prunable_shards:
+                if shard.name == output:
+                    shard.of(engine.optimizer.gathered).view(2, -1)[head] = 1.0
+            return
+        for shard in engine.prunable_shards:  # its weights, wherever they are by now
+            if shard.name == output:
+                for values in (shard.values, shard.of(engine.optimizer.latents)):
+                    values.view(2, -1)[head].mul_(1e3)
+                    values.view(2, -1)[1 - head].mul_(1e-3)
+
+    def columns(name: str, head: int) -> Tensor:
+        return engine.gather(name).view(3, 2, -1)[:, head]
+
+    rank_first(0)
+    pruner.after_step(7)
+    assert not columns(bias, 1).any()
+    assert torch.equal(columns(bias, 0), before[bias].view(3, 2, -1)[:, 0])
+    rank_first(1)
+    rank_first(1)
+    pruner.after_step(7)
+    assert not columns(bias, 0).any()
+    assert torch.equal(columns(bias, 1), before[bias].view(3, 2, -1)[:, 1])
+    assert torch.equal(engine.gather(other), before[other])
+    if criterion == "movement":
+        fused = "transformer.h.0.attn.c_attn.weight"
+        assert torch.equal(engine.gather(fused).view(-1, 3, 2, 16)[:, :, 1], before[fused].view(-1, 3, 2, 16)[:, :, 1])
+    for step in range(8, 11):  # and nothing comes back to what stays pruned
+        engine.train_step(torch.arange(64 * engine.sequences_per_rank).view(-1, 64) % 50, 1e-3)
+        pruner.after_step(step)
+    pruner.end()
+    assert not columns(bias, 0).any()
+    assert columns(bias, 1).all()
+    engine.restart(0.0)
+
+
 @pytest.mark.parametrize("fields", [
     {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
     {"criterion": "set", "drop_fraction": 0.3, "scope": "layer", "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0,
      "calibration_sequences": 2},
+    {"criterion": "soft_movement", "sparsity": None, "threshold": 0.45, "score_rate": 0.05, "score_penalty": 300.0},
 ], ids=lambda fields: fields["criterion"])
 def test_a_round_that_was_killed_gives_the_same_candidate_when_it_runs_again(
         worker: Worker, fields: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, after_step = dense_round(worker), Pruner.after_step
-    action = Action(sparsity=0.5, finetune_tokens=2560, learning_rate=1e-3, mask_interval_steps=2, **fields)
+    action = Action(**{"sparsity": 0.5, "finetune_tokens": 2560, "learning_rate": 1e-3, "mask_interval_steps": 2, **fields})
 
     def weights() -> dict[str, Tensor]:
         train_candidate(worker, dense, action)
@@ -249,7 +315,7 @@ def test_a_round_that_was_killed_gives_the_same_candidate_when_it_runs_again(
     for name, again in weights().items():
         assert torch.equal(again, wanted[name]), name
     record = run_round(worker, dense, action)
-    assert record.sparsity == pytest.approx(0.5, abs=1e-3)
+    assert record.sparsity == pytest.approx(0.5, abs=1e-3) or (action.threshold and 0.1 < record.sparsity < 0.95)
     load_candidate(worker, dense)
     load_candidate(worker, record)  # from its file
     for name, kept in wanted.items():
@@ -569,6 +635,27 @@ def taylor_masks(engine: Any) -> dict[str, str]:
     return found
 
 
+def soft_round(engine: Any) -> dict[str, Any]:
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    engine.load_base()
+    engine.restart(0.0)
+    Pruner(engine, Action(sparsity=0.2), 0).begin()
+    before = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+    action = Action(criterion="soft_movement", threshold=0.45, score_rate=0.05, score_penalty=300.0, mask_interval_steps=3)
+    pruner = Pruner(engine, action, STEPS)
+    pruner.begin()
+    for step, tokens in enumerate(batches(), start=1):
+        engine.train_step(tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], RATE)
+        pruner.after_step(step)
+    pruner.end()
+    engine.restart(0.0)
+    after = {name: engine.gather_mask(name) for name in before}
+    return {"num_kept": sum(int(mask.sum()) for mask in after.values()),
+            "num_revived": sum(int((after[name] & ~mask).sum()) for name, mask in before.items())}
+
+
 def come_back(engine: Any) -> dict[str, bool]:
     """A weight that is pruned while masks move leaves its value behind, and takes it up again without moments."""
     engine.load_base()
@@ -625,7 +712,7 @@ def main(model: str) -> dict[str, Any]:
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
                            **{each: gradual_round(engine, each) for each in IN_THE_ROUND},
                            "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")},
-                           "taylor": taylor_masks(engine)}
+                           "taylor": taylor_masks(engine), "soft": soft_round(engine)}
     return measured
 
 
