@@ -172,8 +172,8 @@ def _separated(text: str) -> Iterator[Part]:
 def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
     """(where it is, row): JSON lines, or one JSON array."""
     if plain_suffix(file) == ".json":
-        with open_text(file, where) as lines:
-            first = next(filter(str.strip, lines), "")
+        with open_text(file, where) as stream:
+            first = next(filter(str.strip, iter(lambda: stream.read(100), "")), "")
         if first.lstrip().startswith("["):
             yield from ((f"{where}, row {number}", row) for number, row in enumerate(json_array(file, where), start=1))
             return
