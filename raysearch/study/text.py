@@ -103,6 +103,8 @@ def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if text != (line := text.rstrip()):  # an error is not behind the line; copied only then
+            return parse_json(line, where)
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{where}: is not JSON ({error.msg} at {line}column {error.colno}), got {text.strip()[:60]!r}; mend "
                          "or remove it") from None
