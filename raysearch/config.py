@@ -218,7 +218,7 @@ class DataSettings(Frozen):
     context_tokens: int = Field(128, ge=2)
     epoch_tokens: int | None = Field(None, ge=1)
     """Tokens that count as one epoch; None is the whole train split."""
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     """Of the order of the text, and of the items that are drawn from it."""
 
 
@@ -253,7 +253,7 @@ class SearchSettings(Frozen):
     max_concurrent: int = Field(1, ge=1)
     """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
-    sampler_seed: int = 0
+    sampler_seed: int = Field(0, ge=0, lt=2**32)
     dense_control: bool = True
     """End with the longest trial's fine-tuning on the dense model: what pruned models gain from training alone."""
 

@@ -182,10 +182,15 @@ def test_bench_kernels_needs_a_gpu_or_asks_for_none(run: Run, tmp_path: Path) ->
     ("evaluate MODEL --tasks hellaswagg", 2), ("sweep mistyped", 2),
     ("evaluate MODEL --tasks text --backend x", 2), ("prune MODEL --tasks hellaswagg --out x", 2),
     ("prune MODEL --sparsity 1.5 --out x", 2), ("prune MODEL --scope x --out x", 2), ("plan mistyped", 2),
-    ("kernels MODEL/config.json", 2)])
+    ("kernels MODEL/config.json", 2), ("pretrain --corpus x.txt --out x", 2), ("prune MODEL --corpus ./x --out x", 2),
+    ("evaluate MODEL --tasks text --corpus x.jsonl", 2), ("prune MODEL --corpus a.jsonl --text-field x --out x", 2),
+    ("sweep no_corpus --out x", 2), ("plan no_corpus", 2)])
 def test_what_is_mistyped_is_told_before_anything_heavy_is_imported(arguments: str, code: int, tiny_model: Path,
                                                                             tmp_path: Path) -> None:
     (tmp_path / "mistyped.py").write_text("STUDY = {'model': {'path': '/none'}}\ndef space(trial): return {}")
+    study = {"model": {"path": str(tiny_model)}, "data": {"corpus": "x.txt"}}
+    (tmp_path / "no_corpus.py").write_text(f"STUDY = {study}\ndef space(trial): return {{}}")
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}')
     arguments = arguments.replace("MODEL", str(tiny_model))
     heavy = ("torch", "ray", "optuna", "deepspeed", "transformers", "lm_eval", "datasets")
     script = (f"import sys; sys.argv = {['raysearch', *arguments.split()]!r}\n"
@@ -203,7 +208,9 @@ GIVEN = {  # files that the cases below name
     "blank.txt": b" \n", "rows.jsonl": b"[1]", "field.jsonl": b'{"story": "a"}', "short.txt": b"one two", "a.pdf": b"x",
     "data/hellaswag/validation.jsonl": b'{"ctx": "a", "endings": ["", "b"], "label": 1}\n',
     "data/lambada/test.jsonl": b'{"text": 1}',
-    "data/storycloze/test.csv": b"a,b\n1,2\n", "data/nq_open/validation.jsonl": b"caf\xe9", "empty.json": b"{}", "file": b"",
+    "data/storycloze/test.csv": b"a,b\n1,2\n", "data/nq_open/validation.jsonl": b"caf\xe9", "empty.json": b"{}",
+    "null.py": b"x = 1\n\0",
+    "half.json": b'[{"text": "a"}, {"tale": "b"}]', "file": b"",
     "no_space.py": b"STUDY = {'model': {'path': 'm'}}", "syntax.py": b"STUDY = {\n", "raises.py": b"1 / 0",
     "settings.py": b"STUDY = {'model': {'path': 'm'}, 'search': {'num_trials': 0}}\ndef space(trial): return {}",
     "section.py": b"STUDY = {'model': {'path': 'm'}, 'serach': {}}\ndef space(trial): return {}",
@@ -227,6 +234,10 @@ BAD = [
     ((*PRUNE, "--corpus", "given/*.md"), "no file that ends in"),
     ((*PRUNE, "--corpus", "./nowhere"), "no such file or folder"),
     ((*PRUNE, "--corpus", ""), "no such file or folder"),
+    ((*PRUNE, "--corpus", "given/rows"), "no such file or folder"),
+    ((*PRUNE, "--corpus", "http://host/text.txt"), "no such file or folder"),
+    ((*PRUNE, "--corpus", "given/half.json"), "given/half.json, row 2: every row needs a field `text`"),
+    ((*EVALUATE, "lambada", "--data-dir", "given/data", "--corpus", "typo.jsonl"), "corpus 'typo.jsonl': no such file"),
     ((*PRUNE, "--corpus", "no-owner/no-data-of-raysearch"), "neither a file or folder here nor a Hugging Face dataset"),
     # tasks
     ((*EVALUATE, "hellaswag", "--data-dir", "given/data"), "line 1: field 'endings' must be a list of two texts or more, none"),
@@ -258,6 +269,7 @@ BAD = [
     ((*PRUNE, "--pattern", "stripes"), "pattern"),
     ((*PRUNE, "--eval-items", "0"), "num_items"),
     ((*PRUNE, "--learning-rate", "0"), "learning_rate"),
+    ((*PRUNE, "--seed", "-1"), "data.seed: Input should be greater than or equal to 0 (got -1)"),
     # spaces
     (("sweep", "given.no_space", "--out", "out"), "must define STUDY (a dict of settings) and space(trial)"),
     (("sweep", "given.syntax", "--out", "out"), "given/syntax.py, line 1: SyntaxError"),
@@ -265,6 +277,7 @@ BAD = [
     (("sweep", "given.settings", "--out", "out"), "search.num_trials: Input should be greater than or equal to 1 (got 0)"),
     (("sweep", "given.section", "--out", "out"), "serach: no such field; the fields are model, data"),
     (("plan", "given.list"), "must define STUDY"),
+    (("plan", "given.null"), "given.null: cannot be imported: SyntaxError: source code string cannot contain null bytes"),
     (("plan", "given/list.py"), "search space given/list.py: cannot be imported"),
     (("plan", ""), "search space : cannot be imported"),
     (("space", "--new", "a b"), "--new must be the name of a Python module"),
@@ -294,6 +307,7 @@ BAD = [
     (("pretrain", "--corpus", "given/latin.txt", "--out", "out"), "given/latin.txt, line 1"),
     (("pretrain", "--out", "given/file"), "is a file; give a directory with --out"),
     (("pretrain", "--out", "given"), "holds something else"),
+    (("pretrain", "--corpus", "typo.txt", "--out", "out"), "corpus 'typo.txt': no such file"),
     (("bench-kernels", "--out", "nowhere/x.json", "--cases", "cpu"), "--out must be a file in a folder that exists"),
 ]
 

@@ -78,7 +78,8 @@ def new_space(name: str) -> Path:
 def in_space(error: BaseException) -> str:
     """Where in the user's code the error arose, by what parameter, and what it is."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: {type(error).__name__}: {error.msg}; mend it"
+        place = f"{error.filename}, line {error.lineno}: " if error.filename else ""
+        return f"{place}{type(error).__name__}: {error.msg}; mend it"
     where, parameter = "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         file = frame.f_code.co_filename

@@ -8,12 +8,14 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+CHUNK_CHARS = 2**20
 MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
 """Byte order marks; that of UTF-32, little end first, begins with UTF-16's."""
 
@@ -78,10 +80,31 @@ def json_lines(file: Path, where: str = "") -> Iterator[tuple[int, Any]]:
                 yield number, parse_json(line, f"{where or file}, line {number}")
 
 
+def json_array(file: Path, where: str) -> Iterator[Any]:
+    """The values of a JSON array, of which one at a time is in memory. ValueError names file and line."""
+    decode, before, is_begun, text = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*\[[ \t\n\r]*"), False, ""
+    with open_text(file, where) as stream:
+        while chunk := stream.read(max(CHUNK_CHARS, len(text))):
+            text, at = text + chunk, 0
+            with contextlib.suppress(json.JSONDecodeError, RecursionError):  # a value goes on in the next chunk
+                while opening := before.match(text, at):
+                    value, end = decode(text, opening.end())
+                    if end == len(text):  # as a number may
+                        break
+                    yield value
+                    at, before, is_begun = end, re.compile(r"[ \t\n\r]*,[ \t\n\r]*"), True
+            text = text[at:]
+    if "".join(text.split()) != "[]"[is_begun:]:
+        with open_text(file, where) as stream:
+            parse_json(stream.read(), where)
+
+
 def parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
+        if text != (line := text.rstrip()):  # an error is not behind the line; copied only then
+            return parse_json(line, where)
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         raise ValueError(f"{where}: is not JSON ({error.msg} at {line}column {error.colno}), got {text.strip()[:60]!r}; mend "
                          "or remove it") from None

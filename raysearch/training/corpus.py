@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from raysearch.study.text import COMPRESSIONS, first_line, json_lines, open_text, parse_json, plain_suffix
+from raysearch.study.text import COMPRESSIONS, first_line, json_array, json_lines, open_text, plain_suffix
 from raysearch.training.texts import Part, Texts
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _files(corpus: str) -> list[Path]:
         if not files:
             raise ValueError(f"corpus {corpus}: no file that ends in {ENDINGS} in it")
         return files
-    if corpus.endswith(SUFFIXES) or not HUB_NAME.fullmatch(corpus):
+    if corpus.endswith(SUFFIXES) or not HUB_NAME.fullmatch(corpus) or ("/" in corpus and path.parent.is_dir()):
         raise ValueError(f"corpus {corpus!r}: no such file or folder; give a path that exists, a Hugging Face dataset "
                          'name, or "builtin"')
     return []
@@ -172,12 +172,11 @@ def _separated(text: str) -> Iterator[Part]:
 def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
     """(where it is, row): JSON lines, or one JSON array."""
     if plain_suffix(file) == ".json":
-        with open_text(file, where) as lines:
-            first = next(filter(str.strip, lines), "")
-            if first.lstrip().startswith("["):
-                rows = parse_json(first + lines.read(), where)
-                yield from ((f"{where}, row {number}", row) for number, row in enumerate(rows, start=1))
-                return
+        with open_text(file, where) as stream:
+            first = next(filter(str.strip, iter(lambda: stream.read(100), "")), "")
+        if first.lstrip().startswith("["):
+            yield from ((f"{where}, row {number}", row) for number, row in enumerate(json_array(file, where), start=1))
+            return
     yield from ((f"{where}, line {number}", row) for number, row in json_lines(file, where))
 
 

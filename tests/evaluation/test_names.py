@@ -16,9 +16,12 @@ def test_what_is_there_is_accepted(tiny_model: Path) -> None:
 @pytest.mark.parametrize(("wrong", "sentence"), [
     ({"model": "/none"}, "model /none: no such folder"), ({"tasks": ["last_wrd"]}, "'last_wrd' is not known; .* last_word"),
     ({"corpus": "books.txt"}, "corpus 'books.txt': no such file"), ({"corpus": "my books"}, "no such file or folder"),
+    ({"corpus": "raysearch/trainnig"}, "no such file or folder"),
     ({"corpus": "{folder}"}, "no file that ends in"), ({"corpus": "{folder}/*.jsonl"}, "no file that ends in"),
     ({"corpus": "{file}", "field": "story"}, "line 1: every row needs a field `story` .*, got the fields text")])
-def test_what_is_not_there_is_named(wrong: dict, sentence: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_what_is_not_there_is_named(wrong: dict, sentence: str, tiny_model: Path, tmp_path: Path,
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.json").write_text('{"text": "a"}\n{"text": "b"}\n')
     if "corpus" in wrong:

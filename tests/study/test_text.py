@@ -1,11 +1,13 @@
 """Text files as people bring them. What corpora and tasks make of them: tests/training/test_corpus.py, test_tasks.py."""
 
 import gzip
+import json
 from pathlib import Path
 
 import pytest
 
-from raysearch.study.text import json_lines, open_text, plain_suffix
+import raysearch.study.text
+from raysearch.study.text import json_array, json_lines, open_text, plain_suffix
 
 
 def test_lines_end_with_a_line_feed_and_keep_their_numbers(tmp_path: Path) -> None:
@@ -37,3 +39,23 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path, name: str, data: by
             open_text(tmp_path / name) as opened:
         opened.read()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk_chars", [1, 7, 10**6])
+def test_an_array_is_read_value_by_value_as_json_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                          chunk_chars: int) -> None:
+    monkeypatch.setattr(raysearch.study.text, "CHUNK_CHARS", chunk_chars)
+    file = tmp_path / "a.json"
+    values = [{"text": "a, ]\n\u2028 \U0001f600 é" * 3}, 123, -1.5e3, True, None, [1, [2]], {}, "x"]
+    for given in (values, [], [12], values * 20):
+        for indent in (None, 1):
+            file.write_text(" \n" + json.dumps(given, ensure_ascii=bool(indent), indent=indent) + "\n ")
+            assert list(json_array(file, "it")) == given
+    for torn, place in (("[1, 2", "column 6"), ("[1,, 2]", "column 4"), ("[1 2]", "column 4"), ("[", "column 2"),
+                        ("[1] 2", "column 5"), ("[1,\n]", "line 2, column 1"), ('[{"a": 1},\n{"b"}]', "line 2, column 5")):
+        file.write_text(torn)
+        with pytest.raises(ValueError, match=f"it: is not JSON .* at .*{place}"):
+            list(json_array(file, "it"))
+    file.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="it: is nested too deeply"):
+        list(json_array(file, "it"))

@@ -17,9 +17,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 import raysearch.training.pretrain as module
+from raysearch.study.records import hash_json
 from raysearch.training.data import Blocks
 from raysearch.training.presets import PRESETS, Preset
-from raysearch.training.pretrain import memory_needed, pretrain
+from raysearch.training.pretrain import _fingerprint, memory_needed, pretrain
+from raysearch.training.texts import Texts
 
 TOY = Preset(num_layers=1, width=32, num_heads=2, context_tokens=16, vocab_size=300, batch_tokens=128, num_steps=60,
              learning_rate=1e-2, weight_decay=0.1, note="for tests")
@@ -152,3 +154,10 @@ def test_what_a_machine_needs_is_said_before_it_starts(monkeypatch: pytest.Monke
     assert "MORE" not in line("tiny")
     monkeypatch.setattr("raysearch.training.pretrain.memory_bytes", lambda: 80e9)
     assert line("gpt2-small", "bfloat16").endswith(" GB of memory, 65536 tokens at a time, on its GPU")
+
+
+def test_a_corpus_is_known_by_the_json_of_its_splits() -> None:
+    """As it stands in the records of models that were trained before."""
+    splits = {name: Texts.of((text, True) for text in texts)
+              for name, texts in (("train", ["a \u2019\n", "b"]), ("selection", ["\U0001f600"]), ("report", ["c"]))}
+    assert _fingerprint(splits) == hash_json({name: list(texts) for name, texts in splits.items()})
