@@ -181,7 +181,8 @@ def _choices(study: Study, num_gpus: int) -> Iterator[tuple[int, Literal[0, 1, 2
     sizes = [2**k for k in range(num_gpus.bit_length())] if study.cluster.num_ranks == "auto" else [study.cluster.num_ranks]
     for num_ranks in sizes:
         too_many = num_ranks * study.cluster.gpus_per_rank > num_gpus or (num_ranks > 1 and study.cluster.gpus_per_rank < 1)
-        if too_many or study.training.batch_tokens % (study.data.context_tokens * num_ranks):
+        micro = study.cluster.micro_batch_tokens
+        if too_many or study.training.batch_tokens % (num_ranks * (study.data.context_tokens if micro == "auto" else micro)):
             continue
         if study.cluster.zero_stage != "auto":
             yield num_ranks, study.cluster.zero_stage

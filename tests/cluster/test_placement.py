@@ -146,6 +146,11 @@ def test_ranks_divide_the_batch() -> None:
         place(auto(context_tokens=1024, batch_tokens=3 * 1024), LLAMA_7B, GPU_BYTES, 8)
 
 
+def test_a_given_micro_batch_divides_the_tokens_of_a_rank() -> None:
+    with pytest.raises(ValueError, match=r"nothing fits 8 GPUs .* 1 rank at ZeRO-0"):
+        place(auto(batch_tokens=4096, micro_batch_tokens=4096), LLAMA_7B, GPU_BYTES, 8)
+
+
 def test_nothing_fits_is_one_sentence() -> None:
     with pytest.raises(ValueError, match=r"num_ranks and zero_stage: nothing fits 2 GPUs of 85\.5 GB for 68,977 M parameters "
                                          r"in bfloat16; 2 ranks at ZeRO-3 \d+\.\d GB of") as error:
