@@ -159,6 +159,7 @@ print(loss.item(), weight.grad.square().sum().item())
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler")
 def test_gangs_share_a_cache_whatever_happened_to_it(tmp_path: Path) -> None:
     """One is killed while it compiles, two then compile at once, and the next finds every entry damaged."""
