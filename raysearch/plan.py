@@ -19,8 +19,10 @@ import torch
 
 import raysearch
 from raysearch.cluster.joining import placed
+from raysearch.cluster.placement import host_bytes, work_of
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
+from raysearch.models.model import model_size
 from raysearch.search.space import load_space, sample_trials
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
@@ -78,13 +80,17 @@ class Plan:
 def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], None]) -> Plan:
     """Samples the space and measures; ValueError of one sentence for whatever `sweep` would refuse."""
     study, space = load_space(space_name)
-    study = placed(resolve(study), None, echo)
+    study = resolve(study)
     started = time.perf_counter()
     inputs = read_inputs(study, echo)
     inputs_s = time.perf_counter() - started
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
+    study = placed(study, None, work_of(study, trials), echo)
+    if study.cluster.gpus_per_rank:
+        host = host_bytes(model_size(study.model.path), study.cluster.zero_stage, study.model.dtype)
+        echo(f"host        {human_bytes(host)} of memory for each rank, while it loads or stores the model")
     return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials, inputs_s))
 
 

@@ -30,6 +30,10 @@ def test_bad_settings_are_one_sentence(fields: dict, sentence: str) -> None:
       "search": {"objectives": ("num_nonzero", "text/bits_per_byte", "lambada/acc")}},
      r"racing_level needs one size and one quality .* got num_nonzero, text/bits_per_byte, lambada/acc"),
     ({"model": {"path": "m"}, "training": {"batch_tokens": 1000}}, r"batch_tokens must be a multiple of .* = 128, got 1000"),
+    *(({"model": {"path": "m"}, "training": {"batch_tokens": 512}, "cluster": {"micro_batch_tokens": tokens, "num_ranks": 2}},
+       rf"must be a multiple of context_tokens = 128 that divides the 256 tokens of a rank .*, got {tokens}")
+      for tokens in (100, 512, 384)),  # no whole sequences; more than there are; leaves a remainder
+    ({"model": {"path": "m"}, "cluster": {"micro_batch_tokens": 1}}, r"micro_batch_tokens: Input should be .* \(got 1\)"),
     ({"model": {"path": "m"}, "cluster": {"num_ranks": 2, "gpus_per_rank": 0.5}},
      r"gpus_per_rank below 1 needs num_ranks 1 .* got 0.5 and 2"),
     ({"model": {"path": "m"}, "data": {"context": 3}}, r"data.context: no such field; the fields are corpus"),

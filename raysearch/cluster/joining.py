@@ -1,5 +1,6 @@
 """Joining the Ray cluster, and what fits it."""
 
+import math
 import os
 import signal
 import sysconfig
@@ -13,13 +14,21 @@ import torch
 from ray.job_config import JobConfig
 
 import raysearch
-from raysearch.cluster.placement import place
+from raysearch.cluster.placement import Work, place, repays_compilation
 from raysearch.config import Study
 from raysearch.models.model import model_size
 
 
-def placed(study: Study, recorded: Study | None, echo: Callable[[str], None]) -> Study:
-    """The study with `auto` ranks and stage decided: as in its record, where it has one, else by what fits the GPUs."""
+def placed(study: Study, recorded: Study | None, work: Work, echo: Callable[[str], None]) -> Study:
+    """The study with `auto` ranks and stage decided: as in its record, where it has one, else by what fits the GPUs; and not
+    compiled where the work would not repay it, which on a GPU is left to each gang otherwise."""
+    if study.cluster.compile == "auto" and study.cluster.gpus_per_rank:
+        if recorded is not None:
+            study = study.replaced(compile=recorded.cluster.compile)
+        elif not repays_compilation(model_size(study.model.path), work.tokens):
+            echo(f"placement   training is not compiled, for the {work.tokens / 1e6:,.1f} M tokens that a gang trains on would "
+                 "not repay it; set compile to true for more than is planned")
+            study = study.replaced(compile=False)
     auto = [name for name in ("num_ranks", "zero_stage") if getattr(study.cluster, name) == "auto"]
     if not auto:
         return study
@@ -29,24 +38,26 @@ def placed(study: Study, recorded: Study | None, echo: Callable[[str], None]) ->
         chosen = {name: {"num_ranks": 1, "zero_stage": 0}[name] for name in auto}
         echo("placement   on processors auto is one rank at ZeRO-0")
     else:
-        placement = place(study, model_size(study.model.path), *gpu_memory())
+        placement = place(study, model_size(study.model.path), *gpu_memory(), work)
         chosen = {name: getattr(placement, name) for name in auto}
         echo("placement   " + placement.arithmetic.replace("\n", "\n          "))
     return study.replaced(**chosen)
 
 
-def gpu_memory() -> tuple[int, int]:
-    """(bytes of one GPU, number of GPUs): of the cluster of RAY_ADDRESS, else of this machine."""
+def gpu_memory() -> tuple[int, int, float]:
+    """(bytes of one GPU, number of GPUs, bytes of host memory for each): of RAY_ADDRESS's cluster, else of this machine."""
     if ray.is_initialized() or os.environ.get("RAY_ADDRESS") or not torch.cuda.is_available():
         connect_ray()
     if not ray.is_initialized():
-        return torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+        num_gpus = torch.cuda.device_count()
+        return torch.cuda.get_device_properties(0).total_memory, num_gpus, psutil.virtual_memory().total / num_gpus
     num_gpus = int(ray.cluster_resources().get("GPU", 0))
     if not num_gpus:
         raise ValueError("num_ranks and zero_stage: auto needs a GPU to measure while gpus_per_rank is above 0, and there is "
                          "none; give both as numbers, or gpus_per_rank 0")
     measure = ray.remote(num_gpus=1, num_cpus=0)(lambda: torch.cuda.get_device_properties(0).total_memory)
-    return ray.get(measure.remote()), num_gpus
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    return ray.get(measure.remote()), num_gpus, min(node.get("memory", math.inf) / node["GPU"] for node in nodes)
 
 
 def connect_ray() -> None:

@@ -140,7 +140,8 @@ def read_sparse(path: Path, sha256: str | None) -> Mapping[str, Tensor | SparseW
 class _Stored(Mapping[str, Tensor | SparseWeight]):
     def __init__(self, path: Path, parts: set[str], shapes: dict[str, tuple[int, int]]) -> None:
         self._path, self._shapes = path, shapes
-        self._names = sorted(parts - {f"{name}.{part}" for name in shapes for part in ("bitmap", "values")} | shapes.keys())
+        dense = parts - {f"{name}.{part}" for name in shapes for part in ("bitmap", "values")}
+        self._names = dict.fromkeys(sorted(dense | shapes.keys()))
 
     def __getitem__(self, name: str) -> Tensor | SparseWeight:
         if name not in self._names:

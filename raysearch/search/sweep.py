@@ -19,7 +19,8 @@ from ray.tune import TuneError
 
 from raysearch.cluster.ending import ending_actors
 from raysearch.cluster.joining import placed, shortage, start_ray
-from raysearch.config import Study, TrialConfig
+from raysearch.cluster.placement import work_of
+from raysearch.config import Action, Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.mending import mend
@@ -62,18 +63,20 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     study = resolve(study if given is None else study.replaced(num_trials=len(given)), echo)
     inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
+    actions: list[tuple[Action, ...]] = []
     if given is None:
-        sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
+        actions = sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
     else:
         for number, trial in enumerate(given, start=1):
             if isinstance(trial, TrialConfig):
-                resolve_actions(trial, study, inputs.num_train_tokens)
+                actions.append(resolve_actions(trial, study, inputs.num_train_tokens))
             else:
                 check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
+                actions.append(trial)
     proposals = Proposals(space) if given is None else None
     started = time.monotonic()
     recorded = ledger.study().study if ledger.holds_study() else None
-    study = placed(study, recorded, echo)
+    study = placed(study, recorded, work_of(study, actions), echo)
     with ledger.lock():
         if given is not None:
             check_given(given, ledger.trials())

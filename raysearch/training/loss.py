@@ -28,6 +28,8 @@ Loss = Callable[..., Tensor]
 
 IGNORED = -100
 """The target of a position that does not count."""
+CACHE_BYTES = 1 << 26
+"""Free space that a cache must have, and that the code of a model does not take up."""
 ALIGNED = 64
 """Logits of a row, in a product on a GPU: 50,257 of them run on kernels two generations old."""
 
@@ -150,13 +152,14 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
 
 
 def _check_cache() -> None:
-    """What a compiler cannot write into its cache, it would raise in the middle of a step."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    """What a compiler cannot write into its cache, it would raise in the middle of a step. Entries of another torch are under
+    other keys, and damaged ones are compiled anew."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
-    folder = cache_dir()
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"0")
+        with tempfile.TemporaryFile(dir=cache_dir()) as file:
+            os.posix_fallocate(file.fileno(), 0, CACHE_BYTES)
     except OSError as error:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="raysearch-compiled-")
         print(f"{folder}: compiled code cannot be kept there ({error.strerror}); set TORCHINDUCTOR_CACHE_DIR to a folder that "

@@ -59,7 +59,6 @@ def store_weights(worker: Worker, record: RoundRecord) -> None:
     with written_meanwhile(worker, record.key) as weights:
 
         def write() -> None:
-            assert weights is not None, "on rank 0"
             file, sha256 = weights.result()
             with new_file(path) as target:
                 target.unlink(missing_ok=True)

@@ -95,24 +95,21 @@ def load_candidate(worker: Worker, record: RoundRecord) -> None:
     else:
         assert record.parent is not None
         parent = worker.engine.from_rank_0(lambda: worker.ledger.candidate(record.parent))
-        with as_before(worker, record.provenance):
-            train_candidate(worker, parent, record.action)
+        with as_before(record.provenance):
+            train_candidate(worker, parent, record.action, record.provenance.micro_batch_tokens)
             store_weights(worker, record)
     worker.loaded_key = record.key
 
 
 @contextlib.contextmanager
-def as_before(worker: Worker, provenance: Provenance) -> Iterator[None]:
-    """As many threads in this process and tokens at a time as when something was made, since bits depend on both."""
-    engine, context_tokens = worker.engine, worker.study.data.context_tokens
-    num_threads, micro_sequences = torch.get_num_threads(), engine.micro_sequences
+def as_before(provenance: Provenance) -> Iterator[None]:
+    """As many threads in this process as when something was made, since bits depend on them."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(provenance.num_threads or num_threads)
-    engine.micro_sequences = (provenance.micro_batch_tokens or micro_sequences * context_tokens) // context_tokens
     try:
         yield
     finally:
         torch.set_num_threads(num_threads)
-        engine.micro_sequences = micro_sequences
 
 
 def mend_candidate(worker: Worker, actions: Sequence[Action], key: str, raced: bool) -> RoundRecord:
@@ -132,7 +129,7 @@ def mend_candidate(worker: Worker, actions: Sequence[Action], key: str, raced: b
         path = ledger.items_path(key, split)
         if metrics and not engine.from_rank_0(path.is_file):
             load_candidate(worker, candidate)
-            with as_before(worker, candidate.provenance):
+            with as_before(candidate.provenance):
                 evaluation = worker.evaluate(split, worker.same_race(candidate) if split == "selection" else None)
             engine.from_rank_0(lambda: restore_items(worker, candidate, path, evaluation.items))  # noqa: B023  called at once
     if report is None and engine.from_rank_0(ledger.items_path(key, "report").is_file):
@@ -161,21 +158,24 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
     load_candidate(Worker(study, ledger, inputs), record)
 
 
-def train_candidate(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
+def train_candidate(worker: Worker, parent: RoundRecord, action: Action,
+                    micro_tokens: int | None = None) -> tuple[float | None, list[float]]:
     """Brings the engine to the weights after `action` on `parent`; (training loss, clock before, between and after). Where
-    memory runs out it starts again with smaller micro-batches, unless those are of one sequence."""
+    memory runs out it starts again with smaller micro-batches, unless those are of one sequence. `micro_tokens`: those of
+    the round that is computed again."""
     while True:
         try:
-            return _train(worker, parent, action)
+            return _train(worker, parent, action, micro_tokens or worker.micro_batch(action.distill_alpha > 0).tokens)
         except torch.OutOfMemoryError as error:
-            failed = error.with_traceback(None)  # its frames hold what was in memory
+            failed, micro_tokens = error.with_traceback(None), None  # its frames hold what was in memory
         if not worker.halve_micro_batch():
             raise failed
 
 
-def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float | None, list[float]]:
+def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: int) -> tuple[float | None, list[float]]:
     load_candidate(worker, parent)
     worker.loaded_key = None
+    worker.engine.micro_sequences = micro_tokens // worker.study.data.context_tokens
     engine, times = worker.engine, [time.perf_counter()]
     pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
     engine.restart(action.l1_lambda, action.distill_alpha, action.temperature)

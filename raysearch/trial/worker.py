@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch
+from raysearch.cluster.placement import USABLE, MicroBatch, Work, largest_micro_batch
 from raysearch.config import Study, higher_is_better
 from raysearch.evaluation import (
     Evaluation,
@@ -32,26 +32,29 @@ class Worker:
     def __init__(self, study: Study, ledger: Ledger, inputs: Inputs) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
-        planned, remembered = self._micro_batch(), ledger.micro_batch_tokens().get(self.gang)
+        self._size = model_size(study.model.path)
+        self._fits = ledger.micro_batch_tokens().get(self.gang)
+        planned = self.micro_batch(distils=False)
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
             weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S),
-            micro_batch=planned if remembered is None else planned._replace(tokens=remembered),
-            compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
+            micro_batch=planned, compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
         self.vocab_size = vocab_size(self.engine.model.config)
         self.scorer = Scorer(self.engine.model, inputs.tokenizer, rank=self.engine.rank, world_size=self.engine.world_size,
                              gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
-    def _micro_batch(self) -> MicroBatch:
+    def micro_batch(self, distils: bool) -> MicroBatch:
+        """Of a round: the largest that is planned to fit, or as much as fitted where less did."""
         cluster = self.study.cluster
         assert isinstance(cluster.num_ranks, int), "placed"
         assert isinstance(cluster.zero_stage, int), "placed"
         share = min(1.0, cluster.gpus_per_rank) if cluster.gpus_per_rank else 1 / cluster.num_ranks
-        return largest_micro_batch(model_size(self.study.model.path), self.study, cluster.num_ranks, cluster.zero_stage,
-                           USABLE * memory_bytes() * share)
+        planned = largest_micro_batch(self._size, self.study, cluster.num_ranks, cluster.zero_stage,
+                                      USABLE * memory_bytes() * share, Work(distils=distils))
+        return planned._replace(tokens=min(planned.tokens, self._fits or planned.tokens))
 
     def halve_micro_batch(self) -> bool:
         """After memory ran out in a step: whether the round may be tried again in this process. The study remembers half the
@@ -59,7 +62,7 @@ class Worker:
         halved = self.engine.halve_micro_batch()
         if halved is None:
             return False
-        tokens = halved * self.study.data.context_tokens
+        self._fits = tokens = halved * self.study.data.context_tokens
         self.ledger.remember_micro_batch(self.gang, tokens)
         print(f"memory ran out; from now on {tokens} tokens at a time", flush=True)
         return self.engine.world_size == 1

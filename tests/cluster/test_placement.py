@@ -3,8 +3,17 @@
 
 import pytest
 
-from raysearch.cluster.placement import MicroBatch, largest_micro_batch, place, rank_bytes
-from raysearch.config import Study, study_of
+from raysearch.cluster.placement import (
+    MicroBatch,
+    Work,
+    host_bytes,
+    largest_micro_batch,
+    place,
+    rank_bytes,
+    repays_compilation,
+    work_of,
+)
+from raysearch.config import Action, Study, study_of
 from raysearch.models.model import ModelSize
 
 GPU_BYTES = 85_520_809_984  # an H100 of "80 GB"
@@ -49,6 +58,38 @@ def test_a_micro_batch_is_the_largest_that_fits() -> None:
     assert largest_micro_batch(GPT2, long, 1, 0, 1e9) == (16_384, True)  # what does not fit shows when it runs
 
 
+def test_a_teacher_and_calibration_are_counted() -> None:
+    def need(tokens: int, stage: int, **work: object) -> dict[str, float]:
+        return rank_bytes(LLAMA_7B, num_ranks=2, zero_stage=stage, dtype="bfloat16", micro_batch=MicroBatch(tokens, False),
+                          work=Work(**work))
+
+    assert need(4096, 2, distils=True)["teacher"] == 2 * LLAMA_7B.num_parameters
+    assert need(4096, 3, distils=True)["teacher"] == LLAMA_7B.num_parameters
+    assert need(4096, 2, distils=True)["logits"] - need(4096, 2)["logits"] == 2 * 32_000 * 4096
+    assert need(64, 2, calibration_tokens=4096 * 4096)["calibration"] == 2 * 2 * 4096 * 4096 * 4096 / 2 + 12 * 16_384**2
+    assert "calibration" not in need(4096, 2, calibration_tokens=64)  # less than training takes afterwards
+    study = auto(batch_tokens=65_536, num_ranks=1, zero_stage=0)
+    assert largest_micro_batch(GPT2, study, 1, 0, 15e9) == (32_768, False)
+    assert largest_micro_batch(GPT2, study, 1, 0, 15e9, Work(distils=True)) == (16_384, False)
+    assert place(auto(batch_tokens=4096), LLAMA_7B, GPU_BYTES, 8).zero_stage == 2
+    assert place(auto(batch_tokens=4096), LLAMA_7B, GPU_BYTES, 8, work=Work(distils=True)).zero_stage == 3
+
+
+def test_the_work_of_a_study_is_that_of_its_trials() -> None:
+    trials = [(Action(finetune_tokens=100), Action(finetune_tokens=200, distill_alpha=0.5)),
+              (Action(finetune_tokens=300, calibration_sequences=8),)]
+    assert work_of(auto(num_trials=10, max_concurrent=4), trials) == (300 * 10 / 4, True, 8 * 1024)
+    assert work_of(auto(), []) == (0, False, 0)
+
+
+@pytest.mark.parametrize(("size", "seconds", "saved_us"), [
+    (BOOKS_30M, 17, 0.61), (GPT2, 22, 3.1), (ModelSize(949_800_000, 1664, 26, 50_257), 50, 9.6)])
+def test_compilation_is_repaid_about_where_it_was_measured(size: ModelSize, seconds: float, saved_us: float) -> None:
+    break_even = seconds / saved_us * 1e6
+    assert not repays_compilation(size, break_even / 2.5)
+    assert repays_compilation(size, break_even * 2.5)
+
+
 def test_the_presets_fit_one_gpu() -> None:
     for size in (GPT2, ModelSize(949_800_000, 1664, 26, 50_257)):
         assert place(auto(batch_tokens=524_288), size, GPU_BYTES, 1).zero_stage == 0
@@ -83,6 +124,17 @@ def test_the_smallest_gang_that_fits(size: ModelSize, batch_tokens: int, num_gpu
     assert ("too large: 1 rank at ZeRO-0" in found.arithmetic) == (ranks > 1)
 
 
+def test_the_hosts_memory_is_counted() -> None:
+    assert host_bytes(LLAMA_7B, 0, "bfloat16") == host_bytes(LLAMA_7B, 2, "bfloat16") == 2 * LLAMA_7B.num_parameters
+    assert host_bytes(LLAMA_7B, 3, "bfloat16") == 2 * 4 * 32_000 * 4096
+    found = place(auto(batch_tokens=4096), LLAMA_7B, GPU_BYTES, 8, 12e9)
+    assert (found.num_ranks, found.zero_stage) == (2, 3)
+    assert "2 ranks at ZeRO-2 13.5 GB of the 12.0 GB of its host's memory" in found.arithmetic
+    assert "and 1.0 GB of its host's memory while it loads or stores the model" in found.arithmetic
+    with pytest.raises(ValueError, match=r"nothing fits 8 GPUs .*; 8 ranks at ZeRO-3 1\.0 GB of the 0\.5 GB of its host's"):
+        place(auto(batch_tokens=16_384), LLAMA_7B, GPU_BYTES, 8, 0.5e9)
+
+
 def test_what_is_given_is_kept() -> None:
     assert place(auto(num_ranks=4), LLAMA_7B, GPU_BYTES, 8).num_ranks == 4
     assert place(auto(zero_stage=3), LLAMA_7B, GPU_BYTES, 8).zero_stage == 3
@@ -92,6 +144,11 @@ def test_what_is_given_is_kept() -> None:
 def test_ranks_divide_the_batch() -> None:
     with pytest.raises(ValueError, match=r"nothing fits 8 GPUs .* 1 rank at ZeRO-0 \d+\.\d GB of 78\.7 GB usable; use more"):
         place(auto(context_tokens=1024, batch_tokens=3 * 1024), LLAMA_7B, GPU_BYTES, 8)
+
+
+def test_a_given_micro_batch_divides_the_tokens_of_a_rank() -> None:
+    with pytest.raises(ValueError, match=r"nothing fits 8 GPUs .* 1 rank at ZeRO-0"):
+        place(auto(batch_tokens=4096, micro_batch_tokens=4096), LLAMA_7B, GPU_BYTES, 8)
 
 
 def test_nothing_fits_is_one_sentence() -> None:

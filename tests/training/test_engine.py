@@ -111,6 +111,7 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     from raysearch.pruning.selection import keep_masks
     from raysearch.training.engine import Engine, can_compile
 
+    torch._dynamo.reset()  # or the engines of one process, whose code is the same, would reach its limit of recompilations
     counters.clear()
     settings: dict[str, Any] = {"prunable": "matrices", "zero_stage": stage, "dtype": dtype, "batch_tokens": 128,
                                 "context_tokens": 32, "weight_decay": 0.1,

@@ -1,7 +1,10 @@
 """The loss inside the forward: transformers' own, whose gradients are made in the forward pass, part after part."""
 
-import errno
 import os
+import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from faults import refusing
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from raysearch.training.loss import IGNORED, _check_cache, linear_cross_entropy, next_token_loss, take_loss
@@ -122,15 +126,68 @@ def test_a_loss_of_ones_own_gets_hidden_states_and_head(tiny_model: Path) -> Non
 
 def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                      capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    _check_cache()
-    assert not capsys.readouterr().out
-    monkeypatch.setattr("tempfile.TemporaryFile", full)
-    _check_cache()
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith(f"{tmp_path}: compiled code cannot be kept there (No space left on device); set TORCHINDUCTOR")
+    def line() -> str:
+        _check_cache()
+        return capsys.readouterr().out
+
+    for folder in (tmp_path, tmp_path / "made"):
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        assert line() == ""
+    with refusing():  # too little is free
+        assert line() == (f"{tmp_path / 'made'}: compiled code cannot be kept there (File too large); set "
+                          "TORCHINDUCTOR_CACHE_DIR to a folder that the next gang finds\n")
     assert Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]).is_dir()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert line().startswith(f"{tmp_path}/file/cache: compiled code cannot be kept there (Not a directory)")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/proc/cache")  # read-only, for root too
+    assert line().startswith("/proc/cache: compiled code cannot be kept there (")
 
 
-def full(**_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+COMPILES = """
+import torch
+import torch._functorch.config
+from raysearch.training.loss import _check_cache, linear_cross_entropy
+torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+_check_cache()
+generator = torch.Generator().manual_seed(0)
+hidden, weight = (torch.randn(shape, generator=generator, requires_grad=True) for shape in ((8, 4), (5, 4)))
+loss = torch.compile(linear_cross_entropy)(hidden, weight, None, torch.arange(8) % 5)
+loss.backward()
+print(loss.item(), weight.grad.square().sum().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="needs a C compiler")
+def test_gangs_share_a_cache_whatever_happened_to_it(tmp_path: Path) -> None:
+    """One is killed while it compiles, two then compile at once, and the next finds every entry damaged."""
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+                   "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start() -> subprocess.Popen:
+        return subprocess.Popen([sys.executable, "-c", COMPILES], env=environment, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    def numbers(process: subprocess.Popen) -> list[float]:
+        out, errors = process.communicate(timeout=250)
+        assert process.returncode == 0, errors[-3000:]
+        return [float(number) for number in out.split()]
+
+    def entries() -> list[Path]:
+        return [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+    killed = start()
+    while not entries():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.communicate()
+    both = [numbers(process) for process in [start(), start()]]
+    assert both[0] == both[1]
+    parts = [path for path in entries() if {"fxgraph", "aotautograd"} & set(path.parts)]
+    assert parts
+    for path in parts:
+        path.write_bytes(b"of another torch")
+    assert numbers(start()) == both[0]

@@ -11,10 +11,12 @@ import torch
 
 import raysearch.study.ledger
 import raysearch.trial.round
+from raysearch.cluster.placement import USABLE, MicroBatch, rank_bytes
 from raysearch.config import Action, Metric, Study
 from raysearch.evaluation import Evaluation
 from raysearch.evaluation.evaluating import aggregation_of
 from raysearch.evaluation.statistics import FORMS, estimate
+from raysearch.models.model import model_size
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import round_key
 from raysearch.training.finetune import Diverged
@@ -115,6 +117,19 @@ def test_a_round_that_runs_out_of_memory_is_tried_with_half_as_much(apart: Worke
     monkeypatch.setattr(apart.engine._layout, "forward", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory")))
     with pytest.raises(torch.OutOfMemoryError):  # a sequence by itself
         run_round(apart, dense, action.model_copy(update={"seed": 4}))
+
+
+def test_a_round_that_distils_takes_fewer_tokens_at_a_time_where_the_teacher_needs_the_memory(
+        study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, size, context_tokens = Worker(study, Ledger(tmp_path), read_inputs(study)), model_size(study.model.path), 64
+    need = rank_bytes(size, num_ranks=1, zero_stage=0, dtype="float32", micro_batch=MicroBatch(4 * context_tokens, False))
+    monkeypatch.setattr("raysearch.trial.worker.memory_bytes", lambda: 1.01 * sum(need.values()) / USABLE)
+    tokens = []
+    for alpha in (0.0, 0.5, 0.0):
+        action = Action(sparsity=0.1, finetune_tokens=TOKENS, learning_rate=1e-3, distill_alpha=alpha, seed=len(tokens))
+        tokens.append(run_round(worker, dense_round(worker), action).provenance.micro_batch_tokens)
+    assert tokens[0] == tokens[2] == 4 * context_tokens
+    assert tokens[1] == 2 * context_tokens
 
 
 def test_a_finished_round_is_not_computed_again(worker: Worker) -> None:
