@@ -19,7 +19,9 @@ def space(trial):
                            "set", "taylor", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
-                  "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
+                  "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
+                  "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0),
+                  "distill_hidden": choice("distill_hidden", 0.0, 0.1, 1.0)}
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:

@@ -42,7 +42,8 @@ from raysearch.study.records import hash_json
 from raysearch.study.storage import location
 from raysearch.training.data import Blocks, load_splits, pack, train_tokenizer
 from raysearch.training.engine import Engine, can_compile, memory_bytes
-from raysearch.training.finetune import learning_rate_at, train
+from raysearch.training.finetune import train
+from raysearch.training.learning_rate import learning_rate_at
 from raysearch.training.presets import PRESETS, Preset
 from raysearch.units import human_bytes
 

@@ -178,7 +178,7 @@ def _train(worker: Worker, parent: RoundRecord, action: Action) -> tuple[float |
     worker.loaded_key = None
     engine, times = worker.engine, [time.perf_counter()]
     pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
-    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature)
+    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature, action.distill_hidden)
     pruner.begin()
     times.append(time.perf_counter())
     train_loss = None
