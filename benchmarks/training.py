@@ -1,19 +1,23 @@
 """Tokens per second of the engine against the loops that people write by hand, in turn in one process run.
 
     python benchmarks/training.py [--models 30m,124m,950m] [--batches 16384,65536] [--ways engine0,compiled,eager]
-    torchrun --nproc_per_node=2 benchmarks/training.py --ways engine0,engine1,engine2,engine3,ddp,fsdp --models 124m
+    torchrun --nproc_per_node=2 benchmarks/training.py --ways engine0,engine1,engine2,engine3,ddp,fsdp,hf1 --models 124m
 
 GPT-2 shapes with random weights, bf16, fused AdamW, gradients clipped. `eager` and `compiled` are the Hugging Face model in
-fp32 under autocast, on all of a rank's tokens at once; `ddp` and `fsdp` (FSDP2, bf16 parameters, compiled blocks) are that
-over ranks. `engineN` is ours at ZeRO stage N, with micro-batches as placement.py plans them. Needs GPUs. One JSON line.
+fp32 under autocast, on all of a rank's tokens at once; `micro` is `compiled` on MICRO_TOKENS at a time; `ddp` and `fsdp`
+(FSDP2, bf16 parameters, compiled blocks) are `compiled` over ranks. `hfN` is the Hugging Face Trainer with DeepSpeed at ZeRO
+stage N, as its documentation shows. `engineN` is ours at stage N, with micro-batches as placement.py plans them. Needs GPUs.
+One JSON line; each row also goes to stderr as soon as it is measured.
 """
 
 import argparse
 import datetime
 import gc
+import itertools
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 from raysearch.cluster.placement import USABLE, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
@@ -34,6 +38,7 @@ from raysearch.training.engine import CLIP_NORM, Engine, memory_bytes
 SHAPES = {"30m": (8, 512, 8, 512, 8192), "124m": (12, 768, 12, 1024, 50_257), "950m": (26, 1664, 26, 1024, 50_257)}
 """Layers, width, heads, context, vocabulary."""
 LEARNING_RATE = 1e-4
+MICRO_TOKENS = 16_384
 Step = Callable[[], Any]
 
 
@@ -52,17 +57,21 @@ def flops_per_token(name: str, num_parameters: int) -> float:
 class WithLoss(nn.Module):
     """The loss inside the module, where DDP's hooks and the compiler see all of it."""
 
-    def __init__(self, model: GPT2LMHeadModel) -> None:
+    def __init__(self, model: GPT2LMHeadModel, cross_entropy: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.cross_entropy = model, cross_entropy
 
     def forward(self, tokens: Tensor) -> Tensor:
         logits = self.model.lm_head(self.model.transformer(input_ids=tokens).last_hidden_state[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return self.cross_entropy(logits, tokens)
+
+
+def next_token_cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 def by_hand(name: str, way: str, tokens: Tensor) -> Step:
-    model = GPT2LMHeadModel(config(name)).cuda().train()
+    model, cross_entropy = GPT2LMHeadModel(config(name)).cuda().train(), next_token_cross_entropy
     if way == "fsdp":
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -70,23 +79,50 @@ def by_hand(name: str, way: str, tokens: Tensor) -> Step:
         for block in model.transformer.h:
             block.compile()
             fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    whole: Any = WithLoss(model)
+        cross_entropy = torch.compile(cross_entropy)
+    whole: Any = WithLoss(model, cross_entropy)
+    if way == "fsdp":
+        fully_shard(whole, mp_policy=policy)
     if way == "ddp":
         whole = nn.parallel.DistributedDataParallel(whole, device_ids=[torch.cuda.current_device()],
                                                     gradient_as_bucket_view=True)
-    loss_of = torch.compile(whole) if way in ("compiled", "ddp") else whole
+    loss_of = torch.compile(whole) if way in ("compiled", "micro", "ddp") else whole
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     def step() -> None:
-        with torch.autocast("cuda", torch.bfloat16, enabled=way != "fsdp"):
-            loss = loss_of(tokens.cuda())
-        loss.backward()
+        parts = tokens.cuda().split(MICRO_TOKENS // tokens.shape[1] if way == "micro" else len(tokens))
+        for part in parts:
+            with torch.autocast("cuda", torch.bfloat16, enabled=way != "fsdp"):
+                loss = loss_of(part) / len(parts)
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def trainer(name: str, stage: int, tokens: Tensor, batch_tokens: int, seconds: float) -> dict[str, Any]:
+    """The row's numbers: the Trainer owns its loop, so a callback reads the clock after every step."""
+    clock: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            torch.cuda.synchronize()
+            clock.append(time.perf_counter())
+            control.should_training_stop = clock[-1] - clock[min(4, len(clock) - 1)] > seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder, per_device_train_batch_size=len(tokens), max_steps=100_000, learning_rate=LEARNING_RATE, bf16=True,
+            max_grad_norm=CLIP_NORM, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+            deepspeed={"zero_optimization": {"stage": stage}, "bf16": {"enabled": "auto"}, "gradient_clipping": "auto",
+                       "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"})
+        data = [{"input_ids": row, "labels": row} for row in tokens] * dist.get_world_size()
+        started = time.perf_counter()
+        Trainer(GPT2LMHeadModel(config(name)), settings, train_dataset=data * 16, callbacks=[Clock()]).train()
+    took = statistics.median(after - before for before, after in itertools.pairwise(clock[4:]))
+    return {"first_step_s": round(clock[0] - started, 1), "tokens_per_s": round(batch_tokens / took)}
 
 
 def engine(folder: Path, stage: int, batch_tokens: int, context_tokens: int, tokens: Tensor, row: dict[str, Any]) -> Step:
@@ -136,19 +172,25 @@ def case(name: str, batch_tokens: int, way: str, folder: Path, seconds: float) -
     row: dict[str, Any] = {"model": name, "batch_tokens": batch_tokens, "way": way}
     torch.manual_seed(dist.get_rank())
     tokens = torch.randint(0, vocab, (batch_tokens // context // dist.get_world_size(), context))
-    try:
-        step = (engine(folder / name, int(way[-1]), batch_tokens, context, tokens, row) if way.startswith("engine")
-                else by_hand(name, way, tokens))
-        started = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        row["first_step_s"] = round(time.perf_counter() - started, 1)
-        rate = tokens_per_s(step, batch_tokens, seconds)
-    except torch.OutOfMemoryError:
-        return row | {"error": "out of memory"}
     num_parameters = model_size(str(folder / name)).num_parameters
-    return row | {"tokens_per_s": round(rate), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
-                  "tflops_per_gpu": round(rate * flops_per_token(name, num_parameters) / 1e12 / dist.get_world_size(), 1)}
+    try:
+        if way.startswith("hf"):
+            row |= trainer(name, int(way[-1]), tokens, batch_tokens, seconds)
+        else:
+            step = (engine(folder / name, int(way[-1]), batch_tokens, context, tokens, row) if way.startswith("engine")
+                    else by_hand(name, way, tokens))
+            started = time.perf_counter()
+            step()
+            torch.cuda.synchronize()
+            row["first_step_s"] = round(time.perf_counter() - started, 1)
+            row["tokens_per_s"] = round(tokens_per_s(step, batch_tokens, seconds))
+        row |= {"peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2), "tflops_per_gpu": round(
+            row["tokens_per_s"] * flops_per_token(name, num_parameters) / 1e12 / dist.get_world_size(), 1)}
+    except torch.OutOfMemoryError:
+        row["error"] = "out of memory"
+    if dist.get_rank() == 0:
+        print(row, file=sys.stderr, flush=True)
+    return row
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import raysearch
+from raysearch.cluster.ending import end_within, stopping_on_signals
 from raysearch.units import parse_seconds
 
 if TYPE_CHECKING:
@@ -37,7 +38,8 @@ def main() -> None:
     ended = threading.Event()
     threading.Thread(target=keep_talking, args=(ended,), daemon=True).start()
     try:
-        app()
+        with stopping_on_signals():
+            app()
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last finished round", code=130)
     except (ValueError, OSError, RuntimeError) as error:
@@ -101,7 +103,7 @@ def check_study(study: "Study") -> None:
     """ValueError for what is mistyped in it, before the imports that take seconds."""
     from raysearch.evaluation.names import check_names
 
-    check_names(study.model.path, study.evaluation.tasks)
+    check_names(study.model.path, study.evaluation.tasks, study.data.corpus, study.data.text_field)
 
 
 def warn_of(damage: Sequence[str]) -> None:
@@ -130,10 +132,12 @@ def pretrain(
     zero_stage: Annotated[int, typer.Option(min=0, max=3)] = 0,
 ) -> None:
     """Train a dense GPT with Ray Train and DeepSpeed; the same command resumes."""
+    from raysearch.training.corpus import check_corpus
     from raysearch.training.presets import PRESETS
 
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_corpus(corpus, text_field)
     doing("training")
     from raysearch.training.pretrain import pretrain as run
 
@@ -235,8 +239,7 @@ def sweep(
 
     directory = location(out or default_directory(space))
     check_study(study)
-    from raysearch.cluster.ending import end_within  # after what may be mistyped, for these take seconds
-    from raysearch.search.sweep import GivenUp
+    from raysearch.search.sweep import GivenUp  # after what may be mistyped, for this takes seconds
     from raysearch.search.sweep import sweep as run
 
     try:
@@ -381,7 +384,7 @@ def evaluate(
     """Score a model on named tasks, with lm-eval's metrics."""
     from raysearch.evaluation.names import check_names
 
-    check_names(model, comma_separated(tasks, "--tasks"))
+    check_names(model, comma_separated(tasks, "--tasks"), corpus, text_field)
     if backend not in ("auto", "dense"):
         raise ValueError(f"--backend must be auto or dense, got {backend!r}")
     if not json:

@@ -15,8 +15,8 @@ from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 from raysearch.models.model import check_causal, dtype_note, load_tokenizer, stored_dtype, vocab_size
 from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
 from raysearch.study.text import first_line
-from raysearch.training.corpus import Say, quiet
-from raysearch.training.data import check_tokenizer, load_splits
+from raysearch.training.corpus import Say, load_documents, quiet
+from raysearch.training.data import check_tokenizer, split_documents
 
 TIMED_FORWARDS = 50
 """What timing sparse kernels for one number of tokens costs, about: 32 forwards of the model, and those of its layers."""
@@ -36,7 +36,8 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     """
     tasks = load_tasks([name for name in names if name not in HELDOUT_CONFIGS], data_dir=data_dir, limit=limit)
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
-        tasks = heldout_tasks(load_splits(corpus, text_field, say)["report"], from_corpus, limit=limit) + tasks
+        documents = split_documents(load_documents(corpus, text_field, say))["report"]
+        tasks = heldout_tasks(documents, from_corpus, limit=limit) + tasks
     if not (Path(model_path) / COMPRESSED).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
         say(note)
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")

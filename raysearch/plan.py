@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+import raysearch
 from raysearch.cluster.joining import placed
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
@@ -100,7 +101,8 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials, inputs_s: float = 0.
     torch.set_num_threads(max(1, int(study.cluster.cpus_per_rank)))
     with tempfile.TemporaryDirectory(prefix="raysearch-plan-") as folder:
         started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import raysearch.trial.gang"], check=True, capture_output=True)
+        home = Path(raysearch.__path__[0]).parent  # in the current folder a file of the user would stand for a module of ours
+        subprocess.run([sys.executable, "-c", "import raysearch.trial.gang"], check=True, capture_output=True, cwd=home)
         worker = Worker(one_rank, Ledger(folder), replace(inputs, tasks={"selection": (), "report": ()}))
         start_s = inputs_s + time.perf_counter() - started
         dense = dense_round(worker)

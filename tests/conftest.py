@@ -29,6 +29,11 @@ torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 def save_tiny_gpt2(folder: Path, *, width: int = 32, num_layers: int = 2, seed: int = 0) -> Path:
     """A random GPT-2 of 256 byte tokens and <|endoftext|>, with its tokenizer, as a Hugging Face folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

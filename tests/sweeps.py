@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import optuna
@@ -39,13 +40,14 @@ def write_space(folder: Path, model: Path, corpus: Path, **settings: object) -> 
     (folder / "space.py").write_text(text)
 
 
-def sweep(folder: Path, *options: str, address: str | None = None) -> subprocess.Popen:
-    """The command, on a Ray of its own or on the cluster at `address`."""
+def sweep(folder: Path, *options: str, address: str | None = None,
+          command: Sequence[str] = ()) -> subprocess.Popen:
+    """The command, by default a sweep, on a Ray of its own or on the cluster at `address`."""
     environment = {**os.environ, "RAYSEARCH_CACHE": str(folder / "cache"),
                    "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     environment.pop("RAY_ADDRESS", None)
     environment |= {"RAY_ADDRESS": address} if address else {}
-    command = [sys.executable, "-m", "raysearch", "sweep", "space", "--out", str(folder / "study"), *options]
+    command = command or [sys.executable, "-m", "raysearch", "sweep", "space", "--out", str(folder / "study"), *options]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

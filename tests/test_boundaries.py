@@ -31,8 +31,8 @@ COMMANDS = {*LAYERS[0].split(), *LAYERS[1].split()}
 DOORS = {  # heavy dependency -> the only places that import it
     "deepspeed": {"raysearch/training/zero.py"},
     "optuna": {"raysearch/search/"},
-    "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/rank.py", "raysearch/trial/watchdog.py",
-            "raysearch/trial/base_weights.py", "raysearch/cluster/", "raysearch/training/pretrain.py"},
+    "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/watchdog.py", "raysearch/cluster/",
+            "raysearch/training/pretrain.py"},
     "lm_eval": {"raysearch/evaluation/"},
     "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
                      "raysearch/deploy/"},

@@ -1,4 +1,4 @@
-"""How a sweep ends: on a signal, and where Ray's memory monitor ends one of its processes."""
+"""How a command ends on a signal, and how Tune's actors end: with it, and where Ray's memory monitor ends one."""
 
 import atexit
 import contextlib
@@ -9,30 +9,42 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-import ray
-from ray.air.execution._internal.actor_manager import RayActorManager
-from ray.exceptions import OutOfMemoryError, RayActorError
-
 
 @contextlib.contextmanager
-def out_of_memory_as_death() -> Iterator[None]:
-    """In the block a process that Ray's memory monitor ends counts like one that died. Tune (2.60) knows RayActorError and
-    RayTaskError only, and OutOfMemoryError, which is neither, would end the whole search."""
-    original = RayActorManager._actor_task_failed
+def ending_actors() -> Iterator[None]:
+    """In the block a process that Ray's memory monitor ends counts like one that died: Tune (2.60) knows RayActorError and
+    RayTaskError only, and OutOfMemoryError, which is neither, would end the whole search. Where Ctrl-C or SystemExit leaves the
+    block and the process stays, as a notebook's, Tune's actors are killed: Tune does it after an Exception only."""
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    begin, original = RayActorManager.__init__, RayActorManager._actor_task_failed
+    managers: list[RayActorManager] = []
+
+    def begun(manager: RayActorManager, resource_manager: Any) -> None:
+        managers.append(manager)
+        begin(manager, resource_manager)
 
     def task_failed(manager: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
         is_out_of_memory = isinstance(exception, OutOfMemoryError)
         original(manager, tracked_actor_task, RayActorError(error_msg=str(exception)) if is_out_of_memory else exception)
 
-    RayActorManager._actor_task_failed = task_failed
+    RayActorManager.__init__, RayActorManager._actor_task_failed = begun, task_failed
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        if not _ends.is_set():
+            for manager in managers[:]:  # which `cleanup` begins anew
+                manager.cleanup()
+        raise
     finally:
-        RayActorManager._actor_task_failed = original
+        RayActorManager.__init__, RayActorManager._actor_task_failed = begin, original
 
 
 EXIT_WITHIN_S = 2.0
 """`ray job stop` kills 3 s after its SIGTERM."""
+_ends = threading.Event()
+"""This process does."""
 
 
 def end_within(seconds: float, code: int) -> None:
@@ -40,11 +52,13 @@ def end_within(seconds: float, code: int) -> None:
     seconds, stops the clock, and waits for actors that no node can run."""
 
     def end() -> None:
-        ray.shutdown()
+        if "ray" in sys.modules:
+            sys.modules["ray"].shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
+    _ends.set()
     limit = threading.Timer(seconds, os._exit, (code,))
     limit.daemon = True
     limit.start()
@@ -53,8 +67,8 @@ def end_within(seconds: float, code: int) -> None:
 
 @contextlib.contextmanager
 def stopping_on_signals() -> Iterator[None]:
-    """SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within EXIT_WITHIN_S,
-    and at once on a second signal: nothing needs to be saved. Enter it after `ray.init`, which sets its own handler."""
+    """For a command: SIGTERM raises SystemExit(143) and Ctrl-C KeyboardInterrupt in the block; the process ends within
+    EXIT_WITHIN_S, and at once on a second signal: nothing needs to be saved."""
 
     def stop(number: int, frame: object) -> None:
         code = 128 + number
@@ -64,6 +78,8 @@ def stopping_on_signals() -> Iterator[None]:
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items() if not _ends.is_set() else ():
+            signal.signal(number, handler)

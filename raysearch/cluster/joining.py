@@ -1,7 +1,9 @@
 """Joining the Ray cluster, and what fits it."""
 
 import os
+import signal
 import sysconfig
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -54,12 +56,15 @@ def connect_ray() -> None:
     home = str(Path(raysearch.__path__[0]).parent)
     # or the workers would look into the current folder first, where a file of the user may be named like a module of ours
     job = JobConfig(_client_job=True, _py_driver_sys_path=[home] * (home not in sysconfig.get_paths().values()))
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level="error", configure_logging=True,
                  job_config=None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else job)
     except RuntimeError as error:  # the versions of Ray or Python differ, and the rest of the message says how
         raise ValueError(f"the Ray cluster that runs here cannot be joined: {error}; use its Python, or unset RAY_ADDRESS "
                          "and stop it") from error
+    if on_sigterm != signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has set its own
 
 
 def start_ray(study: Study, autoscaling: bool = False) -> None:

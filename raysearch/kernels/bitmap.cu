@@ -20,7 +20,6 @@ __device__ uint32_t address(const void* pointer) { return static_cast<uint32_t>(
 
 __device__ void fetch(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-  if (bytes == 0) return;
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
                "r"(bytes), "r"(barrier)
                : "memory");
@@ -74,9 +73,8 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
   const uint32_t buffers = address(shared) + BARRIER_BYTES + warp * 2 * stage_bytes, barriers = address(shared) + 16 * warp;
   cudaGridDependencySynchronize();  // launched while the kernel before this one ends
   int start = 0, stop = 0;          // in units, of the warp's item `lane`
-  const int own_tile = blockIdx.y * R + (first + lane) % R;
-  if (lane < num_items && own_tile * 16 < num_outputs) {
-    const int* at = starts + own_tile * num_stages + (first + lane) / R;
+  if (lane < num_items) {
+    const int* at = starts + (blockIdx.y * R + (first + lane) % R) * num_stages + (first + lane) / R;
     start = at[0], stop = at[1];
   }
   auto request = [&](int i) {  // the warp's item i into its buffer
@@ -109,35 +107,33 @@ bitmap(const int* __restrict__ starts, const uint8_t* __restrict__ data, const _
       if (item < 0 || item >= num_items) continue;
       wait(barriers + item % 2 * 8, item / 2 % 2);
       const uint32_t stage = buffers + item % 2 * stage_bytes;
-      if ((blockIdx.y * R + row) * 16 < num_outputs) {
-        const uint32_t bits = stage + (PAIRS ? 4 : 8) * lane;
-        const uint32_t halves[2] = {word(bits), PAIRS ? 0 : word(bits + 4)};
-        uint32_t at[2];
-        at[0] = stage + (PAIRS ? 1 : 2) * UNIT + 4 * lane, at[1] = at[0] + 2;
+      const uint32_t bits = stage + (PAIRS ? 4 : 8) * lane;
+      const uint32_t halves[2] = {word(bits), PAIRS ? 0 : word(bits + 4)};
+      uint32_t at[2];
+      at[0] = stage + (PAIRS ? 1 : 2) * UNIT + 4 * lane, at[1] = at[0] + 2;
 #pragma unroll
-        for (int j = 0; j < TILES; j++) {
-          const int half = PAIRS ? 0 : j % 2, tile = PAIRS ? j : half * 4 + j / 2;
-          uint32_t w[4];
+      for (int j = 0; j < TILES; j++) {
+        const int half = PAIRS ? 0 : j % 2, tile = PAIRS ? j : half * 4 + j / 2;
+        uint32_t w[4];
 #pragma unroll
-          for (int r = 0; r < 4; r++) {
-            if (PAIRS) {
-              w[r] = next<true>(halves[0], tile * 4 + r, at[0]);
-            } else {
-              const uint32_t low = next<false>(halves[half], j / 2 * 8 + 2 * r, at[half]);
-              const uint32_t high = next<false>(halves[half], j / 2 * 8 + 2 * r + 1, at[half]);
-              asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(w[r]) : "r"(high), "r"(low));  // not on the pipe that tests the bits
-            }
+        for (int r = 0; r < 4; r++) {
+          if (PAIRS) {
+            w[r] = next<true>(halves[0], tile * 4 + r, at[0]);
+          } else {
+            const uint32_t low = next<false>(halves[half], j / 2 * 8 + 2 * r, at[half]);
+            const uint32_t high = next<false>(halves[half], j / 2 * 8 + 2 * r + 1, at[half]);
+            asm("mad.lo.u32 %0, %1, 65536, %2;" : "=r"(w[r]) : "r"(high), "r"(low));  // not on the pipe that tests the bits
           }
+        }
 #pragma unroll
-          for (int n = 0; n < N; n++) {
-            const uint4 some = inputs[tile / 2][n];
-            if (tile % 2) multiply(sums[row][n], w, some.z, some.w);
-            else multiply(sums[row][n], w, some.x, some.y);
-          }
-          if (row == R - 1 && (PAIRS ? j % 2 : j % 4 == 3)) {  // the next stage's, while this one's are expanded
-            if (!PAIRS) load(i + 1, tile / 2 - 2);
-            load(i + 1, tile / 2);
-          }
+        for (int n = 0; n < N; n++) {
+          const uint4 some = inputs[tile / 2][n];
+          if (tile % 2) multiply(sums[row][n], w, some.z, some.w);
+          else multiply(sums[row][n], w, some.x, some.y);
+        }
+        if (row == R - 1 && (PAIRS ? j % 2 : j % 4 == 3)) {  // the next stage's, while this one's are expanded
+          if (!PAIRS) load(i + 1, tile / 2 - 2);
+          load(i + 1, tile / 2);
         }
       }
       __syncwarp();

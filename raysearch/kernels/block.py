@@ -1,4 +1,4 @@
-"""Block-sparse product in Triton, tuned for Hopper: y [T, O] = activation(x [T, K] W[O, K]^T + bias).
+"""Block-sparse product in Triton, tuned for Hopper: y [T, O] = x [T, K] W[O, K]^T + bias.
 
 Legend: T tokens, O outputs, K inputs, B block side, BT tokens and BN outputs per program, STEP blocks per iteration.
 
@@ -26,7 +26,7 @@ class BlockPacked(NamedTuple):
     shape: tuple[int, int]
     block: int
     values: Tensor
-    """[num_blocks, B, B], every row's blocks padded with zeros to a multiple of STEP."""
+    """[num_blocks, B, B], every row's blocks padded with zeros to a multiple of STEP; one where all are pruned."""
     columns: Tensor
     """int32 [num_blocks], block column of each block."""
     starts: Tensor
@@ -73,23 +73,23 @@ def pack_block(weight: SparseWeight, device: torch.device | str) -> BlockPacked:
     where = starts[rows].long() + torch.arange(len(rows)) - first
     all_columns = torch.zeros(int(starts[-1]), dtype=torch.int32)
     all_columns[where] = columns.int()
-    if torch.equal(padded, lengths):
+    if torch.equal(padded, lengths) and len(rows):
         values = weight.values.to(device)
     else:
-        values = torch.zeros(int(starts[-1]), weight.block, weight.block, dtype=weight.values.dtype, device=device)
+        values = torch.zeros(max(1, int(starts[-1])), weight.block, weight.block, dtype=weight.values.dtype, device=device)
         values[where.to(device)] = weight.values.to(device)
     return BlockPacked(weight.shape, weight.block, values, all_columns.to(device), starts.to(device),
                        lengths.argsort(descending=True, stable=True).int().to(device))
 
 
-def block_linear(x: Tensor, packed: BlockPacked, bias: Tensor | None, tile: Tile, activation: str | None = None) -> Tensor:
+def block_linear(x: Tensor, packed: BlockPacked, bias: Tensor | None, tile: Tile) -> Tensor:
     """[T, O] in x's dtype, fp32 accumulation; x [T, K] with contiguous rows. RuntimeError when the tile does not fit."""
     num_tokens, num_inputs = x.shape
     num_outputs, block = packed.shape[0], packed.block
     y = torch.empty(num_tokens, num_outputs, dtype=x.dtype, device=x.device)
     outputs = min(tile.outputs, block)
     num_programs = triton.cdiv(num_tokens, tile.tokens) * len(packed.order) * (block // outputs)
-    bulk = tile.bulk and block >= 64 and len(packed.values) > 0
+    bulk = tile.bulk and block >= 64
     x_in: Any = x
     w_in: Any = packed.values
     if bulk:
@@ -101,17 +101,18 @@ def block_linear(x: Tensor, packed: BlockPacked, bias: Tensor | None, tile: Tile
             x_in, w_in, packed.columns, packed.starts, packed.order, y if bias is None else bias, y,
             num_tokens, num_inputs, num_outputs, len(packed.order), x.stride(0),
             B=block, BT=tile.tokens, BN=outputs, STEP=blocks_per_step(block), BULK=bulk, EVEN_K=num_inputs % block == 0,
-            HAS_BIAS=bias is not None, ACTIVATION=activation or "", num_warps=tile.num_warps, num_stages=tile.num_stages)
+            HAS_BIAS=bias is not None, num_warps=tile.num_warps, num_stages=tile.num_stages)
     except OutOfResources as error:
         raise RuntimeError(f"the block kernel does not fit this GPU with {tile}: {error}") from error
     return y
 
 
-@triton.jit
+# compiled for each class of the arguments that say how x, the weight and y are aligned, but not for each class of these two
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def _block_linear(x_ptr, w_ptr, columns_ptr, starts_ptr, order_ptr, bias_ptr, y_ptr,  # type: ignore[no-untyped-def]
                   num_tokens, num_inputs, num_outputs, num_rows, x_stride,
                   B: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, BULK: tl.constexpr,
-                  EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr):
+                  EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr):
     parts: tl.constexpr = B // BN
     pid = tl.program_id(0)
     place = pid % (num_rows * parts)
@@ -151,12 +152,5 @@ def _block_linear(x_ptr, w_ptr, columns_ptr, starts_ptr, order_ptr, bias_ptr, y_
     outputs = row * B + first_output + n
     if HAS_BIAS:
         acc += tl.load(bias_ptr + outputs, mask=outputs < num_outputs, other=0.0).to(tl.float32)[None, :]
-    if ACTIVATION == "gelu_tanh":
-        inner = 1.5957691216057308 * acc * (1.0 + 0.044715 * acc * acc)  # 2 sqrt(2 / pi)
-        acc = acc * tl.sigmoid(inner)
-    if ACTIVATION == "relu":
-        acc = tl.maximum(acc, 0.0)
-    if ACTIVATION == "silu":
-        acc = acc * tl.sigmoid(acc)
     y = y_ptr + tokens.to(tl.int64)[:, None] * num_outputs + outputs[None, :]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=(tokens < num_tokens)[:, None] & (outputs < num_outputs)[None, :])

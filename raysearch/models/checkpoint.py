@@ -4,14 +4,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """torch's names for those of safetensors."""
@@ -125,6 +125,43 @@ def read_tensors(tensors: dict[str, Stored]) -> Iterator[tuple[str, "Tensor"]]:
         with safe_open(file, "pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
                 yield name, opened.get_tensor(name)
+
+
+class Base:
+    """Parts of a model's tensors that can be restored: from its files, which a node has in memory once whoever maps them, and
+    from copies of those parts that no file has under their name or in their form.
+
+    `parts`: (name, flat index of the first weight, weights [n]) of each, as they were loaded in `dtype`.
+    """
+
+    def __init__(self, path: str, parts: "Sequence[tuple[str, int, Tensor]]", dtype: "dtype") -> None:
+        self._folder, self._parts, self._dtype = model_folder(path), parts, dtype
+        self._tensors, self._files = stored_tensors(self._folder), self._look()
+        own = (values.to("cpu", dtype, copy=True) for *_, values in parts)
+        self._copies = [None if (there := self._stored(part)) is not None and there.equal(copy) else copy
+                        for part, copy in zip(parts, own)]
+
+    def _look(self) -> list[tuple[Path, int, int]]:
+        return [(file, file.stat().st_mtime_ns, file.stat().st_size) for file in weight_files(self._folder)]
+
+    def _stored(self, part: "tuple[str, int, Tensor]") -> "Tensor | None":
+        """On the CPU; None where no file has a tensor of that name. What is not of the part is not read."""
+        name, start, values = part
+        if name not in self._tensors:
+            return None
+        with safe_open(self._tensors[name].file, "pt") as opened:
+            whole: Tensor = opened.get_tensor(name)
+            return whole.reshape(-1)[start:start + values.numel()].to(self._dtype)
+
+    def restore(self) -> None:
+        """Writes the weights of all parts as they were; ValueError of one sentence where the files have changed meanwhile."""
+        if self._look() != self._files:
+            raise ValueError(f"model {self._folder}: its weights have changed while they are in use; put those back with which "
+                             "the study began, or begin another study")
+        for part, copy in zip(self._parts, self._copies):
+            values = self._stored(part) if copy is None else copy
+            assert values is not None, "it was there"
+            part[-1].copy_(values)
 
 
 def check_finite(path: str, tensors: Iterable[tuple[str, "Tensor"]]) -> None:

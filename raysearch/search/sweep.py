@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ray import tune
 from ray.tune import TuneError
 
-from raysearch.cluster.ending import out_of_memory_as_death, stopping_on_signals
+from raysearch.cluster.ending import ending_actors
 from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
@@ -32,7 +32,6 @@ from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, StorePath, check_bucket
 from raysearch.trial.actions import check_actions, resolve_actions
-from raysearch.trial.base_weights import put_base
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
 from raysearch.trial.rank import Job
@@ -93,7 +92,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
         if searcher.has_work():
             echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)
-            with contextlib.nullcontext() if autoscaling else watching_nodes(study, searcher):
+            watches = not autoscaling and threading.current_thread() is threading.main_thread()  # which alone hears signals
+            with watching_nodes(study, searcher) if watches else contextlib.nullcontext():
                 interrupted = run_tune(ledger, study, searcher)
             if searcher.refusal:
                 raise searcher.refusal
@@ -167,10 +167,8 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would save a state that nothing reads
     for name in ("ray.tune", "ray.train"):  # a trial's end has a line of ours, and a log with its traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    base = put_base(study)
     trainable = tune.with_resources(
-        tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key,
-                             base=[base]),
+        tune.with_parameters(Gang, study=study, directory=str(ledger.directory), root_key=searcher.inputs.root_key),
         gang_resources(study))
     tune_folder = ledger.directory / "tune"
     filesystem, storage_path = ((tune_folder.filesystem, tune_folder.path) if isinstance(tune_folder, StorePath)
@@ -185,7 +183,7 @@ def run_tune(ledger: Ledger, study: Study, searcher: StudySearcher) -> bool:
                                   failure_config=tune.FailureConfig(max_failures=1)),
     )
     try:
-        with stopping_on_signals(), out_of_memory_as_death():
+        with ending_actors():
             tuner.fit()
     except TuneError as error:  # Tune has made text of what arose in the searcher: a store that refuses, a damaged record
         if isinstance(error.__context__, OSError | ValueError):

@@ -87,6 +87,14 @@ def settle(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def link_or_copy(file: Path, target: Path) -> None:
+    """One content under two names, where the filesystem has hard links."""
+    try:
+        os.link(file, target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
 def write_json(path: AnyPath, value: dict[str, Any]) -> None:
     with new_file(path) as file:
         file.write_text(json.dumps(value, indent=1, allow_nan=False))

@@ -74,8 +74,8 @@ def json_lines(file: Path, where: str = "") -> Iterator[tuple[int, Any]]:
     Unicode in a string. ValueError names file and line."""
     with open_text(file, where) as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield number, parse_json(line.strip(), f"{where or file}, line {number}")
+            if not line.isspace():
+                yield number, parse_json(line, f"{where or file}, line {number}")
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -3,6 +3,7 @@
 import ast
 import functools
 import glob
+import operator
 import os
 import pydoc_data.topics
 import re
@@ -14,17 +15,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raysearch.study.text import COMPRESSIONS, first_line, json_lines, open_text, parse_json, plain_suffix
+from raysearch.training.texts import Part, Texts
 
 if TYPE_CHECKING:
     import datasets
 
 END_OF_TEXT = "<|endoftext|>"
 SEPARATOR = re.compile(f"^{re.escape(END_OF_TEXT)}$", re.MULTILINE)
+HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?(:.*)?")
 PLAIN = (".txt", ".json", ".jsonl")
 SUFFIXES = (*PLAIN, ".parquet", *(plain + compression for plain in PLAIN for compression in COMPRESSIONS))
 ENDINGS = f"{', '.join((*PLAIN, '.parquet'))} (but for the last also compressed: {', '.join(COMPRESSIONS)})"
 CHUNK_CHARS = 2**20
-PROGRESS_S = 5.0
+PARQUET_ROWS = 1024  # that are in memory at a time
+PROGRESS_S = 3.0
 MIN_DOCSTRING_CHARS = 200
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
 
@@ -36,37 +40,38 @@ def quiet(line: str) -> None:
     """Says nothing."""
 
 
-def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> list[str]:
-    """The non-empty documents of a corpus, in a fixed order.
+def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> Texts:
+    """The documents of a corpus that are not blank, in a fixed order.
 
     `corpus` is "builtin" (Python's own documentation and the docstrings of its standard library); a file, folder or
     glob of .txt (documents separated by a line <|endoftext|>), .jsonl, .json or .parquet (the texts in `field`), the first
     three also compressed (.gz, .bz2, .xz, .zst); a folder that `datasets` saved; or a Hugging Face dataset as NAME or
     NAME:CONFIG. Of a dataset with splits the train split is read. Raises ValueError of one sentence.
     """
-    return ["".join(parts) for parts in load_parts(corpus, field, say)]
-
-
-def load_parts(corpus: str, field: str = "text", say: Say = quiet) -> list[list[str]]:
-    """As `load_documents`, each document in the parts in which it was read: joining a long one takes its memory twice."""
-    if corpus == "builtin":
-        return [[text] for text in _builtin_documents()]
-    found = progress(_texts(corpus, field), say, lambda num_chars: f"corpus {corpus}: {num_chars / 1e6:,.0f} M characters read")
-    documents = [parts for parts in found if any(part and not part.isspace() for part in parts)]
+    parts = map(_whole, _builtin_documents()) if corpus == "builtin" else _parts(corpus, field)
+    documents = Texts.of(progress(parts, say, lambda num_bytes: f"corpus {corpus}: {num_bytes / 1e6:,.0f} MB of text read"))
     if not documents:
         raise ValueError(f"corpus {corpus}: holds no text; give one with at least a few thousand words")
     return documents
 
 
-def progress(documents: Iterable[list[str]], say: Say, line: Callable[[int], str]) -> Iterator[list[str]]:
-    """The documents; every PROGRESS_S it says what `line` makes of the characters so far."""
-    num_chars, said = 0, time.monotonic()
-    for parts in documents:
-        yield parts
-        num_chars += sum(map(len, parts))
+def check_corpus(corpus: str, field: str = "text") -> None:
+    """ValueError of one sentence where there is no such corpus, or its first file does not begin with text; the hub is not
+    asked."""
+    if corpus != "builtin":
+        for file in _files(corpus)[:1]:
+            next(_file_parts(file, field), None)
+
+
+def progress(parts: Iterable[Part], say: Say, line: Callable[[int], str]) -> Iterator[Part]:
+    """The parts; every PROGRESS_S it says what `line` makes of the bytes so far, as UTF-8."""
+    num_bytes, said = 0, time.monotonic()
+    for part in parts:
+        yield part
+        num_bytes += len(part[0].encode("utf-8", "replace"))
         if time.monotonic() > said + PROGRESS_S:
             said = time.monotonic()
-            say(line(num_chars))
+            say(line(num_bytes))
 
 
 @functools.cache
@@ -112,44 +117,56 @@ def _files(corpus: str) -> list[Path]:
         if not files:
             raise ValueError(f"corpus {corpus}: no file that ends in {ENDINGS} in it")
         return files
-    if corpus.endswith(SUFFIXES) or corpus.startswith(("/", ".", "~")) or corpus.count("/") > 1 or not corpus.strip():
+    if corpus.endswith(SUFFIXES) or not HUB_NAME.fullmatch(corpus):
         raise ValueError(f"corpus {corpus!r}: no such file or folder; give a path that exists, a Hugging Face dataset "
                          'name, or "builtin"')
     return []
 
 
-def _texts(corpus: str, field: str) -> Iterator[list[str]]:
-    """Documents in parts; some may be blank."""
+def _parts(corpus: str, field: str) -> Iterator[Part]:
     files = _files(corpus)
     if not files:
         yield from map(_whole, _column(f"corpus {corpus}", _dataset(corpus), field))
     for file in files:
-        where, suffix = f"corpus {file}", plain_suffix(file)
-        if file.is_dir():
-            yield from map(_whole, _column(where, _saved_dataset(file), field))
-        elif suffix == ".parquet":
-            yield from map(_whole, _parquet_texts(file, field))
-        elif suffix == ".txt":
-            yield from _plain_texts(file)
-        else:
-            for place, row in _json_rows(file, where):
-                yield from map(_whole, _row_text(row, field, place))
+        yield from _file_parts(file, field)
 
 
-def _whole(text: str) -> list[str]:
-    return [text]
+def _file_parts(file: Path, field: str) -> Iterator[Part]:
+    where, suffix = f"corpus {file}", plain_suffix(file)
+    if file.is_dir():
+        yield from map(_whole, _column(where, _saved_dataset(file), field))
+    elif suffix == ".parquet":
+        yield from map(_whole, _parquet_texts(file, field))
+    elif suffix == ".txt":
+        yield from _plain_parts(file)
+    else:
+        for place, row in _json_rows(file, where):
+            yield from map(_whole, _row_text(row, field, place))
 
 
-def _plain_texts(file: Path) -> Iterator[list[str]]:
-    with open_text(file, f"corpus {file}") as lines:
-        parts: list[str] = []
-        while chunk := lines.readlines(CHUNK_CHARS):  # not by lines: an object for each would take twice the text's memory
-            first, *others = SEPARATOR.split("".join(chunk))
-            parts.append(first)
-            for other in others:
-                yield parts
-                parts = [other]
-        yield parts
+def _whole(text: str) -> Part:
+    return text, True
+
+
+def _plain_parts(file: Path) -> Iterator[Part]:
+    """Not by lines: one may be the whole file."""
+    longest = len(END_OF_TEXT) + 1
+    with open_text(file, f"corpus {file}") as stream:
+        rest = ""
+        while chunk := stream.read(CHUNK_CHARS):
+            text = rest + chunk
+            line = text.rfind("\n") + 1
+            cut = line if len(text) - line < 2 * longest else len(text) - longest  # what is left on each side is no separator
+            rest = text[cut:]
+            yield from _separated(text[:cut])
+        yield from _separated(rest)
+        yield "", True
+
+
+def _separated(text: str) -> Iterator[Part]:
+    *texts, last = SEPARATOR.split(text)
+    yield from map(_whole, texts)
+    yield last, False
 
 
 def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
@@ -165,11 +182,10 @@ def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _row_text(row: Any, field: str, where: str) -> Iterator[str]:
-    """Its text, unless that is null or empty."""
+    """Its text, unless that is null."""
     value = row.get(field) if isinstance(row, dict) else None
     if isinstance(value, str):
-        if value:
-            yield value if value.isascii() else value.encode("utf-8", "replace").decode()  # JSON can spell half a character
+        yield value
     elif not isinstance(row, dict) or field not in row or value is not None:
         got = (f"a {type(row).__name__}" if not isinstance(row, dict) else
                f"a {type(value).__name__} in it" if field in row else f"the fields {', '.join(row) or 'of an empty object'}")
@@ -186,8 +202,8 @@ def _parquet_texts(file: Path, field: str) -> Iterator[str]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             _check_column(f"corpus {file}", {each.name: each.type for each in table.schema_arrow}, field)
-            for batch in table.iter_batches(columns=[field]):
-                yield from filter(None, batch.column(0).to_pylist())
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[field]):
+                yield from filter(None, map(operator.methodcaller("as_py"), batch.column(0)))
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"corpus {file}: cannot be read as Parquet ({first_line(error)}); write it again") from error
 

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
-from raysearch.training.corpus import END_OF_TEXT, Say, load_parts, progress, quiet
+from raysearch.training.corpus import END_OF_TEXT, Say, progress, quiet
+from raysearch.training.texts import Part, Texts
 
 FORMAT_VERSION = 1  # of the packed files; a change makes every cached file stale
-BATCH_CHARS = 2**21
-"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps of a token, some 100 bytes, stays small."""
+BATCH_BYTES = 2**20
+"""Text that is tokenized at once: all cores have work, and what the tokenizer keeps, up to 250 times as much, is small."""
+LONE_SPACE = re.compile(r"(?<=\S)(?=\s\S)")
+CUT_CHARS = 500
+"""Text on each side of a cut that is tokenized to try it."""
 
 SPLITS = ("train", "selection", "report")
 HELD_OUT_SHARE = 0.05  # of the documents, for selection and again for report
@@ -33,64 +38,31 @@ MIN_DOCUMENTS_TO_SPLIT = 60  # with fewer, a split by document would leave a spl
 PIECE_CHARS = (200, 4000)  # shortest and longest pieces that documents are cut into then
 
 
-def split_documents(documents: Sequence[str]) -> dict[str, list[str]]:
+def split_documents(documents: Texts) -> dict[str, Texts]:
     """{"train", "selection", "report"} -> documents: about 90, 5 and 5 % of them, by a hash of each document's text.
 
     So a document stays in its split when others come or go, and equal documents are never in two splits. Fewer than 60
     documents are first cut into pieces of at most 4000 characters at the ends of paragraphs. Raises ValueError when
     there are not three different pieces.
     """
-    return _split([[document] for document in documents])
-
-
-def load_splits(corpus: str, field: str = "text", say: Say = quiet) -> dict[str, list[str]]:
-    """`split_documents` of `load_documents`, without a long document's text twice in memory."""
-    return _split(load_parts(corpus, field, say))
-
-
-def _split(parts_of: list[list[str]]) -> dict[str, list[str]]:
-    """Of documents in parts, which are used up."""
-    if len(parts_of) < MIN_DOCUMENTS_TO_SPLIT:
+    if len(documents) < MIN_DOCUMENTS_TO_SPLIT:
         low, high = PIECE_CHARS
-        num_chars = min(max(sum(len(part) for parts in parts_of for part in parts) // MIN_DOCUMENTS_TO_SPLIT, low), high)
-        documents = [piece for parts in parts_of for piece in _pieces(parts, num_chars)]
-    else:
-        documents = ["".join(parts) for parts in parts_of]
-        parts_of.clear()
-    position = {text: int.from_bytes(hashlib.sha256(text.encode("utf-8", "replace")).digest()[:8]) / 2**64
-                for text in documents}
-    if len(position) < 3:
-        raise ValueError("the corpus must hold at least 3 different passages, one for each of train, selection and "
-                         f"report, got {len(position)}; give more text")
+        num_chars = sum(len(part) for index in range(len(documents)) for part in documents.parts(index))
+        documents = documents.pieces(min(max(num_chars // MIN_DOCUMENTS_TO_SPLIT, low), high))
+    position = [int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64 for data in documents.all_bytes()]
     bounds = (1 - 2 * HELD_OUT_SHARE, 1 - HELD_OUT_SHARE)
-    split_of = {text: SPLITS[bisect.bisect(bounds, where)] for text, where in position.items()}
+    split_of = {where: bisect.bisect(bounds, where) for where in position}
+    if len(split_of) < 3:
+        raise ValueError("the corpus must hold at least 3 different passages, one for each of train, selection and "
+                         f"report, got {len(split_of)}; give more text")
     if len(set(split_of.values())) < 3:  # too few for chance: hold out those with the highest hashes
-        ranked = sorted(position, key=lambda text: position[text], reverse=True)
-        num_held = math.ceil(HELD_OUT_SHARE * len(ranked))
-        split_of = {text: SPLITS[max(2 - i // num_held, 0)] for i, text in enumerate(ranked)}
-    return {split: [text for text in documents if split_of[text] == split] for split in SPLITS}
+        num_held = math.ceil(HELD_OUT_SHARE * len(split_of))
+        split_of = {where: max(2 - i // num_held, 0) for i, where in enumerate(sorted(split_of, reverse=True))}
+    chosen = np.array([split_of[where] for where in position])
+    return {split: documents.where(chosen == index) for index, split in enumerate(SPLITS)}
 
 
-def _pieces(parts: list[str], num_chars: int) -> Iterator[str]:
-    """The document, whose parts are used up, in pieces of at most `num_chars`, each ending with a paragraph, else a line,
-    else a word."""
-    rest, middle = "", num_chars // 2
-    parts.reverse()
-    while parts:
-        text, start = rest + parts.pop(), 0
-        while len(text) - start > num_chars:
-            low, high = start + middle, start + num_chars
-            ends = (text.rfind(mark, low, high - len(mark)) + len(mark) for mark in ("\n\n", "\n", " "))
-            end = next((end for end in ends if end > low), high)
-            if not text[start:end].isspace():
-                yield text[start:end]
-            start = end
-        rest = text[start:]
-    if rest.strip():
-        yield rest
-
-
-def train_tokenizer(documents: Sequence[str], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE as in GPT-2, with <|endoftext|> as id 0; equal documents give equal tokenizers."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
@@ -158,7 +130,7 @@ def _permutation(num: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation
 
 
-def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str,
+def pack(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, split: str,
          cache_dir: Path | None = None, say: Say = quiet) -> Blocks:
     """The documents of one split in blocks of `context` tokens: in order, an end of text behind each, no tail.
 
@@ -169,19 +141,17 @@ def pack(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: 
     fingerprint = _fingerprint(documents, tokenizer, context, split)
     path = (cache_dir or default_cache_dir()) / "blocks" / f"{fingerprint}.npy"
     if not path.is_file():
-        stream = _token_stream(documents, tokenizer, say)
-        num_tokens = sum(map(len, stream))
+        num_tokens = _write_blocks(path, _token_stream(documents, tokenizer, say), context)
         if num_tokens < context:
             raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
                              "give more text or a shorter context")
-        _write_array(path, stream, (num_tokens // context, context))
     return Blocks(path.resolve(), fingerprint)
 
 
-def _fingerprint(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str) -> str:
+def _fingerprint(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, split: str) -> str:
     digest = hashlib.sha256()
-    for part in (f"{FORMAT_VERSION} {context} {split}", _tokenizer_json(tokenizer), *documents):
-        data = part.encode("utf-8", "replace")
+    head = (f"{FORMAT_VERSION} {context} {split}".encode(), _tokenizer_json(tokenizer).encode("utf-8", "replace"))
+    for data in itertools.chain(head, documents.all_bytes()):
         digest.update(len(data).to_bytes(8) + data)
     return digest.hexdigest()[:32]
 
@@ -193,28 +163,49 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"{tokenizer.eos_token_id} {type(tokenizer).__name__} {json.dumps(tokenizer.get_vocab(), sort_keys=True)}"
 
 
-def _token_stream(documents: Sequence[str], tokenizer: PreTrainedTokenizerBase, say: Say) -> list[NDArray[np.unsignedinteger]]:
-    """In parts: joined they would take their memory twice."""
+def _token_stream(documents: Texts, tokenizer: PreTrainedTokenizerBase, say: Say) -> Iterator[NDArray[np.unsignedinteger]]:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    total = sum(map(len, documents)) / 1e6
-    batches = progress(_batches(documents), say,
-                       lambda num_chars: f"corpus: {num_chars / 1e6:,.0f} of {total:,.0f} M characters tokenized")
-    stream = []
-    for batch in batches:
-        ids = (each for text_ids in token_ids(tokenizer, batch, False) for each in (text_ids, [tokenizer.eos_token_id]))
-        stream.append(np.fromiter(itertools.chain.from_iterable(ids), dtype))
-    return stream
+    total = documents.num_bytes / 1e6
+    parts = progress(_parts(documents, tokenizer), say,
+                     lambda num_bytes: f"corpus: {num_bytes / 1e6:,.0f} of {total:,.0f} MB tokenized")
+    for batch in _batches(parts):
+        ids = token_ids(tokenizer, [text for text, _ in batch], False)
+        ends = ([tokenizer.eos_token_id] if is_last else [] for _, is_last in batch)
+        yield np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(zip(ids, ends, strict=True))), dtype)
 
 
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_chars = 0
-    for text in texts:
-        batch.append(text)
-        num_chars += len(text)
-        if num_chars >= BATCH_CHARS:
+def _parts(documents: Texts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Part]:
+    """Long documents in parts, so that each has work for all cores, and what the tokenizer keeps of a part stays small."""
+    for index in range(len(documents)):
+        held: list[str] = []
+        for part in documents.parts(index):
+            if held and (cut := _cut(held[-1], tokenizer)):
+                yield "".join(held)[:cut - len(held[-1])], False
+                held = [held[-1][cut:]]
+            held.append(part)
+        yield "".join(held), True
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the end of a text may be cut off: before the last lone white space with CUT_CHARS behind it, if there the tokenizer
+    makes the same tokens of both sides as of the whole. Else 0, as where it puts a space before every text."""
+    spaces = LONE_SPACE.finditer(text, len(text) - 2 * CUT_CHARS, len(text) - CUT_CHARS)
+    if cut := max((space.start() for space in spaces), default=0):
+        left, right = text[max(0, cut - CUT_CHARS):cut], text[cut:cut + CUT_CHARS]
+        whole, *sides = token_ids(tokenizer, [left + right, left, right], False)
+        return cut if list(whole) == list(itertools.chain(*sides)) else 0
+    return 0
+
+
+def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
+    batch: list[Part] = []
+    num_bytes = 0
+    for part in parts:
+        batch.append(part)
+        num_bytes += len(part[0].encode())
+        if num_bytes >= BATCH_BYTES:
             yield batch
-            batch, num_chars = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch
 
@@ -228,22 +219,30 @@ def token_ids(tokenizer: Any, texts: Sequence[str], special: bool | None) -> lis
     return tokenizer(list(texts), return_attention_mask=False, verbose=False, **options)["input_ids"]  # type: ignore[no-any-return]
 
 
-def _write_array(path: Path, parts: Sequence[NDArray[np.unsignedinteger]], shape: tuple[int, int]) -> None:
-    """Writes what of the parts fills the shape, in the bytes of np.save: aside, fsynced and moved, so that a reader sees no
-    file or the whole one."""
+def _write_blocks(path: Path, parts: Iterable[NDArray[np.unsignedinteger]], context: int) -> int:
+    """The number of tokens. Writes them in the bytes of np.save, [num_blocks, context] without what fills no block; aside,
+    fsynced and moved, so that a reader sees no file or the whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            header = {"descr": parts[0].dtype.str, "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            num_left = shape[0] * shape[1]
+            def write_header(descr: str, num_blocks: int) -> int:
+                """As long for any number of blocks: numpy leaves room."""
+                file.seek(0)
+                np.lib.format.write_array_header_1_0(
+                    file, {"descr": descr, "fortran_order": False, "shape": (num_blocks, context)})
+                return file.tell()
+
+            num_tokens, header_bytes = 0, write_header("<u2", 0)
             for part in parts:
-                file.write(part[:num_left].tobytes())
-                num_left -= min(num_left, len(part))
-            file.flush()
-            os.fsync(file.fileno())
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
+                file.write(part.tobytes())
+                num_tokens += len(part)
+            if num_tokens >= context:
+                file.truncate(header_bytes + num_tokens // context * context * part.itemsize)
+                write_header(part.dtype.str, num_tokens // context)
+                file.flush()
+                os.fsync(file.fileno())
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+        finally:
             Path(file.name).unlink(missing_ok=True)
-            raise
+    return num_tokens

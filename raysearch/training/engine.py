@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
+from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
 from raysearch.training.loss import Loss, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
@@ -108,14 +109,13 @@ class Engine:
     The ranks are those of torch.distributed's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), one
     rank where there is none. All methods are collective: every rank calls them in the same order.
 
-    `base` are the dense model's whole tensors by parameter name, in `dtype`, on the CPU: they are kept and only read, so
-    the ranks of a node may map the same memory. With None the engine keeps a copy of its own shards.
+    The dense model stays at hand: in its files, which all ranks of a node map, and as a copy of a rank's own shards where a
+    file has something under another name or in another form.
     """
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
-                 base: Mapping[str, Tensor] | None = None, micro_batch: MicroBatch | None = None,
-                 compiled: bool = False) -> None:
+                 micro_batch: MicroBatch | None = None, compiled: bool = False) -> None:
         self.device = _join(timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage, self.is_compiled = zero_stage, compiled
@@ -171,8 +171,7 @@ class Engine:
             self._positions.setdefault(shard.master, []).append(position)
         self._by_master = {master: [self.shards[position] for position in positions]
                            for master, positions in self._positions.items()}
-        self._base = [base[shard.name].reshape(-1)[shard.start:shard.start + shard.values.numel()] if base
-                      else shard.values.to("cpu", getattr(torch, dtype), copy=True) for shard in self.shards]
+        self._base = Base(model_path, [(shard.name, shard.start, shard.values) for shard in self.shards], getattr(torch, dtype))
         self.set_masks(self._dense_masks())
 
     def _shards(self) -> list[Shard]:
@@ -221,10 +220,10 @@ class Engine:
         for shard in self.shards:
             if shard.name not in whole:
                 whole = {shard.name: self._expanded(shard.name, weights[shard.name])}  # of the one before nothing is kept
-            values, mask = (part if part is None else part[shard.start:shard.start + shard.values.numel()]
-                            for part in whole[shard.name])
-            shard.values.copy_(values)
-            masks.append(mask)
+            here = slice(shard.start, shard.start + shard.values.numel())
+            values, mask = whole[shard.name]
+            shard.values.copy_(values[here])
+            masks.append(None if mask is None else mask[here].clone())
         self.set_masks(masks)
 
     def _expanded(self, name: str, stored: Tensor | SparseWeight) -> tuple[Tensor, Tensor | None]:
@@ -239,8 +238,7 @@ class Engine:
     def load_base(self) -> None:
         """Copies this rank's shards of the dense model back: how a warm gang starts its next trial."""
         self.optimizer.hold_masks()
-        for shard, values in zip(self.shards, self._base):
-            shard.values.copy_(values.to(self.device))
+        self._base.restore()
         self.set_masks(self._dense_masks())
 
     def _dense_masks(self) -> list[Tensor | None]:

@@ -6,6 +6,7 @@ working folder beside the result, named by a hash of the settings: the same call
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import math
@@ -14,7 +15,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +30,6 @@ import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from raysearch.cluster.ending import stopping_on_signals
 from raysearch.cluster.joining import connect_ray, use_rays_network
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
@@ -40,11 +40,13 @@ from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
 from raysearch.study.storage import location
-from raysearch.training.data import Blocks, load_splits, pack, train_tokenizer
+from raysearch.training.corpus import load_documents
+from raysearch.training.data import Blocks, pack, split_documents, train_tokenizer
 from raysearch.training.engine import Engine, can_compile, memory_bytes
 from raysearch.training.finetune import train
 from raysearch.training.learning_rate import learning_rate_at
 from raysearch.training.presets import PRESETS, Preset
+from raysearch.training.texts import Texts
 from raysearch.units import human_bytes
 
 PROGRESS_S = 5.0
@@ -107,9 +109,9 @@ def pretrain(
     out = location(out)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
-    documents = load_splits(corpus, text_field, echo)
+    documents = split_documents(load_documents(corpus, text_field, echo))
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
-                "corpus_fingerprint": hash_json(documents)}
+                "corpus_fingerprint": _fingerprint(documents)}
     del settings["note"]
     if (done := _finished(out, settings)) is not None:
         echo(f"{out} holds this model already")
@@ -122,6 +124,7 @@ def pretrain(
     tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
     blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, cache_dir, echo)
               for split in ("train", "report")}
+    del documents  # training takes long, and its workers' memory is needed
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
     job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
@@ -131,7 +134,7 @@ def pretrain(
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
     try:
-        with stopping_on_signals(), _progress_lines(work / "progress.json", num_steps, echo):
+        with _progress_lines(work / "progress.json", num_steps, echo):
             _fit(job, num_workers, resources)
     except (KeyboardInterrupt, SystemExit):
         echo("stopped by a signal; the same command goes on from the last checkpoint")
@@ -158,6 +161,18 @@ def pretrain(
     echo(f"validation loss {done.validation_loss:.3f} nats/token (unigram {unigram:.3f}), {done.num_parameters:,} "
          f"parameters, {done.train_s:.0f} s of training, {done.total_s:.0f} s in total: {out}")
     return done
+
+
+def _fingerprint(documents: Mapping[str, Texts]) -> str:
+    """`hash_json` of the documents as lists, of which one is in memory at a time."""
+    digest = hashlib.sha256()
+    for opening, split in zip("{,,", sorted(documents), strict=True):
+        digest.update(f'{opening}"{split}":['.encode())
+        for index, text in enumerate(documents[split]):
+            digest.update(("," * (index > 0) + json.dumps(text)).encode())
+        digest.update(b"]")
+    digest.update(b"}")
+    return digest.hexdigest()[:16]
 
 
 def planned(shape: Preset, job: dict[str, Any], num_workers: int) -> tuple[ModelSize, MicroBatch]:
@@ -396,7 +411,11 @@ def _load_checkpoint(engine: Engine) -> int:
 
 def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:
     """The fp32 masters, whole, as a Hugging Face folder in the training's dtype; written by rank 0."""
-    weights = {name: engine.gather(name).to("cpu", dtype) for name in engine.shapes}
+    weights = {}
+    for name in engine.shapes:
+        whole = engine.gather(name)  # collective
+        if engine.rank == 0:
+            weights[name] = whole.to("cpu", dtype)
 
     def write() -> None:
         shutil.rmtree(folder, ignore_errors=True)

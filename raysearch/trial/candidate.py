@@ -4,9 +4,8 @@ Weights are written aside while the candidate is scored; the round's folder appe
 """
 
 import contextlib
+import functools
 import math
-import os
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.evaluation import Evaluation
-from raysearch.kernels import SparseWeight
 from raysearch.kernels.device import device_name
-from raysearch.models.weights import stored_bytes, to_store, write_weights
+from raysearch.models.weights import Extent, WeightsFile, extent, stored_bytes, to_store
 from raysearch.study.files import (
     file_sha256,
     folder_aside,
     is_there,
+    link_or_copy,
     new_directory,
     new_file,
     persist,
@@ -57,16 +55,19 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
 
 def store_weights(worker: Worker, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
-    weights, path = candidate_weights(worker), worker.ledger.weights_path(record.key)
-    nonzero = worker.engine.nonzero_counts()
+    path, nonzero = worker.ledger.weights_path(record.key), worker.engine.nonzero_counts()
+    with written_meanwhile(worker, record.key) as weights:
 
-    def write() -> None:
-        with new_file(path) as file:
-            sha256 = write_weights(file, weights)
-        worker.ledger.deleted_path(record.key).unlink(missing_ok=True)
-        note_recovered(worker, record, WEIGHTS, sha256, sum(nonzero.values()))
+        def write() -> None:
+            assert weights is not None, "on rank 0"
+            file, sha256 = weights.result()
+            with new_file(path) as target:
+                target.unlink(missing_ok=True)
+                link_or_copy(file, target)
+            worker.ledger.deleted_path(record.key).unlink(missing_ok=True)
+            note_recovered(worker, record, WEIGHTS, sha256, sum(nonzero.values()))
 
-    worker.engine.from_rank_0(lambda: persist(path, write))
+        worker.engine.from_rank_0(lambda: persist(path, write))
 
 
 def restore_items(worker: Worker, record: RoundRecord, path: AnyPath, items: Mapping[str, Items]) -> None:
@@ -107,17 +108,6 @@ def provenance_of(worker: Worker) -> Provenance:
                       num_threads=torch.get_num_threads())
 
 
-def candidate_weights(worker: Worker) -> dict[str, Tensor | SparseWeight]:
-    """The engine's weights as they are stored, on rank 0: gathered and compressed one by one, on the engine's device."""
-    engine = worker.engine
-    weights = {}
-    for name in engine.shapes:
-        whole, mask = engine.gather(name), engine.gather_mask(name)  # collective
-        if engine.rank == 0:
-            weights[name] = to_store(whole, mask)
-    return weights
-
-
 @dataclass(frozen=True)
 class Weighed:
     """The engine's weights, counted."""
@@ -139,29 +129,39 @@ def weigh(worker: Worker) -> Weighed:
 
 @contextlib.contextmanager
 def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
-    """Writes the engine's weights aside while the block runs, in a thread of rank 0: (file, sha256), once it is on disk."""
-    weights = candidate_weights(worker)
-    if worker.engine.rank:
-        yield None
-        return
-    path = worker.ledger.weights_path(key)
-    with folder_aside(worker.ledger.round_directory(key)) as folder, ThreadPoolExecutor(1) as thread:
+    """Writes the engine's weights aside: (file, sha256), once it is on disk, which it may be while the block runs.
 
-        def write() -> tuple[Path, str]:
-            file = folder / path.name
-            sha256 = write_weights(file, weights)
-            settle(file)
-            return file, sha256
+    They are gathered and compressed one by one, on the engine's device; a thread of rank 0 writes one while the next is
+    gathered, so that no more than two are in memory. What goes wrong there is raised where the result is taken.
+    """
+    engine, path = worker.engine, worker.ledger.weights_path(key)
+    kept, nonzero = engine.kept_counts(), engine.nonzero_counts()
 
-        yield thread.submit(persist, path, write)
+    def extent_of(name: str, shape: tuple[int, ...]) -> Extent:
+        has_mask = name in engine.prunable_names or kept[name] < math.prod(shape)  # as `gather_mask` says
+        return extent(shape, torch.float32, kept[name], nonzero[name] if has_mask else kept[name])
 
+    with contextlib.ExitStack() as until_written:
+        if engine.rank == 0:
+            folder = until_written.enter_context(folder_aside(worker.ledger.round_directory(key)))
+            thread = until_written.enter_context(ThreadPoolExecutor(1))
+            file = WeightsFile(folder / path.name, {name: extent_of(name, shape) for name, shape in engine.shapes.items()})
+            done = thread.submit(persist, path, file.begin)
+        for name in engine.shapes:
+            whole, mask = engine.gather(name), engine.gather_mask(name)  # collective
+            if engine.rank == 0 and done.exception() is None:  # waits for the one before
+                done = thread.submit(persist, path, functools.partial(file.write, name, to_store(whole, mask)))
+        if engine.rank:
+            yield None
+            return
 
-def link_or_copy(file: Path, target: Path) -> None:
-    """One content under two names, where the filesystem has hard links."""
-    try:
-        os.link(file, target)
-    except OSError:
-        shutil.copyfile(file, target)
+        def finish() -> tuple[Path, str]:
+            done.result()
+            sha256 = file_sha256(file.path)
+            settle(file.path)
+            return file.path, sha256
+
+        yield thread.submit(persist, path, finish)
 
 
 def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,

@@ -1,8 +1,8 @@
 """The Tune trainable: a gang of ranks that stays warm and runs one job after the other, a round per Tune iteration.
 
 The trainable's own actor is rank 0; the other ranks are actors in the same placement group, one bundle each. Processes,
-process group, engine and text outlive the job (`reuse_actors`), and the base weights lie in the object store, one copy per
-node: the next job starts by copying shards from there.
+process group, engine and text outlive the job (`reuse_actors`), and the model's files are mapped, one copy in memory per node:
+the next job starts by copying shards from there.
 
 A job is the `config` that the searcher suggests: {"kind": "dense"} scores the baseline, {"kind": "trial", "number": n}
 runs the trial of that number in the ledger, after every rank has resolved it to "config_hash", the driver's,
@@ -38,7 +38,7 @@ class Gang(tune.Trainable):
     answers with a new gang: the scheduler leaves such nodes out.
     """
 
-    def setup(self, config: Job, *, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef]) -> None:
+    def setup(self, config: Job, *, study: Study, directory: str, root_key: str) -> None:
         group = ray.util.get_current_placement_group()
         self._nodes = set(ray.util.placement_group_table(group)["bundles_to_node_id"].values())
         shared = {"MASTER_ADDR": ray.util.get_node_ip_address(), "MASTER_PORT": str(free_port()),
@@ -46,10 +46,10 @@ class Gang(tune.Trainable):
         peer = ray.remote(num_cpus=study.cluster.cpus_per_rank, num_gpus=study.cluster.gpus_per_rank)(Rank)
         self.peers = [
             peer.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank))
-            .remote(study, directory, root_key, base, {**shared, "RANK": str(rank)})
+            .remote(study, directory, root_key, {**shared, "RANK": str(rank)})
             for rank in range(1, study.cluster.num_ranks)
         ]
-        self.rank_0 = Rank(study, directory, root_key, base, {**shared, "RANK": "0"})
+        self.rank_0 = Rank(study, directory, root_key, {**shared, "RANK": "0"})
         self._begin(config)
 
     def reset_config(self, new_config: Job) -> bool:

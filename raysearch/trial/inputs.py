@@ -27,8 +27,8 @@ from raysearch.models.model import (
     vocab_size,
 )
 from raysearch.study.records import root_key
-from raysearch.training.corpus import Say, quiet
-from raysearch.training.data import Blocks, check_tokenizer, load_splits, pack
+from raysearch.training.corpus import Say, load_documents, quiet
+from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents
 
 HELDOUT_TASKS = ("text", "last_word", "choice")
 
@@ -80,7 +80,7 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
         raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
                          "give a corpus or other tasks")
     if study.data.corpus is not None:
-        documents = load_splits(study.data.corpus, study.data.text_field, say)
+        documents = split_documents(load_documents(study.data.corpus, study.data.text_field, say))
         blocks = pack(documents["train"], tokenizer, study.data.context_tokens, "train", say=say)
     folder = Path(evaluation.data_dir) if evaluation.data_dir else None
     tasks = {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)

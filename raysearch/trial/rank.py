@@ -4,11 +4,10 @@ import contextlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from raysearch.cluster.joining import use_rays_network
@@ -17,7 +16,6 @@ from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, config_hash
 from raysearch.study.storage import StorePath, pull, push
 from raysearch.trial.actions import resolve_actions
-from raysearch.trial.base_weights import map_base
 from raysearch.trial.inputs import read_inputs
 from raysearch.trial.round import dense_round, mend_candidate, report_round
 from raysearch.trial.run import run_trial
@@ -31,10 +29,9 @@ RECORDED = ("trial", "control")
 
 
 class Rank:
-    """One process of a gang; `base` holds the one reference that `put_base` gave."""
+    """One process of a gang."""
 
-    def __init__(self, study: Study, directory: str, root_key: str, base: Sequence[ray.ObjectRef],
-                 environment: dict[str, str]) -> None:
+    def __init__(self, study: Study, directory: str, root_key: str, environment: dict[str, str]) -> None:
         os.environ.update(environment)
         use_rays_network()
         if not study.cluster.gpus_per_rank:
@@ -44,7 +41,7 @@ class Rank:
         if inputs.root_key != root_key:
             raise ValueError(f"rank {environment['RANK']} reads another model, corpus or task than the driver (root key "
                              f"{inputs.root_key}, not {root_key}); every node must see the same files at {study.model.path}")
-        self.worker = Worker(study, Ledger(directory), inputs, map_base(ray.get(base[0]), getattr(torch, study.model.dtype)))
+        self.worker = Worker(study, Ledger(directory), inputs)
         self._results: Iterator[dict[str, Any]] = iter(())
 
     def begin(self, job: Job) -> str | None:

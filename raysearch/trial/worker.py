@@ -1,11 +1,9 @@
 """What one rank keeps between trials: the engine, the text, the evaluation."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch
 from raysearch.config import Study, higher_is_better
@@ -29,19 +27,16 @@ START_LIMIT_S = 600.0
 
 
 class Worker:
-    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order.
+    """One rank's workbench. Collective: every rank of the gang builds one and calls it in the same order."""
 
-    `base`: the dense weights where somebody keeps them for all ranks of a node (Engine).
-    """
-
-    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs, base: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(self, study: Study, ledger: Ledger, inputs: Inputs) -> None:
         self.study, self.ledger, self.inputs = study, ledger, inputs
         self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
         planned, remembered = self._micro_batch(), ledger.micro_batch_tokens().get(self.gang)
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
-            weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S), base=base,
+            weight_decay=study.training.weight_decay, timeout_s=max(study.cluster.round_limit_s, START_LIMIT_S),
             micro_batch=planned if remembered is None else planned._replace(tokens=remembered),
             compiled=can_compile() if study.cluster.compile == "auto" else study.cluster.compile)
         self.vocab_size = vocab_size(self.engine.model.config)

@@ -87,15 +87,13 @@ def test_a_killed_rank_of_a_gang_of_two(tmp_path: Path, tiny_model: Path, storie
 DIES_WRITING = """
 import os, signal
 from raysearch.trial import candidate
-write_weights = candidate.write_weights
-def dying(path, weights):
-    sha256 = write_weights(path, weights)
+write = candidate.WeightsFile.write
+def dying(file, name, stored):
+    write(file, name, stored)
     if not os.path.exists(os.environ["FAULT"] + ".done"):
         open(os.environ["FAULT"] + ".done", "w").close()
-        os.truncate(path, 1000)
         os.kill(os.getpid(), signal.SIGKILL)
-    return sha256
-candidate.write_weights = dying
+candidate.WeightsFile.write = dying
 """
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,3 +55,46 @@ def test_ctrl_c_is_130_and_a_second_one_ends_it_at_once(tmp_path: Path, tiny_mod
     assert time.monotonic() - told < 1
     _, err = process.communicate()
     assert "Traceback" not in err
+
+
+CELLS = """
+import os, signal, threading, time
+from pathlib import Path
+import psutil, raysearch, space
+study = Path("study")
+before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+
+def interrupt():
+    while not list(study.glob("rounds/[!.]*/weights.safetensors")):
+        time.sleep(0.05)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.5)
+
+threading.Thread(target=interrupt).start()
+try:
+    raysearch.sweep(space.STUDY, space.space, study)
+    raise SystemExit("was not interrupted")
+except KeyboardInterrupt:
+    print("interrupted")
+try:
+    time.sleep(4)
+except KeyboardInterrupt:
+    print("interrupted again")
+gangs = [each for each in psutil.Process().children(recursive=True) if "ImplicitFunc" in each.name() or "Gang" in each.name()]
+print(len(gangs), "gangs,", "handlers as before" if before[0] == signal.getsignal(signal.SIGINT) else "other handlers")
+print(raysearch.sweep(space.STUDY, space.space, study).num_trials, "trials")
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_notebook_gives_control_back_and_the_same_call_goes_on(tmp_path: Path, tiny_model: Path,
+                                                                            stories: Path) -> None:
+    write_space(tmp_path, tiny_model, stories, num_trials=2)
+    (tmp_path / "cells.py").write_text(CELLS)
+    process = sweep(tmp_path, command=[sys.executable, "cells.py"])
+    code, out, err = finish(process)
+    assert code == 0, err
+    said = [line for line in out.splitlines() if "interrupted" in line or "gangs" in line or line.endswith(" trials")]
+    assert said == ["interrupted", "interrupted again", "0 gangs, handlers as before", "2 trials"], out + err
+    check_whole(tmp_path, 2)

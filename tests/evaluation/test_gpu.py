@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from raysearch.evaluation import Scorer, graphs
 from raysearch.evaluation.generation import Slots
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)

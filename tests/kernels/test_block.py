@@ -25,11 +25,6 @@ for block in (16, 32, 64, 128):
             for num_tokens, tile in ((1, Tile(16, 32, 4, 1, False)), (40, Tile(32, 128, 4, 1, False))):
                 x = torch.randn(num_tokens, shape[1])
                 assert_product(block_linear(x, packed, bias, tile), x, dense, bias)
-            y = block_linear(x, packed, bias, tile, "relu")
-            exact = torch.relu(x.double() @ dense.double().T + bias)
-            assert torch.allclose(y.double(), exact, atol=1e-4), "relu"
-            exact = torch.nn.functional.gelu(x.double() @ dense.double().T + bias, approximate="tanh")
-            assert torch.allclose(block_linear(x, packed, bias, tile, "gelu_tanh").double(), exact, atol=1e-4), "gelu"
 print("all right")
 """
 

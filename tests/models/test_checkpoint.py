@@ -11,7 +11,7 @@ import torch
 from families import KNOWN, random_model
 from safetensors.torch import load_file, save_file
 
-from raysearch.models.checkpoint import weight_files
+from raysearch.models.checkpoint import Base, weight_files
 from raysearch.models.model import check_model, dtype_note, fingerprint, load_model, stored_dtype
 
 Weights = dict[str, torch.Tensor]
@@ -152,3 +152,20 @@ def test_the_type_is_that_of_most_weights(folder: Path) -> None:
     rewrite(folder, lambda w: {name: x.to(torch.bfloat16 if x.ndim > 1 else torch.float32) for name, x in w.items()})
     assert stored_dtype(str(folder)) == "bfloat16"
     assert dtype_note(str(folder), "bfloat16").startswith("the model's weights are stored in float32; ")
+
+
+def test_parts_are_restored_from_the_files_or_from_copies(folder: Path) -> None:
+    """Those that a file has under another name, or otherwise, have a copy."""
+    parameters = dict(load_model(str(folder), torch.bfloat16).named_parameters())
+    parts = [(name, 5, parameter.detach().float().view(-1)[5:12]) for name, parameter in parameters.items()]
+    parts[0], parts[1] = ("another", 5, parts[0][2]), (parts[1][0], 5, parts[1][2] * 2)
+    base = Base(str(folder), parts, torch.bfloat16)
+    assert [copy is None for copy in base._copies] == [False, False] + [True] * (len(parts) - 2)
+    before = [values.clone() for *_, values in parts]
+    for *_, values in parts:
+        values.fill_(7)
+    base.restore()
+    assert all(torch.equal(values, old) for (*_, values), old in zip(parts, before))
+    rewrite(folder, lambda weights: {name: weight + 1 for name, weight in weights.items()})
+    with pytest.raises(ValueError, match="its weights have changed while they are in use; put those back with which the study"):
+        base.restore()

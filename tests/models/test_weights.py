@@ -1,11 +1,14 @@
+import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from raysearch.models.weights import read_weights, stored_bytes, to_store, write_weights
+from raysearch.kernels.weight import SparseWeight
+from raysearch.models.weights import FORMAT, WeightsFile, extent, read_weights, stored_bytes, to_store, write_weights
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,3 +58,37 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match="cannot be read as safetensors"):
         read_weights(path, None)
+
+
+def test_a_file_that_is_filled_in_any_order_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
+    """A round's bytes stay those that earlier versions wrote, and what a weight takes is known before it is gathered."""
+    generator = torch.Generator().manual_seed(2)
+    shapes_of = [(60, 5), (2, 3, 70), (99,), (4, 4), ()]
+    weights = {f"h.{n}.ä\"": torch.randn(shape, generator=generator) for n, shape in enumerate(shapes_of)}
+    masks = {name: torch.rand(weight.shape, generator=generator) < 0.5 for name, weight in list(weights.items())[:3]}
+    for name, mask in masks.items():
+        weights[name][~mask] = 0
+    stored = {name: to_store(weight, masks.get(name)) for name, weight in weights.items()}
+    extents = {name: extent(tuple(weight.shape), weight.dtype, int(masks.get(name, torch.ones_like(weight)).sum()),
+                            int(weight.count_nonzero())) for name, weight in weights.items()}
+    file = WeightsFile(tmp_path / "a.safetensors", extents)
+    file.begin()
+    for name in reversed(stored):
+        file.write(name, stored[name])
+    out, shapes = {}, {}
+    for name, weight in stored.items():
+        if isinstance(weight, SparseWeight):
+            out |= {f"{name}.bitmap": weight.bits, f"{name}.values": weight.values.view(-1)}
+            shapes[name] = weight.shape
+        else:
+            out[name] = weight
+    assert len(shapes) == 3
+    save_file(out, tmp_path / "b.safetensors", metadata={"format": FORMAT, "shapes": json.dumps(shapes)})
+    content, others = ((tmp_path / name).read_bytes() for name in ("a.safetensors", "b.safetensors"))
+    num_bytes = int.from_bytes(content[:8], "little")
+    header, other = (json.loads(each[8:8 + num_bytes]) for each in (content, others))
+    assert list(header.items())[1:] == list(other.items())[1:]
+    assert header == other
+    assert (content[:8], content[8 + num_bytes:]) == (others[:8], others[8 + num_bytes:])
+    back = read_weights(tmp_path / "a.safetensors", None)
+    assert all(torch.equal(back[name].view_as(weight), weight) for name, weight in weights.items())

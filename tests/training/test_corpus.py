@@ -15,8 +15,13 @@ import pytest
 from tiny_models import story
 
 import raysearch.training.corpus
-from raysearch.training.corpus import load_documents
+from raysearch.training.corpus import load_documents as load_texts
 from raysearch.training.data import split_documents
+
+
+def load_documents(corpus: str, field: str = "text") -> list[str]:
+    return list(load_texts(corpus, field))
+
 
 DOCUMENTS = [story(n) for n in range(20)]
 LINES = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in DOCUMENTS)
@@ -28,7 +33,7 @@ def test_builtin_corpus_is_real_english_and_the_same_twice() -> None:
     assert 1e6 < sum(map(len, documents)) < 4e6
     assert any("The \"import\" statement" in text for text in documents)
     assert load_documents("builtin") == documents
-    assert {split: len(texts) > 50 for split, texts in split_documents(documents).items()} == {
+    assert {split: len(texts) > 50 for split, texts in split_documents(load_texts("builtin")).items()} == {
         "train": True, "selection": True, "report": True}
 
 
@@ -113,8 +118,8 @@ def test_a_long_corpus_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(raysearch.training.corpus, "PROGRESS_S", -1.0)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a" * 10**6}) + "\n")
     lines: list[str] = []
-    load_documents(str(tmp_path / "a.jsonl"), say=lines.append)
-    assert lines == [f"corpus {tmp_path / 'a.jsonl'}: 1 M characters read"]
+    load_texts(str(tmp_path / "a.jsonl"), say=lines.append)
+    assert lines == [f"corpus {tmp_path / 'a.jsonl'}: 1 MB of text read"]
 
 
 def test_bad_corpora_are_refused_in_one_sentence(tmp_path: Path) -> None:

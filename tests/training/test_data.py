@@ -1,17 +1,23 @@
 """Documents, splits, tokenizer and packed blocks, on small real files."""
 
+import io
 import multiprocessing
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+import raysearch.training.data
+import raysearch.training.texts
 from raysearch.study.files import default_cache_dir
 from raysearch.training.corpus import load_documents
 from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents, train_tokenizer
+from raysearch.training.texts import Texts
 
 WORDS = ("the cat sat on a mat and the dog ran to a red house by the sea while rain fell").split()  # noqa: SIM905
 
@@ -25,7 +31,11 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer([story(i) for i in range(50)], 300)
 
 
-def split(corpus: str | Path, name: str = "train") -> list[str]:
+def texts(documents: list[str]) -> Texts:
+    return Texts.of((document, True) for document in documents)
+
+
+def split(corpus: str | Path, name: str = "train") -> Texts:
     return split_documents(load_documents(str(corpus)))[name]
 
 
@@ -38,13 +48,13 @@ def corpus(tmp_path: Path) -> str:
 
 def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
     documents = [story(i) for i in range(2000)] + [story(7)] * 3
-    splits = split_documents(documents)
+    splits = split_documents(texts(documents))
     sets = {split: set(texts) for split, texts in splits.items()}
     assert sum(map(len, splits.values())) == 2003
     assert sum(map(len, sets.values())) == 2000 == len(set.union(*sets.values()))
     assert 60 < len(splits["selection"]) < 140
     assert 60 < len(splits["report"]) < 140
-    fewer = split_documents(documents[:1000])
+    fewer = split_documents(texts(documents[:1000]))
     assert all(set(fewer[split]) <= sets[split] for split in splits)  # a document never changes its split
 
 
@@ -52,7 +62,7 @@ def test_splits_are_disjoint_stable_and_of_the_promised_sizes() -> None:
 def test_a_few_long_documents_are_cut_at_paragraphs(num_documents: int) -> None:
     paragraphs = [story(i, 100) for i in range(600)]
     documents = ["\n\n".join(part) for part in np.array_split(paragraphs, num_documents)]
-    splits = split_documents(documents)
+    splits = split_documents(texts(documents))
     assert all(splits.values())
     pieces = [piece for texts in splits.values() for piece in texts]
     assert max(map(len, pieces)) <= 4000
@@ -62,9 +72,9 @@ def test_a_few_long_documents_are_cut_at_paragraphs(num_documents: int) -> None:
 
 def test_tiny_corpora_fill_all_splits_or_are_refused() -> None:
     for num in range(3, 12):
-        assert all(split_documents([f"passage {i}" for i in range(num)]).values())
+        assert all(split_documents(texts([f"passage {i}" for i in range(num)])).values())
     with pytest.raises(ValueError, match="each of train, selection and report, got 1"):
-        split_documents(["one short text"] * 5)
+        split_documents(texts(["one short text"] * 5))
 
 
 def test_tokenizer_is_lossless_deterministic_and_checked(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -96,6 +106,56 @@ def test_blocks_hold_the_split_in_order(corpus: str, tokenizer: PreTrainedTokeni
     copy = pickle.loads(pickle.dumps(blocks))
     assert copy == blocks
     assert copy.tokens.tolist() == blocks.tokens.tolist()
+
+
+def unigram() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.train_from_iterator([story(i) for i in range(50)], trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", "<|endoftext|>"], unk_token="<unk>", show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+def with_a_space_before() -> PreTrainedTokenizerFast:
+    """As Llama 2: a text is never the sum of its parts."""
+    tokenizer = train_tokenizer([story(i) for i in range(50)], 300)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("_")
+    return tokenizer
+
+
+def over_spaces() -> PreTrainedTokenizerFast:
+    """Whose tokens hold spaces: no cut before a word is one between tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.train_from_iterator([story(i) for i in range(50)], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize(("make", "is_cut"), [
+    (lambda: train_tokenizer([story(i) for i in range(50)], 300), True), (unigram, True), (with_a_space_before, False),
+    (over_spaces, None)])
+def test_a_long_document_has_the_tokens_of_the_whole(make: Callable[[], PreTrainedTokenizerFast], is_cut: bool | None,
+                                                     tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(raysearch.training.texts, "PART_BYTES", 1500)
+    monkeypatch.setattr(raysearch.training.data, "CUT_CHARS", 200)
+    random = np.random.RandomState(0)
+    gaps = (" ", " ", "\n", "  ", "\n\n", "<|endoftext|>", "\u2019 ", "\U0001f600", "\u4e2d" * 300, "\t \n")
+    document = "".join(str(random.choice(WORDS)) + str(random.choice(gaps)) for _ in range(5000))
+    tokenizer, documents = make(), texts([document, "short", document[::-1]])
+    parts = list(raysearch.training.data._parts(documents, tokenizer))
+    assert "".join(part for part, _ in parts) == "".join(documents)
+    assert is_cut is None or (len(parts) > 50) == is_cut
+    whole = [token for text in documents for token in [*tokenizer(text, add_special_tokens=False)["input_ids"],
+                                                       tokenizer.eos_token_id]]
+    blocks = pack(documents, tokenizer, 1, "train", tmp_path)
+    assert blocks.tokens.flatten().tolist() == whole
+    assert blocks.path.read_bytes() == saved(blocks.tokens)
+
+
+def saved(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
 
 
 def test_blocks_are_cached_by_content(corpus: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

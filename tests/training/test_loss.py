@@ -105,7 +105,9 @@ def test_gpt2_too_and_without_a_loss_nothing_changed(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("num_parts", [1, 3, 50])
-def test_gradients_do_not_depend_on_the_parts(has_bias: bool, num_parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])  # where the vocabulary is padded
+def test_gradients_do_not_depend_on_the_parts(has_bias: bool, num_parts: int, device: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(num_parts)
     hidden, weight, bias = (torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
                             for shape in ((50, 8), (13, 8), (13,)))
@@ -119,11 +121,12 @@ def test_gradients_do_not_depend_on_the_parts(has_bias: bool, num_parts: int, mo
     wanted_mixed = torch.autograd.grad(2 * mixed, inputs, retain_graph=True)
     wanted = torch.autograd.grad(2 * F.cross_entropy(logits, targets, ignore_index=IGNORED), inputs)
     monkeypatch.setattr("raysearch.training.loss.LOGITS_AT_ONCE", 13 * -(-50 // num_parts))
-    single = [tensor.detach().float().requires_grad_() for tensor in inputs]
-    for teacher, exacts in ((None, wanted), ((of_teacher.float(), alpha, tau), wanted_mixed)):
+    single = [tensor.detach().float().to(device).requires_grad_() for tensor in inputs]
+    targets, of_teacher, alpha, tau = (tensor.to(device) for tensor in (targets, of_teacher.float(), alpha, tau))
+    for teacher, exacts in ((None, wanted), ((of_teacher, alpha, tau), wanted_mixed)):
         loss = 2 * linear_cross_entropy(single[0], single[1], single[2] if has_bias else None, targets, teacher)
         for gradient, exact in zip(torch.autograd.grad(loss, single), exacts):
-            assert torch.allclose(gradient.double(), exact, rtol=1e-4, atol=1e-7)
+            assert torch.allclose(gradient.double().cpu(), exact, rtol=1e-4, atol=1e-7)
 
 
 def test_a_loss_of_ones_own_gets_hidden_states_and_head(tiny_model: Path) -> None:

@@ -39,24 +39,30 @@ vars(CALIBRATION)["tokens"] = np.arange(8 * 32, dtype=np.uint16).reshape(8, 32) 
 
 
 @pytest.fixture(scope="module")
-def measured(tiny_model: Path) -> dict[int, dict[str, Any]]:
+def alone(tiny_model: Path) -> dict[str, Any]:
+    """What one rank found."""
+    return run_ranks(__file__, 1, [str(tiny_model)])
+
+
+@pytest.fixture(scope="module")
+def measured(alone: dict, tiny_model: Path) -> dict[int, dict[str, Any]]:
     """World size -> what the ranks found."""
-    return {world_size: run_ranks(__file__, world_size, [str(tiny_model)]) for world_size in (1, 2)}
+    return {1: alone, 2: run_ranks(__file__, 2, [str(tiny_model)])}
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gpu_makes_the_masks_of_the_cpu(measured: dict, tiny_model: Path, world_size: int) -> None:
+def test_a_gpu_makes_the_masks_of_the_cpu(alone: dict, tiny_model: Path, world_size: int) -> None:
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
     found = run_ranks(__file__, world_size, [str(tiny_model)], on_gpus=True)
     for stage, case in found.items():
-        for name, masks in measured[1][stage]["masks"].items():
+        for name, masks in alone[stage]["masks"].items():
             assert case["masks"][name]["sha256"] == masks["sha256"], (stage, name)
         assert case["come_back"] == {"values": True, "moments": True}
-        kept, wanted = case["movement"]["num_kept"], measured[1][stage]["movement"]["num_kept"]
+        kept, wanted = case["movement"]["num_kept"], alone[stage]["movement"]["num_kept"]
         assert sum(abs(kept[name] - num) for name, num in wanted.items()) <= 20  # sums on a GPU round otherwise
-        assert case["heads"]["pruned"] == measured[1][stage]["heads"]["pruned"]
+        assert case["heads"]["pruned"] == alone[stage]["heads"]["pruned"]
 
 
 @pytest.mark.parametrize(("criterion", "pattern", "scope"), COMBINATIONS)

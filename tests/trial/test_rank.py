@@ -8,7 +8,6 @@ from raysearch.config import Action, study_of
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import TrialRecord, config_hash
 from raysearch.training.engine import free_port
-from raysearch.trial.base_weights import put_base
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.rank import Rank
 from raysearch.trial.watchdog import ended_when_stuck
@@ -20,7 +19,7 @@ def test_a_gang_that_begins_leaves_the_stack_file_of_one_that_runs(tiny_model: P
     study = resolve(study_of(path=str(tiny_model), corpus=str(stories), context_tokens=64, batch_tokens=256, num_items=2,
                           tasks=("text",)))
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "1", "LOCAL_RANK": "0", "RANK": "0"}
-    rank = ray.remote(num_cpus=1)(Rank).remote(study, str(tmp_path), read_inputs(study).root_key, [put_base(study)], shared)
+    rank = ray.remote(num_cpus=1)(Rank).remote(study, str(tmp_path), read_inputs(study).root_key, shared)
     path = Ledger(tmp_path).stack_path(-1, 0)
     with ended_when_stuck(60, path):
         ray.get(rank.begin.remote({"kind": "dense"}))
