@@ -215,6 +215,7 @@ def test_masked_heads_are_heads_that_were_cut_by_hand(measured: dict, tiny_model
             attention.c_attn.bias[rows] = 0
             attention.c_proj.weight[head * size:(head + 1) * size] = 0
     assert torch.allclose(torch.tensor(case["logits"]), model(tokens).logits[:, -1, :20], atol=1e-5)
+    assert all(case["heads"]["shrunk"] for by_stage in measured.values() for case in by_stage.values())  # L1: no bias, no norm
     assert len(case["pruned"]) == 2  # half of two heads in each of two layers
 
 
@@ -693,7 +694,13 @@ def head_logits(engine: Any) -> dict[str, Any]:
         bias = engine.gather(f"transformer.h.{layer}.attn.c_attn.bias").view(3, -1, size)
         assert not bias[:, head].any()
         assert engine.gather_mask(f"transformer.h.{layer}.attn.c_attn.bias") is not None
-    return {"pruned": pruned, "logits": logits.tolist()}
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    engine.restart(1e3)
+    engine.train_step(next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], 1e-4)
+    moved = {name: float((engine.gather(name) - weights).abs().max()) for name, weights in before.items()}
+    engine.restart(0.0)
+    return {"pruned": pruned, "logits": logits.tolist(),
+            "shrunk": sorted(name for name, most in moved.items() if most > 0.01) == sorted(engine.prunable_names)}
 
 
 def main(model: str) -> dict[str, Any]:
