@@ -74,9 +74,12 @@ def describe_config(row: pd.Series) -> str:
     parts += [str(row[name]) for name in ("criterion", "pattern", "budget")
               if row[name] != TrialConfig.model_fields[name].default]
     if row["finetune_epochs"]:
-        parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}")
+        path = "" if row["lr_schedule"] == "cosine" else f" {row['lr_schedule']}"
+        parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}{path}")
     if row["distill_alpha"]:
         parts.append(f"KL {row['distill_alpha']:.2g}")
+    if row["distill_hidden"]:
+        parts.append(f"SquareHead {row['distill_hidden']:.2g}")
     if row["l1_lambda"]:
         parts.append(f"l1 {row['l1_lambda']:.2g}")
     return ", ".join(parts)

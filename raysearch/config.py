@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
 Budget = Literal["uniform", "erdos_renyi", "owl"]
+LrSchedule = Literal["cosine", "constant", "one_cycle"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -137,10 +138,16 @@ class TrialConfig(Frozen):
     """Share of the dense model's logits in the loss of fine-tuning: (1 - alpha) CE + alpha temperature^2 KL."""
     temperature: float = Field(1.0, gt=0)
     """What both models' logits are divided by for the KL; without meaning where `distill_alpha` is 0."""
+    distill_hidden: float = Field(0.0, ge=0)
+    """Weight of SquareHead in that loss: the squared difference of the hidden states from the dense model's, over their own
+    square, behind each block."""
     finetune_epochs: float = Field(0.0, ge=0)
     """Epochs of fine-tuning after each prune."""
     learning_rate: float = Field(3e-4, gt=0)
     """Peak learning rate of each round."""
+    lr_schedule: LrSchedule = "cosine"
+    """Path of the learning rate within a round; `cosine` and `constant` begin with the study's warm-up, `one_cycle` with its
+    own."""
 
     @model_validator(mode="after")
     def _one_mode(self) -> Self:
@@ -184,7 +191,9 @@ class Action(Frozen):
     l1_lambda: float = 0.0
     distill_alpha: float = 0.0
     temperature: float = 1.0
+    distill_hidden: float = 0.0
     learning_rate: float = 0.0
+    lr_schedule: LrSchedule = "cosine"
     finetune_tokens: int = 0
     data_start_tokens: int = 0
     """Where in the endless stream of shuffled epochs this round's fine-tuning begins."""

@@ -19,7 +19,9 @@ def space(trial):
                            "set", "taylor", "wanda", "ria", "sparsegpt")
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
-                  "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0)}
+                  "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
+                  "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0),
+                  "distill_hidden": choice("distill_hidden", 0.0, 0.1, 1.0)}
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
@@ -35,13 +37,14 @@ def space(trial):
                          "score_rate": trial.suggest_float("score_rate", 3e-3, 0.1, log=True),
                          "score_penalty": trial.suggest_float("score_penalty", 10, 1000, log=True)}
     elif criterion in ("rigl", "set"):
-        fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5)}
+        fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5),
+                   "mask_interval_steps": choice("moving/mask_interval_steps", 10, 30, 100)}
     else:
         fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
-    if is_gradual or criterion in ("rigl", "set"):
+    if is_gradual:
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
@@ -63,6 +66,6 @@ def space(trial):
         fields |= {"owl_lambda": trial.suggest_float("owl_lambda", 0.02, 0.2),
                    "owl_m": choice("owl_m", 3.0, 5.0, 7.0, 10.0),
                    "calibration_sequences": fields.get("calibration_sequences") or choice("owl/calibration_sequences", 32, 128)}
-    if epochs and not is_gradual:
+    if epochs and "mask_interval_steps" not in fields:
         fields |= {"schedule": "cubic", "num_rounds": trial.suggest_int("num_rounds", 1, 3)}
     return fields | {"target_sparsity": trial.suggest_float("target_sparsity", 0.4, 0.95)}

@@ -162,7 +162,7 @@ class Engine:
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
         self._dense = functools.cache(lambda: self._layout.frozen(load_dense))
-        self._distillation: tuple[Tensor, Tensor] | None = None
+        self._distillation: tuple[Tensor, Tensor, Tensor, bool] | None = None
         self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
@@ -366,13 +366,17 @@ class Engine:
         self.set_masks(self._dense_masks())
         return step
 
-    def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0) -> None:
+    def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0,
+                distill_hidden: float = 0.0) -> None:
         """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are. With an alpha above
-        0 the steps to come also follow the dense model's logits (loss.Teacher)."""
+        0 the steps to come also follow the dense model's logits (loss.Teacher), with a `distill_hidden` its states."""
         self.optimizer.restart()
         self.optimizer.l1_lambda = l1_lambda
-        self._distillation = (torch.tensor(distill_alpha, device=self.device),
-                              torch.tensor(temperature, device=self.device)) if distill_alpha else None
+        alpha, tau, weight = torch.tensor((distill_alpha, temperature, distill_hidden), device=self.device)
+        self._distillation = (alpha, tau, weight, distill_hidden > 0) if distill_alpha or distill_hidden else None
+        if distill_hidden:  # transformers then hooks its blocks, in which a compiler would break the graph
+            with torch.no_grad():
+                self.model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), output_hidden_states=True)
 
     def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
         """One optimizer step on this rank's `tokens` [sequences, context], `micro_sequences` at a time, whose gradients are
@@ -396,9 +400,11 @@ class Engine:
     def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
         if self._distillation is None:
             return self._layout.forward(input_ids=tokens, loss=loss)
+        alpha, temperature, weight, follows_states = self._distillation
         with torch.no_grad():
-            logits = self._dense()(input_ids=tokens, use_cache=False).logits
-        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(logits, *self._distillation))
+            dense = self._dense()(input_ids=tokens, use_cache=False, output_hidden_states=follows_states)
+        states = {"states": (dense.hidden_states[1:], weight)} if follows_states else {}
+        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(dense.logits, alpha, temperature), **states)
 
     def halve_micro_batch(self) -> int | None:
         """After memory ran out in a step: half as many sequences at a time from now on, or as divide the rank's; how many, and

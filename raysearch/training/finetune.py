@@ -1,4 +1,4 @@
-"""Fine-tuning: the learning rate's path, the loop over the action's span of the data, and divergence."""
+"""Fine-tuning: the loop over the action's span of the data, and divergence."""
 
 import math
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
+from raysearch.training.learning_rate import learning_rate_at
 
 LOSS_CHECK_STEPS = 50
 """A look at the loss waits for the device, so not every step is looked at."""
@@ -16,14 +17,6 @@ LOSS_CHECK_STEPS = 50
 
 class Diverged(ValueError):
     """The model is worthless: a loss or a score that is not finite, or quality no better than a uniform guess."""
-
-
-def learning_rate_at(step: int, num_steps: int, peak: float, num_warmup: int) -> float:
-    """Linear warm-up over `num_warmup` steps, then a half cosine down to a tenth of the peak."""
-    if step < num_warmup:
-        return peak * (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return peak * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
 def train(engine: Engine, blocks: Blocks, steps: range, rate_at: Callable[[int], float],
@@ -51,6 +44,9 @@ def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: fl
     num_warmup, tail = round(num_steps * warmup_fraction), max(1, num_steps // 10)
     losses: list[Tensor] = []
 
+    def rate_at(step: int) -> float:
+        return learning_rate_at(step, num_steps, action.learning_rate, num_warmup, action.lr_schedule)
+
     def mean_of_tail() -> float:
         return engine.mean(torch.stack(losses[-tail:]).mean())
 
@@ -63,6 +59,6 @@ def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: fl
                 raise Diverged(f"the training loss became {latest} within {num_done} of {num_steps} steps at learning rate "
                                f"{action.learning_rate:g}")
 
-    train(engine, blocks, range(num_steps), lambda step: learning_rate_at(step, num_steps, action.learning_rate, num_warmup),
-          look, first_sequence=action.data_start_tokens // context_tokens, seed=action.seed)
+    train(engine, blocks, range(num_steps), rate_at, look, first_sequence=action.data_start_tokens // context_tokens,
+          seed=action.seed)
     return mean_of_tail()

@@ -5,7 +5,7 @@ Legend: B sequences, T tokens of each, N = B * T positions, D hidden size, V voc
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,9 @@ of logits over tau (Hinton et al. 2015, arXiv 1503.02531, section 2). All are te
 Loss = Callable[..., Tensor]
 """(hidden [B, T, D], head, tokens [B, T], and a teacher where there is one) -> a scalar, nats per token."""
 
+States = tuple[tuple[Tensor, ...], Tensor]
+"""(hidden states [B, T, D] of the dense model behind each block, the weight [] of `square_head` in the loss)."""
+
 IGNORED = -100
 """The target of a position that does not count."""
 CACHE_BYTES = 1 << 26
@@ -38,6 +41,13 @@ def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor, teacher: Teacher
     """Mean cross-entropy of each token but the first, mixed with the divergence from the teacher at the same positions."""
     targets = F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
     return head(hidden.flatten(0, 1), targets.flatten(), teacher)
+
+
+def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """The sum over the blocks of |hidden - teacher|^2 / |teacher|^2, Kurtic et al. 2023 (arXiv 2310.06927) eq. 2."""
+    apart = [((found.float() - wanted.float()).square().mean(), wanted.float().square().mean())
+             for found, wanted in zip(hidden, teacher, strict=True)]
+    return torch.stack([error / (size + torch.finfo(torch.bfloat16).eps) for error, size in apart]).sum()
 
 
 def _divergence(logits: Tensor, teacher: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,17 +146,25 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
         for block in model.get_submodule(known.blocks):
             block.forward = _compiled_in_training(block)
 
-    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any], teacher: tuple[Teacher, ...]) -> Tensor:
+    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any], teacher: tuple[Teacher, ...], states: States | None
+                ) -> Tensor:
+        if states is not None:
+            named = {**named, "output_hidden_states": True}
         if has_plain_head:
-            return loss(model.base_model(tokens, **named, use_cache=False).last_hidden_state, embeddings, tokens, *teacher)
-        return loss(forward(tokens, **named).logits, _cross_entropy_of_logits, tokens, *teacher)
+            output = model.base_model(tokens, **named, use_cache=False)
+            value = loss(output.last_hidden_state, embeddings, tokens, *teacher)
+        else:
+            output = forward(tokens, **named)
+            value = loss(output.logits, _cross_entropy_of_logits, tokens, *teacher)
+        return value if states is None else value + states[1] * square_head(output.hidden_states[1:], states[0])
 
     loss_of = graph(loss_of)
 
-    def with_loss(*inputs: Any, loss: Loss | None = None, teacher: Teacher | None = None, **named: Any) -> Any:
+    def with_loss(*inputs: Any, loss: Loss | None = None, teacher: Teacher | None = None, states: States | None = None,
+                  **named: Any) -> Any:
         if loss is None:
             return forward(*inputs, **named)
-        return loss_of(loss, named.pop("input_ids"), named, () if teacher is None else (teacher,))
+        return loss_of(loss, named.pop("input_ids"), named, () if teacher is None else (teacher,), states)
 
     model.forward = with_loss
 

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from raysearch.pruning.proximal import soft_threshold_
 
+SPARED = ("matrices", "vectors")
+"""Groups that hold nothing prunable: biases of pruned heads are masked, but no L1 draws them to 0."""
 Gather = Callable[[Tensor, Tensor, Tensor], object]
 """(gathered, weights, gradients), all [n] fp32: adds to the first in place (pruning.criteria)."""
 
@@ -70,12 +72,13 @@ class SparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def keep_masks(self, learning_rate: float) -> None:
-        """The L1 step and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
-        for master in self._masters():
-            if master in self.trained and master in self.masks:
-                torch.sub(master, master * self.masks[master], out=self.latents[master])
-            if master in self.masks:
-                soft_threshold_(master, learning_rate * self.l1_lambda).mul_(self.masks[master])
+        """The L1 step on what is prunable, and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
+        for group in self.param_groups:
+            amount = learning_rate * self.l1_lambda * (group.get("name") not in SPARED)
+            for master in filter(self.masks.__contains__, group["params"]):
+                if master in self.trained:
+                    torch.sub(master, master * self.masks[master], out=self.latents[master])
+                soft_threshold_(master, amount).mul_(self.masks[master])
 
     def restart(self) -> None:
         """Forgets the moments, the step count, and what was gathered for the round before."""

@@ -43,7 +43,8 @@ from raysearch.study.storage import location
 from raysearch.training.corpus import load_documents
 from raysearch.training.data import Blocks, pack, split_documents, train_tokenizer
 from raysearch.training.engine import Engine, can_compile, memory_bytes
-from raysearch.training.finetune import learning_rate_at, train
+from raysearch.training.finetune import train
+from raysearch.training.learning_rate import learning_rate_at
 from raysearch.training.presets import PRESETS, Preset
 from raysearch.training.texts import Texts
 from raysearch.units import human_bytes

@@ -105,8 +105,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"{action.score_rate} and {action.score_penalty}"),
             (not criterion.moves or 0 < action.drop_fraction <= 1,
              f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
-            (min(action.l1_lambda, action.learning_rate, action.mask_decay) >= 0,
-             "l1_lambda, learning_rate and mask_decay must be at least 0"),
+            (min(action.l1_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
+             "l1_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
              f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
@@ -131,7 +131,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    for field in ("l1_lambda", "distill_alpha"):
+    for field in ("l1_lambda", "distill_alpha", "distill_hidden"):
         if (value := getattr(config, field)) and not num_steps:
             raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
                              f"{value:g} and finetune_epochs 0")
@@ -166,9 +166,10 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
-        fixed |= {"l1_lambda": config.l1_lambda, "learning_rate": config.learning_rate, "seed": study.data.seed}
+        fixed |= config.model_dump(include={"l1_lambda", "distill_alpha", "distill_hidden", "learning_rate", "lr_schedule"})
+        fixed |= {"seed": study.data.seed}
     if config.distill_alpha:
-        fixed |= {"distill_alpha": config.distill_alpha, "temperature": config.temperature}
+        fixed |= {"temperature": config.temperature}
     tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))
@@ -186,5 +187,5 @@ def control_actions(actions: Sequence[Action]) -> tuple[Action, ...]:
     """
     if not any(action.finetune_tokens for action in actions):
         return ()
-    return tuple(Action(sparsity=0.0, **action.model_dump(include={"learning_rate", "finetune_tokens", "data_start_tokens",
-                                                                   "seed"})) for action in actions)
+    fields = {"learning_rate", "lr_schedule", "finetune_tokens", "data_start_tokens", "seed"}
+    return tuple(Action(sparsity=0.0, **action.model_dump(include=fields)) for action in actions)

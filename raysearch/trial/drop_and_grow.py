@@ -40,18 +40,18 @@ class DropAndGrow:
         engine = self.engine
         rank, world_size = engine.shard_rank
         masks, num_kept = engine.masks(), engine.kept_counts()
-        nothing = torch.empty(0, device=engine.device)
-        for prunable in engine.prunables:  # a rank that holds nothing of it takes part: it is collective
-            num_weights, kept = math.prod(prunable.shape), num_kept[prunable.name]
-            here = [index for index, shard in enumerate(engine.shards) if shard.name == prunable.name]
-            weights, mask, growth = nothing, nothing.bool(), nothing
+        places = {shard.name: index for index, shard in enumerate(engine.shards)}
+        for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
+            num_weights, kept, index = math.prod(prunable.shape), num_kept[prunable.name], places.get(prunable.name)
             anywhere = None if self.gather else random_growth(num_weights, self.generator)
-            for index in here:
+            weights = growth = torch.empty(0, device=engine.device)
+            mask = weights.bool()
+            if index is not None:
                 shard, mask = engine.shards[index], masks[index]
-                weights, gathered = shard.values, shard.of(engine.optimizer.gathered)
-                growth = anywhere[shard.start:shard.start + len(weights)] if anywhere is not None else gathered
+                weights, growth = shard.values, shard.of(engine.optimizer.gathered)
+                growth = growth if anywhere is None else anywhere[shard.start:shard.start + len(weights)]
             moved = drop_and_grow(weights, mask, growth, num_weights, kept, math.floor(fraction * kept),
                                   all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
-            for index in here:
+            if index is not None:
                 masks[index] = moved
         engine.set_masks(masks, grows=True)

@@ -15,6 +15,19 @@ from raysearch.trial.units import unit_counts, unit_sums
 TINY = torch.finfo(torch.float64).tiny
 
 
+def first_order(engine: Engine, action: Action, text: Blocks | None, units: Units | None) -> Tensor | None:
+    """Scores by the action's sequences, Molchanov et al. 2016 (arXiv 1611.06440) eq. 6: of `units` fp64 [U]; without them those
+    of each weight are the optimizer's `gathered`. No weight changes. Collective, and equal on every rank."""
+    assert text is not None, "the action was checked"
+    if units is not None:
+        return _of_units(engine, action, text, units)
+    totals: dict[Tensor, Tensor] = {}
+    for gathered in _sequences(engine, action, text):
+        totals = {master: each.abs_() + totals.get(master, 0) for master, each in gathered.items()}
+    engine.optimizer.gathered = totals
+    return None
+
+
 def _sequences(engine: Engine, action: Action, text: Blocks) -> Iterator[dict[Tensor, Tensor]]:
     """What was gathered from each. Every rank reads every sequence, so that the mean of their gradients is that of one sequence
     alone, whatever the world size."""
@@ -25,18 +38,9 @@ def _sequences(engine: Engine, action: Action, text: Blocks) -> Iterator[dict[Te
         yield engine.optimizer.gathered
 
 
-def gather_by_sequence(engine: Engine, action: Action, text: Blocks) -> None:
-    """The optimizer's `gathered` becomes the sum over the action's sequences of |what was gathered from one|, Molchanov et al.
-    2016 (arXiv 1611.06440) eq. 6, weight by weight. No weight changes. Collective."""
-    totals: dict[Tensor, Tensor] = {}
-    for gathered in _sequences(engine, action, text):
-        totals = {master: each.abs_() + totals.get(master, 0) for master, each in gathered.items()}
-    engine.optimizer.gathered = totals
-
-
-def scores_by_sequence(engine: Engine, action: Action, text: Blocks, units: Units) -> Tensor:
-    """fp64 [U]: the same of sums over the weights of each unit, over their number; divided by the norm of its layer's, as in
-    their section 2.2. Collective, and equal on every rank."""
+def _of_units(engine: Engine, action: Action, text: Blocks, units: Units) -> Tensor:
+    """|what was gathered, summed over the weights of each unit|, over their number; divided by the norm of its layer's scores,
+    as in their section 2.2."""
     sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
     scores = torch.zeros(len(units.group), dtype=torch.float64)
     for gathered in _sequences(engine, action, text):

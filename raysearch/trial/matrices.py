@@ -35,7 +35,6 @@ def budget_of(engine: Engine, action: Action, text: Blocks | None) -> LayerSpars
     looks at text."""
     if action.budget != "owl":
         return functools.partial(layer_sparsities, engine.prunables, action.budget)
-    assert text is not None
     outliers, sizes = _outliers(engine, action, text)
 
     def by_outliers(sparsity: float) -> dict[str, float]:
@@ -46,7 +45,7 @@ def budget_of(engine: Engine, action: Action, text: Blocks | None) -> LayerSpars
 
 
 @torch.no_grad()
-def _outliers(engine: Engine, action: Action, text: Blocks) -> tuple[list[float], list[dict[str, int]]]:
+def _outliers(engine: Engine, action: Action, text: Blocks | None) -> tuple[list[float], list[dict[str, int]]]:
     """Of each block: the share of its weights whose Wanda score is above `owl_m` times their mean; its matrices' sizes."""
     outliers, sizes, rows = [], [], {p.name: p.rows for p in engine.prunables}
     for sums in _streamed(engine, action, text, squares):
@@ -58,8 +57,9 @@ def _outliers(engine: Engine, action: Action, text: Blocks) -> tuple[list[float]
     return outliers, sizes
 
 
-def _streamed(engine: Engine, action: Action, text: Blocks, statistic: Statistic) -> Iterator[dict[str, Tensor]]:
+def _streamed(engine: Engine, action: Action, text: Blocks | None, statistic: Statistic) -> Iterator[dict[str, Tensor]]:
     """Calibration's stream of this rank's share of the action's sequences."""
+    assert text is not None, "the action was checked"
     number = action.calibration_sequences
     per_rank = -(-number // engine.world_size)
     first = engine.rank * per_rank
@@ -79,11 +79,12 @@ def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float)
 
 
 @torch.no_grad()
-def prune_block_by_block(engine: Engine, action: Action, text: Blocks, of_layer: dict[str, float]) -> None:
+def prune_block_by_block(engine: Engine, action: Action, text: Blocks | None, shares: LayerSparsities) -> None:
     """Each matrix by the inputs that it has behind the pruned blocks before it. Collective; the sequences are shared out."""
     criterion, group = CRITERIA[action.criterion], n_of_m(action.pattern)
     assert criterion.statistic is not None
-    prunables = {p.name: p for p in engine.prunables}
+    assert action.sparsity is not None
+    of_layer, prunables = shares(action.sparsity), {p.name: p for p in engine.prunables}
     for sums in _streamed(engine, action, text, criterion.statistic):
         masks = engine.masks()
         for name, total in sums.items():

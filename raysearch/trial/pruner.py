@@ -22,7 +22,7 @@ from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, th
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
 from raysearch.trial.drop_and_grow import DropAndGrow
-from raysearch.trial.first_order import gather_by_sequence, scores_by_sequence
+from raysearch.trial.first_order import first_order
 from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
 from raysearch.trial.soft_movement import SoftMovement
 from raysearch.trial.units import unit_counts, unit_masks, unit_sums
@@ -51,19 +51,13 @@ class Pruner:
         self._of_layer = budget_of(self.engine, self.action, self.text)
         self._before = self.engine.masks() if self.units else []
         if self.criterion.statistic is not None:
-            assert self.text is not None
-            assert self.action.sparsity is not None
-            prune_block_by_block(self.engine, self.action, self.text, self._of_layer(self.action.sparsity))
+            prune_block_by_block(self.engine, self.action, self.text, self._of_layer)
             return
         if self.criterion.is_soft:
             self._by_itself = SoftMovement(self.engine, self.action, self.num_steps)
             return
         if self.criterion.by_sequence:
-            assert self.text is not None
-            if self.units is None:
-                gather_by_sequence(self.engine, self.action, self.text)
-            else:
-                self._of_units = scores_by_sequence(self.engine, self.action, self.text, self.units)
+            self._of_units = first_order(self.engine, self.action, self.text, self.units)
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             self.engine.optimizer.gathered = {}

@@ -178,7 +178,7 @@ def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: in
     worker.engine.micro_sequences = micro_tokens // worker.study.data.context_tokens
     engine, times = worker.engine, [time.perf_counter()]
     pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
-    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature)
+    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature, action.distill_hidden)
     pruner.begin()
     times.append(time.perf_counter())
     train_loss = None

@@ -5,7 +5,7 @@ import math
 import torch
 
 from raysearch.config import Action
-from raysearch.pruning.budgets import masks_are_due, sparsity_at
+from raysearch.pruning.budgets import masks_are_due, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import gather_movement
 from raysearch.training.engine import Engine
 
@@ -27,7 +27,11 @@ class SoftMovement:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
+        """Nothing is scored once the masks are settled."""
         assert self.action.threshold is not None
+        last = pruning_steps(self.num_steps)[1]
+        if step > last:
+            return
         cut = sparsity_at(step, self.num_steps, 0.0, self.action.threshold)
         penalty = self.action.score_penalty * cut / self.action.threshold / self.num_weights
         for master, scores in self.scores.items():
@@ -42,3 +46,5 @@ class SoftMovement:
                 if shard.name in self.engine.prunable_names:  # what the parent had pruned is 0 in both
                     masks[index] = (torch.sigmoid(scores) > cut) & ((shard.values != 0) | (latents != 0))
             self.engine.set_masks(masks)
+        if step == last:
+            self.engine.optimizer.gathered = {}

@@ -1,23 +1,10 @@
-"""The learning rate's path, and fine-tuning on a real engine."""
-
-import itertools
-
-import pytest
+"""Fine-tuning on a real engine."""
 
 from raysearch.config import Action
-from raysearch.training.finetune import finetune, learning_rate_at
+from raysearch.training.finetune import finetune
 from raysearch.trial.worker import Worker
 
 TOKENS = 64 * 16
-
-
-def test_learning_rate_rises_then_falls_to_a_tenth() -> None:
-    rates = [learning_rate_at(step, 1000, 2.0, 100) for step in range(1000)]
-    assert rates[0] == 0.02
-    assert max(rates) == rates[99] == rates[100] == 2.0
-    assert rates[-1] == pytest.approx(0.2, rel=1e-3)
-    assert all(a >= b for a, b in itertools.pairwise(rates[100:]))
-    assert learning_rate_at(0, 1, 2.0, 0) == 2.0
 
 
 def test_fine_tuning_lowers_the_loss(worker: Worker) -> None:

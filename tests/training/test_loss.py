@@ -71,6 +71,30 @@ def test_a_teacher_is_followed(family: str) -> None:
         assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-7), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_are_followed(family: str) -> None:
+    """SquareHead, number by number."""
+    torch.manual_seed(0)
+    model, dense = FAMILIES[family]().train(), FAMILIES[family]().train()
+    tokens = torch.randint(64, (2, 5))
+    with torch.no_grad():
+        wanted = dense(input_ids=tokens, output_hidden_states=True)
+    output = model(input_ids=tokens, labels=tokens, output_hidden_states=True)
+    total: Any = output.loss
+    for block in (1, 2):
+        error = size = 0.0
+        for found, of_dense in zip(output.hidden_states[block].flatten(), wanted.hidden_states[block].flatten().tolist()):
+            error, size = error + (found - of_dense) ** 2, size + of_dense**2
+        total = total + 0.7 * error / (size + 320 * torch.finfo(torch.bfloat16).eps)
+    wanted_gradients = gradients(model, total)
+    take_loss(model)
+    teacher = (wanted.logits, torch.tensor(0.0), torch.tensor(1.0))
+    loss = model(input_ids=tokens, loss=next_token_loss, teacher=teacher, states=(wanted.hidden_states[1:], torch.tensor(0.7)))
+    assert torch.allclose(loss, total, rtol=1e-5)
+    for name, gradient in gradients(model, loss).items():
+        assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-7), name
+
+
 def test_gpt2_too_and_without_a_loss_nothing_changed(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model).train()
     tokens = torch.arange(60).view(3, 20)

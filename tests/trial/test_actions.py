@@ -36,6 +36,7 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"target_sparsity": 0.5, "finetune_epochs": 0.01}, "finetune_epochs must be 0 or make at least one step of 256 tokens"),
     ({"target_sparsity": 0.5, "l1_lambda": 0.1}, "l1_lambda acts during fine-tuning"),
     ({"target_sparsity": 0.5, "distill_alpha": 0.1}, "distill_alpha acts during fine-tuning, .*got distill_alpha 0.1"),
+    ({"target_sparsity": 0.5, "distill_hidden": 0.1}, "distill_hidden acts during fine-tuning, .*got distill_hidden 0.1"),
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
@@ -114,7 +115,7 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
     ({"sparsity": 0.5, "criterion": "rigl", "finetune_tokens": 256, "mask_interval_steps": 1}, "criterion rigl needs a drop"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
-     "l1_lambda, learning_rate and mask_decay must be at least 0"),
+     "l1_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
 ])
 def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:
     good = Action(sparsity=0.3)
@@ -151,13 +152,13 @@ def test_actions_that_train_need_text(study: Study) -> None:
 
 def test_a_control_trains_as_its_trial_does_and_prunes_nothing(study: Study) -> None:
     config = TrialConfig(schedule="linear", target_sparsity=0.6, num_rounds=2, finetune_epochs=0.5, l1_lambda=1e-4,
-                         learning_rate=1e-3, criterion="movement", scope="layer")
+                         learning_rate=1e-3, criterion="movement", scope="layer", lr_schedule="one_cycle")
     actions = resolve_actions(config, study.replaced(seed=3), 10**6)
     assert control_actions(actions) == (
-        Action(sparsity=0.0, learning_rate=1e-3, finetune_tokens=512, data_start_tokens=0, seed=3),
-        Action(sparsity=0.0, learning_rate=1e-3, finetune_tokens=512, data_start_tokens=512, seed=3))
+        Action(sparsity=0.0, learning_rate=1e-3, lr_schedule="one_cycle", finetune_tokens=512, data_start_tokens=0, seed=3),
+        Action(sparsity=0.0, learning_rate=1e-3, lr_schedule="one_cycle", finetune_tokens=512, data_start_tokens=512, seed=3))
     by_threshold = TrialConfig(threshold=0.5, threshold_unit="std", schedule="linear", num_rounds=2, finetune_epochs=0.5,
-                               learning_rate=1e-3)
+                               learning_rate=1e-3, lr_schedule="one_cycle")
     assert control_actions(resolve_actions(by_threshold, study.replaced(seed=3), 10**6)) == control_actions(actions)
 
 

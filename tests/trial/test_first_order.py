@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from raysearch.config import Action
 from raysearch.models.architectures import layout
 from raysearch.pruning.patterns import heads
-from raysearch.trial.first_order import gather_by_sequence, scores_by_sequence
+from raysearch.trial.first_order import first_order
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
 from raysearch.trial.worker import Worker
@@ -34,7 +34,7 @@ def test_each_weights_score_is_the_sum_of_sizes_over_sequences(worker: Worker, p
     engine = worker.engine
     before = {name: engine.gather(name).clone() for name in engine.shapes}
     engine.restart(0.0, distill_alpha=1.0)  # the loss of the round to come is none of it: at the dense model it has no gradient
-    gather_by_sequence(engine, ACTION, worker.inputs.blocks)
+    first_order(engine, ACTION, worker.inputs.blocks, None)
     for shard in engine.prunable_shards:
         wanted = sum(product[shard.name].abs() for product in products).flatten()
         assert torch.allclose(shard.of(engine.optimizer.gathered), wanted, rtol=1e-3, atol=1e-8), shard.name
@@ -53,7 +53,7 @@ def test_each_weights_score_is_the_sum_of_sizes_over_sequences(worker: Worker, p
 def test_a_heads_score_is_the_sum_of_sizes_of_its_sums_over_its_layers_norm(worker: Worker, products: list) -> None:
     engine = worker.engine
     engine.restart(0.0)
-    found = scores_by_sequence(engine, ACTION, worker.inputs.blocks, heads(layout(engine.model, engine.prunables)))
+    found = first_order(engine, ACTION, worker.inputs.blocks, heads(layout(engine.model, engine.prunables)))
     width, wanted = engine.model.config.n_embd // 2, []
     for layer in range(2):
         total = [0.0, 0.0]
