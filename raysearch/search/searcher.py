@@ -188,6 +188,7 @@ class StudySearcher(Searcher):
         job = self._running.pop(trial_id, None)
         if job is None:
             return
+        error |= job["kind"] == "dense" and (result or {}).get("status") == "failed"
         with self._refusing():
             if job["kind"] in RECORDED:
                 self._end(job["number"], error)

@@ -15,6 +15,7 @@ from raysearch.config import Study
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, config_hash
 from raysearch.study.storage import StorePath, pull, push
+from raysearch.training.finetune import Diverged
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs
 from raysearch.trial.round import dense_round, mend_candidate, report_round
@@ -95,7 +96,12 @@ class Rank:
             candidate = mend_candidate(self.worker, actions, job["key"], raced)
             yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate)}
         else:
-            dense = dense_round(self.worker)
+            try:
+                dense = dense_round(self.worker)
+            except Diverged:  # another gang would find the same
+                traceback.print_exc()
+                yield {"done": True, "status": "failed"}
+                return
             candidate = dense if job["kind"] == "dense" else ledger.candidate(job["key"])
             report = report_round(self.worker, candidate)
             yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate),

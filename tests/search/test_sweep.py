@@ -159,9 +159,11 @@ def test_a_model_that_is_no_better_than_chance_ends_the_sweep(tmp_path: Path, ti
     write_space(tmp_path, broken, stories, num_trials=9)
     code, out, err = finish(sweep(tmp_path))
     assert code == 2, out + err
-    sentence = err.splitlines()[-1]  # Tune has printed its traceback before
+    assert "Traceback" not in err
+    sentence = err.splitlines()[-1]
     assert "the dense baseline could not be scored, so no trial can run: raysearch.training.finetune.Diverged" in sentence
     assert sentence.endswith(f"(log in {tmp_path / 'study' / 'trials' / '-0001.rank-0.log'})")
+    assert (tmp_path / "study" / "trials" / "-0001.rank-0.log").read_text().count("Diverged: the dense model:") == 1
     assert len(Ledger.open(tmp_path / "study").trials()) <= 3  # those that began beside it
 
 

@@ -73,7 +73,8 @@ def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_no_later_trial_compiles_anything(tiny_model: Path, device: str) -> None:
     for stage, case in on_ranks(tiny_model, device, 1, "graphs").items():
-        assert case["num_graphs"] == {"0": 1, "3": 2}[stage], stage  # forward and loss; a block, for all of them, and the head
+        # forward and loss; or a block, for all of them, and the head
+        assert case["num_graphs"] == {"0": 1, "0, deep": 2, "3": 2}[stage], stage
         assert case["num_breaks"] == 0, stage
         assert case["num_later"] == 0, stage
         assert case["compiled"] == pytest.approx(case["eager"], rel=1e-5), stage
@@ -250,11 +251,14 @@ def graphs(model: str) -> dict:
 
     from torch._dynamo.utils import counters
 
+    from raysearch.training import loss
     from raysearch.training.engine import Engine
 
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     found = {}
-    for stage in (0, 3):  # stage 3 last: it changes how models are loaded
+    for name, whole_graph_blocks in (("0", 16), ("0, deep", 1), ("3", 16)):  # stage 3 last: it changes how models are loaded
+        loss.WHOLE_GRAPH_BLOCKS, stage = whole_graph_blocks, int(name[0])
+        torch._dynamo.reset()
         engines = {is_compiled: Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128,
                                        context_tokens=32, weight_decay=0.1, micro_batch=MicroBatch(64, False),
                                        compiled=is_compiled)
@@ -270,7 +274,7 @@ def graphs(model: str) -> dict:
         engine.model.eval()
         with torch.no_grad():
             engine.model(input_ids=torch.zeros(1, 7, dtype=torch.int64, device=engine.device))
-        found[stage] = case | {"num_later": counters["stats"]["unique_graphs"] - case["num_graphs"]}
+        found[name] = case | {"num_later": counters["stats"]["unique_graphs"] - case["num_graphs"]}
     return found
 
 
