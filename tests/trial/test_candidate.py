@@ -14,14 +14,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.config import Action, Study, TrialConfig, study_of
 from raysearch.deploy.export import export
-from raysearch.models.weights import read_weights
+from raysearch.kernels import SparseWeight
+from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256, persist
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.study.storage import StorePath, as_file
 from raysearch.trial.actions import resolve_actions
-from raysearch.trial.candidate import intact
+from raysearch.trial.candidate import intact, written_meanwhile
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, load_candidate, recover_weights, run_round
 from raysearch.trial.run import run_trial
@@ -120,6 +121,21 @@ def test_storage_that_always_refuses_fails_the_trial_with_the_path(apart: Worker
     assert "cannot be written, twice 0.5 s apart" in failed.reason
     assert list(apart.ledger.rounds()) == [apart.inputs.root_key]
     assert not [path for path in (apart.ledger.directory / "rounds").iterdir() if path.name.startswith(".")]
+
+
+def test_what_has_no_mask_is_stored_with_its_zeros(apart: Worker) -> None:
+    weights = {name: apart.engine.gather(name).clone() for name in apart.engine.shapes}
+    bias, matrix = "transformer.h.0.mlp.c_fc.bias", "transformer.h.0.mlp.c_fc.weight"
+    weights[bias][:100] = 0
+    weights[matrix][3] = 0
+    apart.engine.load(weights)
+    with written_meanwhile(apart, "key") as written:
+        stored = read_sparse(written.result()[0], None)
+        assert isinstance(stored[bias], torch.Tensor)
+        assert isinstance(stored[matrix], SparseWeight)
+        assert set(stored) == set(weights)
+        back = read_weights(written.result()[0], None)
+        assert all(torch.equal(back[name].view_as(weight), weight) for name, weight in weights.items())
 
 
 @pytest.fixture
