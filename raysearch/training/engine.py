@@ -307,11 +307,8 @@ class Engine:
 
     def watch(self, gather: Gather) -> None:
         """From the next step on `gather` adds up, from 0, for the groups that hold prunable weights."""
-        self.optimizer.gathered = {master: torch.zeros_like(master) for master in self._prunable_masters()}
-        self.optimizer.gather = gather
-
-    def _prunable_masters(self) -> Iterable[Tensor]:
-        return {shard.master: None for shard in self.prunable_shards}
+        masters = {shard.master: None for shard in self.prunable_shards}
+        self.optimizer.gather, self.optimizer.gathered = gather, {master: torch.zeros_like(master) for master in masters}
 
     @torch.no_grad()
     def gather(self, name: str) -> Tensor:

@@ -58,7 +58,7 @@ class SparseAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        for master in self._masters():
+        for master in [master for group in self.param_groups for master in group["params"]]:
             if master in self.gathered:
                 self._look(master)
             if master in self.trained:
@@ -113,6 +113,3 @@ class SparseAdamW(torch.optim.AdamW):
             self.gather(gathered, weights + latent, gradients / self.clip_factor)
         if master in self.masks and master in self.latents:
             master.grad.mul_(self.masks[master])
-
-    def _masters(self) -> list[Tensor]:
-        return [master for group in self.param_groups for master in group["params"]]

@@ -177,6 +177,7 @@ def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: in
     worker.loaded_key = None
     worker.engine.micro_sequences = micro_tokens // worker.study.data.context_tokens
     engine, times = worker.engine, [time.perf_counter()]
+    torch.manual_seed(action.seed + engine.rank)  # of dropout, which many a model brings
     pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
     engine.restart(action.l1_lambda, action.distill_alpha, action.temperature, action.distill_hidden)
     pruner.begin()

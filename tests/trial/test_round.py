@@ -21,7 +21,7 @@ from raysearch.study.ledger import Ledger
 from raysearch.study.records import round_key
 from raysearch.training.finetune import Diverged
 from raysearch.trial.inputs import read_inputs
-from raysearch.trial.round import check_quality, dense_round, report_round, run_round
+from raysearch.trial.round import check_quality, dense_round, report_round, run_round, train_candidate
 from raysearch.trial.worker import Worker
 
 TOKENS = 64 * 16
@@ -41,6 +41,21 @@ def test_sparsity_zero_reproduces_the_dense_metrics(worker: Worker) -> None:
         assert list(one) == list(other)
         assert all(np.array_equal(a, b) for name in one for a, b in zip(one[name], other[name]))
     assert (same.sparsity, same.num_nonzero) == (0.0, dense.num_nonzero)
+
+
+def test_dropout_is_the_rounds_own(worker: Worker) -> None:
+    dense, action = dense_round(worker), Action(sparsity=0.3, finetune_tokens=TOKENS, learning_rate=1e-3)
+    modules = [module for module in worker.engine.model.modules() if isinstance(module, torch.nn.Dropout)]
+    found = []
+    for p, drawn_before in ((0.2, 0), (0.2, 100), (0.0, 0)):
+        for module in modules:
+            module.p = p
+        torch.rand(drawn_before)
+        train_candidate(worker, dense, action)
+        found.append(weights_of(worker))
+    first, again, without = found
+    assert all(torch.equal(again[name], weights) for name, weights in first.items())
+    assert not all(torch.equal(without[name], weights) for name, weights in first.items())
 
 
 def test_metrics_of_both_splits_come_from_the_stored_items(worker: Worker) -> None:
