@@ -55,16 +55,15 @@ def control(steps: int) -> dict[str, Any]:
 
 def one_shot() -> Iterator[Case]:
     """No training."""
-    per_layer = {"magnitude": "layer", "wanda": "row", "ria": "row", "sparsegpt": "layer"}
+    per_layer = {"magnitude": "layer", "taylor": "layer", "wanda": "row", "ria": "row", "sparsegpt": "layer"}
+    for criterion in per_layer:
+        yield f"{criterion}, 2:4", {"criterion": criterion, "pattern": "2:4"}, 0
     for sparsity in (0.5, 0.7):
         yield f"magnitude, global, {sparsity}", {"target_sparsity": sparsity}, 0
         for criterion, scope in per_layer.items():
             method = {"criterion": criterion, "scope": scope, "target_sparsity": sparsity}
             yield f"{criterion}, {scope}, {sparsity}", method, 0
-            if criterion != "sparsegpt" or scope == "layer":
-                yield f"{criterion}, {scope}, {sparsity}, OWL", {**method, "budget": "owl"}, 0
-    for criterion in per_layer:
-        yield f"{criterion}, 2:4", {"criterion": criterion, "pattern": "2:4"}, 0
+            yield f"{criterion}, {scope}, {sparsity}, OWL", {**method, "budget": "owl"}, 0
 
 
 def losses() -> Iterator[Case]:
@@ -90,6 +89,7 @@ def methods() -> Iterator[Case]:
                     ("sparsegpt", {"criterion": "sparsegpt", "scope": "layer"}),
                     ("wanda", {"criterion": "wanda", "scope": "row"}),
                     ("movement", {"criterion": "movement"}),
+                    ("magnitude and 2/3 KL", {"distill_alpha": 2 / 3}),
                     ("SR-STE", {"criterion": "sr_ste"}),
                     ("RigL", {"criterion": "rigl"}),
                     ("SET", {"criterion": "set"})):
