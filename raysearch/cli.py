@@ -257,11 +257,31 @@ def sweep(
 
 
 @app.command()
-def space(new: Annotated[str, typer.Option(help="Module to write, such as search_spaces.mine.", metavar="NAME")]) -> None:
-    """Write a search space to begin with, a copy of the demo's, below the current folder."""
-    from raysearch.search.space import new_space
+def space(
+    space: Annotated[str | None, typer.Argument(help="Search space module, such as search_spaces.demo.")] = None,
+    new: Annotated[str | None, typer.Option(help="Write this module instead, a copy of the demo's.", metavar="NAME")] = None,
+) -> None:
+    """What a search space draws: its parameters, when each occurs, and ten configurations round by round."""
+    from raysearch.search.space import load_space, new_space
 
-    echo(f"{new_space(new)}: change STUDY and space(trial) there, then: raysearch plan {shlex.quote(new)}")
+    if (space is None) == (new is None):
+        raise ValueError("space takes a module to show, or --new NAME to write one, got "
+                         f"{'neither' if new is None else f'{space} and --new {new}'}; give one of them")
+    if new is not None:
+        echo(f"{new_space(new)}: change STUDY and space(trial) there, then: raysearch space {shlex.quote(new)}")
+        return
+    study, sample = load_space(str(space))
+    from raysearch.search.draws import describe_space, draws
+
+    drawn = draws(study, sample)
+    weights = None
+    if os.path.isdir(study.model.path):
+        from raysearch.models.model import num_weights  # seconds, after what may be wrong in the space
+
+        weights = num_weights(study.model.path, study.model.prunable)
+    echo(describe_space(study, drawn, weights))
+    if weights is None:
+        echo(f"model {study.model.path}: no such folder here, so that sizes are fractions")
 
 
 @app.command()

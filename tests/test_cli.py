@@ -214,6 +214,8 @@ GIVEN = {  # files that the cases below name
     "no_space.py": b"STUDY = {'model': {'path': 'm'}}", "syntax.py": b"STUDY = {\n", "raises.py": b"1 / 0",
     "settings.py": b"STUDY = {'model': {'path': 'm'}, 'search': {'num_trials': 0}}\ndef space(trial): return {}",
     "section.py": b"STUDY = {'model': {'path': 'm'}, 'serach': {}}\ndef space(trial): return {}",
+    "contradicts.py": b"STUDY = {'model': {'path': 'm'}}\ndef space(trial):\n    return {'schedule': 'linear', "
+                      b"'num_rounds': 2, 'initial_sparsity': trial.suggest_float('s', 0.9, 0.9), 'target_sparsity': 0.5}",
     "list.py": b"STUDY = []\ndef space(trial): return {}",
     "trials.jsonl": b'{"target_sparsity": 2}', "no_trials.jsonl": b"\n",
 }
@@ -280,6 +282,10 @@ BAD = [
     (("plan", "given.null"), "given.null: cannot be imported: SyntaxError: source code string cannot contain null bytes"),
     (("plan", "given/list.py"), "search space given/list.py: cannot be imported"),
     (("plan", ""), "search space : cannot be imported"),
+    (("space",), "space takes a module to show, or --new NAME to write one, got neither"),
+    (("space", "given.raises", "--new", "a"), "got given.raises and --new a; give one of them"),
+    (("space", "given.no_space"), "must define STUDY (a dict of settings) and space(trial)"),
+    (("space", "given.contradicts"), "target_sparsity must be at least initial_sparsity (0.9), got 0.5"),
     (("space", "--new", "a b"), "--new must be the name of a Python module"),
     (("space", "--new", "given.raises"), "exists already; give another name"),
     # a sweep

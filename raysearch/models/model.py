@@ -179,6 +179,14 @@ def size_of(config: PretrainedConfig) -> ModelSize:
                      config.num_hidden_layers, config.vocab_size)
 
 
+def num_weights(path: str, prunable: str) -> tuple[int, int]:
+    """(all parameters, the prunable ones) of the model in this folder, from its configuration alone."""
+    model = from_config(load_config(path), torch.float32)
+    model.tie_weights()
+    return (sum(parameter.numel() for parameter in model.parameters()),
+            sum(math.prod(each.shape) for each in prunable_parameters(model, prunable)))
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """ValueError of one sentence where the folder has none: transformers would make up an empty one."""
     folder = model_folder(path)

@@ -111,8 +111,6 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
     if opened.metric_names is None:
         opened.set_metric_names(list(study.search.objectives))
     seal_journal(ledger)
-    opened.sampler = optuna.samplers.TPESampler(
-        seed=study.search.sampler_seed + len(opened.get_trials(deepcopy=False)), multivariate=True, group=True)
     return opened
 
 

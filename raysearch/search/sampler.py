@@ -1,96 +1,229 @@
-"""The search's brain: which trial next, from what was observed. No Ray, no files: a simulator can drive it.
+"""The search's brain: which trial next, from every round that was observed. No Ray, no files: a simulator drives it too.
 
 Optuna's own study does the sampling. Ray's OptunaSearch cannot do this job (it drops intermediate results of several
 objectives and tells a stopped trial as complete: docs/log.md), so this is a small one on `study.ask` and `study.tell`.
 """
 
-from collections.abc import Sequence
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optuna
 from optuna.distributions import distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
-from raysearch.config import Study
+from raysearch.config import Action, Study, TrialConfig
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
+from raysearch.trial.actions import resolve_actions
+
+NUM_DRAWS, NUM_RANDOM_DRAWS = 20, 1000
+"""How often the sampler, and after it chance, may propose what was proposed before, until the space counts as used up. Of one
+that has a single new configuration among 100, chance misses it once in 20,000 times."""
 
 
 class Asked(NamedTuple):
     number: int
-    trial: GivenTrial | ValueError
-    """The error where the space makes none."""
+    config: TrialConfig | None
+    """None where the trial was given as actions, and where the space makes none."""
+    actions: tuple[Action, ...]
     parameters: dict[str, Any]
     """What was sampled; empty for a given trial."""
     distributions: dict[str, str]
     """Optuna's JSON of what each was drawn from."""
+    error: ValueError | None = None
+    """Why the space makes none."""
 
 
-class Observation(NamedTuple):
-    """A finished round of a trial."""
+class Numbered:
+    """A trial of the sampler's own study, under the number that it is going to have in the journal."""
 
-    depth: int
-    """Actions so far."""
-    values: tuple[float, ...] | None
-    """Of the objectives; None where a metric is missing."""
+    def __init__(self, trial: optuna.Trial, number: int) -> None:
+        self._trial, self.number = trial, number
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
 
 
 class Sampler:
-    """Asks for trials and observes rounds. `optuna_study` holds what was told before; `given` trials are proposed in their
-    order instead of what Optuna samples from `space`; `proposals`, the fingerprint of the study's space, is what each trial is
-    checked against."""
+    """Asks for trials and observes rounds. `journal` holds what was told before and hears one entry a trial, for people and
+    the next sweep; `given` trials are proposed in their order instead of what `sampler` (Optuna's TPE) makes of `space`;
+    `proposals`, the fingerprint of the study's space, is what each trial is checked against."""
 
-    def __init__(self, optuna_study: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
-                 num_asked: int = 0, proposals: Proposals | None = None) -> None:
-        self.optuna_study, self.study, self.space, self.given = optuna_study, study, space, given
-        self.num_asked, self.proposals = num_asked, proposals
+    def __init__(self, journal: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
+                 num_asked: int = 0, proposals: Proposals | None = None, num_train_tokens: int = 0,
+                 sampler: optuna.samplers.BaseSampler | None = None) -> None:
+        self.journal, self.study, self.space, self.given = journal, study, space, given
+        self.num_asked, self.proposals, self.num_train_tokens = num_asked, proposals, num_train_tokens
         """Trials that count: those that began, in this sweep and before it."""
-        self.observations: dict[int | None, list[Observation]] = {}
-        """By trial, in order; None is the dense baseline, the round 0 of all."""
+        self.observations: dict[int | None, dict[int, tuple[float, ...] | None]] = {}
+        """By trial and depth (actions so far), the objectives' values; None is the dense baseline, the round 0 of all, and
+        for values that a metric is missing."""
+        told = journal.get_trials(deepcopy=False)
+        seed = study.search.sampler_seed + len(told)
+        self.heard = optuna.create_study(directions=journal.directions, sampler=sampler or optuna.samplers.TPESampler(
+            seed=seed, multivariate=True, group=True))
+        """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
+        self.heard.add_trials(told)
+        self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
+        self._asked: dict[int, Asked] = {}
+        self._number_heard = {trial.number: trial.number for trial in told}
+        self._proposed: set[tuple[Action, ...]] = set()
+        """With the prefixes of each: whose rounds all are known, or will be."""
 
-    def ask(self) -> Asked:
-        """The next trial."""
-        trial = self.optuna_study.ask()
-        proposed: GivenTrial | ValueError
-        distributions = {}
+    def recall(self, trial: TrialRecord, candidate: Callable[[str], RoundRecord | None]) -> None:
+        """A trial of an earlier sweep, which the journal knows, and its rounds."""
+        asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions)
+        self._asked[trial.number] = asked
+        self._proposed.update(prefixes(trial.actions))
+        for depth, key in enumerate(trial.keys[:len(trial.actions) - 1], start=1):
+            if (trial.status == "failed" or self._prefix(asked, depth)) and (record := candidate(key)) is not None:
+                self.observe(trial.number, record)
+        self._hear_divergence(trial)
+
+    def ask(self) -> Asked | None:
+        """The next trial; None where the space has none that was not proposed."""
+        number = len(self.journal.get_trials(deepcopy=False))
+        asked = self._given(number) if self.given is not None else self._new(number)
+        if asked is not None:
+            self._asked[number] = asked
+            self._proposed.update(prefixes(asked.actions))
+            self.journal.add_trial(optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=asked.parameters,
+                distributions={name: json_to_distribution(each) for name, each in asked.distributions.items()}))
+            self.num_asked += 1
+        return asked
+
+    def _given(self, number: int) -> Asked:
+        assert self.given is not None
+        trial = self.given[self.num_asked]
+        self._number_heard[number] = self.heard.ask().number
+        if isinstance(trial, TrialConfig):
+            return Asked(number, trial, resolve_actions(trial, self.study, self.num_train_tokens), {}, {})
+        return Asked(number, None, trial, {}, {})
+
+    def _new(self, number: int) -> Asked | None:
+        for study in [self.heard] * NUM_DRAWS + [self._chance] * NUM_RANDOM_DRAWS:
+            trial = study.ask()
+            asked = self._draw(Numbered(trial, number))
+            if asked.error is not None or asked.actions not in self._proposed:
+                if study is self._chance:
+                    self.heard.add_trial(optuna.trial.create_trial(
+                        state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions))
+                self._number_heard[number] = len(self.heard.get_trials(deepcopy=False)) - 1
+                return asked
+            study.tell(trial, state=TrialState.FAIL)
+        return None
+
+    def _draw(self, trial: Any) -> Asked:
+        """What the space makes of the trial."""
+        config, actions, error = None, (), None
         try:
-            proposed = draw(self.space, trial) if self.given is None else self.given[self.num_asked]
-            distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+            config = draw(self.space, trial)
+            actions = resolve_actions(config, self.study, self.num_train_tokens)
+        except ValueError as refused:
+            error = refused
+        distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+        try:
             if self.proposals is not None:
                 self.proposals.check(distributions)
-        except ValueError as error:
-            proposed = error
-        self.num_asked += 1
-        return Asked(trial.number, proposed, dict(trial.params), distributions)
+        except ValueError as refused:
+            error = error or refused
+        return Asked(trial.number, config, actions, dict(trial.params), distributions, error)
+
+    def _prefix(self, asked: Asked, depth: int) -> FrozenTrial | None:
+        """The configuration of the space whose rounds are the trial's first ones, as a running trial; None where there is none.
+
+        It is the trial's own with the number of rounds, and where that is not enough the target, of the prefix: what comes out
+        is compared, so it may only be missed, as where a parameter is not named like its setting.
+        """
+        if asked.config is None or not asked.parameters:
+            return None
+        last = asked.actions[depth - 1]
+        own = {name: name.rpartition("/")[2] for name, value in asked.parameters.items()
+               if value == getattr(asked.config, name.rpartition("/")[2], None)}
+        of_prefix = {"num_rounds": depth, "target_sparsity": last.sparsity, "threshold": last.threshold}
+        for fields in (("num_rounds",), ("num_rounds", "target_sparsity", "threshold")):
+            changes = {name: of_prefix[field] for name, field in own.items() if field in fields}
+            if not changes:
+                continue
+            # FixedTrial warns of what lies outside a parameter's range, and create_trial refuses it
+            with warnings.catch_warnings(action="ignore", category=UserWarning), contextlib.suppress(ValueError):
+                fixed = optuna.trial.FixedTrial(asked.parameters | changes, asked.number)
+                if to_9_decimals(self._draw(fixed).actions) == to_9_decimals(asked.actions[:depth]):
+                    return optuna.trial.create_trial(state=TrialState.RUNNING, params=dict(fixed.params),
+                                                     distributions=dict(fixed.distributions))
+        return None
 
     def observe(self, number: int | None, candidate: RoundRecord) -> None:
         """A finished round of trial `number`; None is the dense baseline. One that was observed already is not again."""
-        rounds = self.observations.setdefault(number, [])
-        if all(known.depth != candidate.depth for known in rounds):
-            rounds.append(Observation(candidate.depth, objective_values(candidate, self.study.search.objectives)))
+        rounds = self.observations.setdefault(number, {})
+        if candidate.depth in rounds:
+            return
+        rounds[candidate.depth] = values = objective_values(candidate, self.study.search.objectives)
+        if number is not None and candidate.depth < len(self._asked[number].actions):
+            self._hear(number, candidate.depth, values, diverged=False)
+
+    def _hear(self, number: int, depth: int, values: Sequence[float] | None, diverged: bool) -> None:
+        prefix = self._prefix(self._asked[number], depth)
+        if prefix is not None and values is not None:
+            self.heard.add_trial(prefix)
+            tell(self.heard, len(self.heard.get_trials(deepcopy=False)) - 1, *complete(values, diverged))
 
     def end(self, trial: TrialRecord) -> None:
-        """The trial will not go on. Optuna hears its last candidate: samplers on parameters know nothing of rounds."""
-        rounds = [*self.observations.get(None, []), *self.observations.get(trial.number, [])]
-        state, values, constraints = outcome(trial, rounds[-1].values if rounds else None)
-        handle = optuna.Trial(self.optuna_study, self.optuna_study.get_trials(deepcopy=False)[trial.number]._trial_id)
+        """The trial will not go on: the journal and the sampler hear its last candidate, and of a diverged round also the
+        configuration that ends with it."""
+        values = self._last_values(trial)
+        handle = optuna.Trial(self.journal, self.journal.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():
             handle.set_user_attr(name, value)
-        for name, value in constraints.items():
-            handle.set_constraint(name, value)
-        self.optuna_study.tell(trial.number, values, state=state)
+        for study, number in ((self.journal, trial.number), (self.heard, self._number_heard[trial.number])):
+            tell(study, number, *outcome(trial, values))
+        self._hear_divergence(trial)
+
+    def _hear_divergence(self, trial: TrialRecord) -> None:
+        if trial.status == "failed" and not trial.crashed and len(trial.keys) + 1 < len(trial.actions):
+            self._hear(trial.number, len(trial.keys) + 1, self._last_values(trial), diverged=True)
+
+    def _last_values(self, trial: TrialRecord) -> tuple[float, ...] | None:
+        rounds = self.observations.get(None, {}) | self.observations.get(trial.number, {})
+        return rounds[max(rounds)] if rounds else None
 
 
-def outcome(trial: TrialRecord, values: Sequence[float] | None
-            ) -> tuple[TrialState, Sequence[float] | None, dict[str, float]]:
-    """(state, values, constraints) by which Optuna knows a trial that ended.
+Outcome = tuple[TrialState, Sequence[float] | None, dict[str, float]]
+"""(state, values, constraints) by which Optuna knows a trial that ended."""
 
-    A diverged trial is complete but infeasible, so that the sampler learns from it; a crashed one fails, which says nothing
-    about its configuration, and so does one whose last candidate lacks an objective.
+
+def tell(study: optuna.Study, number: int, state: TrialState, values: Sequence[float] | None,
+         constraints: dict[str, float]) -> None:
+    handle = optuna.Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+    for name, value in constraints.items():
+        handle.set_constraint(name, value)
+    study.tell(number, values, state=state)
+
+
+def prefixes(actions: tuple[Action, ...]) -> list[tuple[Action, ...]]:
+    return [actions[:depth] for depth in range(1, len(actions) + 1)]
+
+
+def to_9_decimals(actions: Sequence[Action]) -> list[Action]:
+    """Of the 12 to which cuts are rounded, the last may differ where two configurations say the same path."""
+    return [action.model_copy(update={name: round(cut, 9) for name in ("sparsity", "threshold")
+                                      if (cut := getattr(action, name)) is not None}) for action in actions]
+
+
+def outcome(trial: TrialRecord, values: Sequence[float] | None) -> Outcome:
+    """How a trial ended. A diverged one is complete but infeasible, so that the sampler learns from it; a crashed one fails,
+    which says nothing about its configuration, and so does one whose last candidate lacks an objective.
     """
     if trial.crashed or values is None:
         return TrialState.FAIL, None, {}
-    return TrialState.COMPLETE, values, {"diverged": 1.0 if trial.status == "failed" else -1.0}
+    return complete(values, trial.status == "failed")
+
+
+def complete(values: Sequence[float], diverged: bool) -> Outcome:
+    return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0}
 
 
 def user_attributes(trial: TrialRecord) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
-from raysearch.config import Study, TrialConfig
+from raysearch.config import Study
 from raysearch.search.control import due_control, give_up_others, last_control
 from raysearch.search.journal import open_journal, seal_journal
 from raysearch.search.progress import Progress, last_line
@@ -18,7 +18,6 @@ from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, config_hash
-from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import Inputs
 from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
@@ -55,6 +54,8 @@ class StudySearcher(Searcher):
         """In this sweep, or left out for lack of time: one that fails is not tried again before the next sweep."""
         self._num_failed_asks = 0
         """In a row."""
+        self._is_used_up = False
+        """The space has nothing that was not proposed."""
         journal = open_journal(ledger, study, echo, records)
         recorded = {trial.number for trial in records}
         self._interrupted: list[int] = []
@@ -66,9 +67,11 @@ class StudySearcher(Searcher):
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
             num_asked += began or trial.state == TrialState.COMPLETE
-        self.sampler = Sampler(journal, study, space, given, num_asked, proposals)
+        self.sampler = Sampler(journal, study, space, given, num_asked, proposals, inputs.num_train_tokens)
         if (dense := ledger.round(inputs.root_key)) is not None:
             self.sampler.observe(None, dense)
+        for record in records:
+            self.sampler.recall(record, ledger.round)
 
     def has_work(self) -> bool:
         """False when the study is finished and nothing needs to run."""
@@ -109,7 +112,7 @@ class StudySearcher(Searcher):
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
         while (self.sampler.num_asked < self.study.search.num_trials and not out_of_time
-               and self._num_failed_asks < MAX_FAILED_ASKS):
+               and self._num_failed_asks < MAX_FAILED_ASKS and not self._is_used_up):
             if (job := self._ask()) is not None:
                 return job
         if any(job["kind"] != "report" for job in self._running.values()):
@@ -131,21 +134,21 @@ class StudySearcher(Searcher):
             self.refusal = self.refusal or error
 
     def _ask(self) -> Job | None:
-        """The next trial's job; None where the space makes no trial, which is recorded as one that failed."""
+        """The next trial's job; None where the space makes no trial, which is recorded as one that failed, or no new one."""
         asked = self.sampler.ask()
-        config = asked.trial if isinstance(asked.trial, TrialConfig) else None
-        record = TrialRecord(number=asked.number, config=config, actions=(), parameters=asked.parameters,
+        if asked is None:
+            self._is_used_up = True
+            self.progress.echo(f"no further trial is asked for: the space proposes nothing that its {self.sampler.num_asked} "
+                               "trials did not try")
+            return None
+        record = TrialRecord(number=asked.number, config=asked.config, actions=asked.actions, parameters=asked.parameters,
                              distributions=asked.distributions, started_at=utc_now())
         if self.ledger.trial_path(record.number).exists():
             raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
                              "another one; move it to another folder if it is not of this study")
-        try:
-            if isinstance(asked.trial, ValueError):
-                raise asked.trial
-            actions = asked.trial if config is None else resolve_actions(config, self.study, self.inputs.num_train_tokens)
-        except ValueError as error:
+        if asked.error is not None:
             self._num_failed_asks += 1
-            failed = self._failed(record, str(error), None)
+            failed = self._failed(record, str(asked.error), None)
             self.sampler.end(failed)
             self.progress.never_began(failed)
             self.show(failed.number)
@@ -154,7 +157,6 @@ class StudySearcher(Searcher):
                                    "mended one is another study, with an --out of its own")
             return None
         self._num_failed_asks = 0
-        record = record.model_copy(update={"actions": actions})
         self.ledger.write_trial(record)
         return self._trial_job(record)
 

@@ -76,7 +76,7 @@ def test_the_baseline_then_trials_then_the_frontiers_report(tmp_path: Path) -> N
     reported = set(study.ledger.reports())
     for trial in study.ledger.trials():
         last = study.ledger.candidate(trial.keys[-1])
-        recorded = made.sampler.optuna_study.trials[trial.number]
+        recorded = made.sampler.journal.trials[trial.number]
         assert recorded.state == TrialState.COMPLETE
         assert recorded.values == [last.num_nonzero, last.metrics["text/bits_per_byte"].value]
         assert last.key in reported  # smaller is worse here, so that all are on the frontier
@@ -122,11 +122,11 @@ def test_a_trial_whose_record_was_never_written_does_not_count(tmp_path: Path) -
     study, said = SyntheticStudy(tmp_path / "study"), []
     study.dense()
     first = searcher(study, 2, said)
-    first.sampler.optuna_study.ask()  # and there the driver died
+    first.sampler.journal.ask()  # and there the driver died
     made = searcher(study, 2, said)
     assert made.sampler.num_asked == 0
     run_to_the_end(made, study)
-    assert [trial.state for trial in made.sampler.optuna_study.trials] == [
+    assert [trial.state for trial in made.sampler.journal.trials] == [
         TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     assert [trial.number for trial in study.ledger.trials()] == [1, 2]
 
@@ -140,7 +140,7 @@ def test_a_trial_whose_process_died_is_recorded_and_others_go_on(tmp_path: Path)
     failed = study.ledger.trial(0)
     assert failed.status == "failed"
     assert failed.reason == "its process died twice, killed or out of memory; the log is in log_path"
-    assert made.sampler.optuna_study.trials[0].state == TrialState.FAIL
+    assert made.sampler.journal.trials[0].state == TrialState.FAIL
     assert said[-1] == f"trial 0 failed: {failed.reason}"
     assert run_to_the_end(made, study)[0] == "trial"
 
@@ -186,7 +186,7 @@ def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_n
         (0.0, 1024, 0), (0.0, 1024, 1024), (0.0, 1024, 2048)]
     assert "control round 1/3: sparsity 0.000 text/bits_per_byte" in "".join(said)
     assert sum("report split, dense control: sparsity 0.000" in line for line in said) == 1
-    assert [trial.number for trial in made.sampler.optuna_study.trials] == [0, 1, 2]
+    assert [trial.number for trial in made.sampler.journal.trials] == [0, 1, 2]
     reported = set(study.ledger.reports())
     assert control.keys[-1] in reported
     assert not reported & set(control.keys[:-1])  # no round of the control is on the frontier
@@ -266,7 +266,7 @@ def test_a_disk_that_is_full_at_the_journal_is_one_sentence_and_the_next_sweep_c
     assert made.finished
     assert made.progress.count == {"running": 0, "done": 40, "stopped": 0, "failed": 0}
     assert all(study.ledger.trial(number) == trial for number, trial in before.items())
-    assert [trial.number for trial in made.sampler.optuna_study.trials if trial.state == TrialState.COMPLETE] == [
+    assert [trial.number for trial in made.sampler.journal.trials if trial.state == TrialState.COMPLETE] == [
         trial.number for trial in study.ledger.trials()]
 
 
@@ -320,3 +320,14 @@ def test_a_study_of_many_trials_is_ready_soon(tmp_path: Path) -> None:
     assert time.process_time() - started < 0.1
     assert asked.number == 500
     assert ready.sampler.num_asked == 501
+
+
+def test_a_space_that_is_used_up_ends_the_study_with_a_line(tmp_path: Path) -> None:
+    study, said = SyntheticStudy(tmp_path / "study"), []
+    made = searcher(study, 9, said)
+    made.sampler.space = lambda trial: {"target_sparsity": trial.suggest_categorical("target_sparsity", [0.2, 0.4, 0.6])}
+    kinds = run_to_the_end(made, study)
+    assert kinds.count("trial") == 3
+    assert sum("no further trial is asked for: the space proposes nothing that its 3 trials did not try" in line
+               for line in said) == 1
+    assert made.finished

@@ -91,10 +91,10 @@ def test_each_trial_is_checked_against_the_studys_space() -> None:
 
     proposals = Proposals(space)
     sampler = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, space, proposals=proposals)
-    assert sampler.ask().trial.initial_sparsity < 0.9
+    assert sampler.ask().config.initial_sparsity < 0.9
     high = 0.8
     assert re.search(r"draws first from .*0.8.*, and the study's space from .*0.9.*; a space must always",
-                     str(sampler.ask().trial))
+                     str(sampler.ask().error))
 
 
 def test_new_settings_change_no_study_that_does_without_them() -> None:
