@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
-from analysis.uncertainty import NUM_DRAWS, front_share, read_draws
+from analysis.uncertainty import NUM_DRAWS, front_share, resample, whole_items
 from raysearch import config
 from raysearch.config import higher_is_better, is_maximised
 from raysearch.pruning.pareto import hypervolume, non_dominated
@@ -101,13 +101,14 @@ def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
     values = _objectives(frame, pool, split, setting(frame, "size")).dropna()
     drawn, known = np.tile(values.to_numpy(), (NUM_DRAWS, 1, 1)), pd.Series(True, index=values.index)
     keys = pd.Index(pool["key"][values.index])
-    for column, name in enumerate(map(str, values)):
-        if name in config.SIZES:
-            continue
-        read = read_draws(setting(frame, "directory"), values[name].set_axis(keys), split, name)
-        if read is not None:
-            drawn[:, keys.get_indexer(read[0]), column] = read[1].drawn
-        known &= keys.isin([] if read is None else read[0])
+    qualities = values.drop(columns=[name for name in values if name in config.SIZES]).set_axis(keys)
+    for metric, items in whole_items(setting(frame, "directory"), qualities, split).items():
+        try:
+            draws = resample(metric, list(items.values()))
+        except ValueError:  # no items, or those of few documents: no error is known
+            return pd.Series(np.nan, index=values.index)
+        known &= keys.isin(items)
+        drawn[:, keys.get_indexer(list(items)), values.columns.get_loc(metric)] = draws.drawn
     share = front_share(drawn, [is_maximised(str(name)) for name in values])
     return pd.Series(share, index=values.index).where(known)
 

@@ -20,6 +20,8 @@ NUM_DRAWS = 1000
 """The 5th percentile is then known to 0.7 percentage points."""
 ROUNDING = 10
 """Decimals of r: what lies behind is the order in which sums were taken, and must make no tie a difference."""
+MIN_CLUSTERS = 4
+"""With fewer Student's t has no standard deviation."""
 MISMATCH = 1e-6
 """Relative: items whose metric is this far from the recorded one were summed up in a way that its name does not say."""
 
@@ -51,8 +53,10 @@ def resample(metric: str, items: Sequence[Items], num_draws: int = NUM_DRAWS, se
     O(b (n + g k)). Equal clusters are drawn equally for every metric.
 
     Differs in that a draw's distance from the value is scaled by sqrt(g / chi2(g - 1)), one chi2 a draw: quantiles are then
-    those of Student's t with g - 1 degrees of freedom and not too narrow where documents are few. ValueError for a single
-    cluster, or candidates that were scored on different items."""
+    those of Student's t with g - 1 degrees of freedom and not too narrow where documents are few. ValueError for fewer
+    than MIN_CLUSTERS, or candidates that were scored on different items."""
+    if not items:
+        raise ValueError(f"{metric} needs candidates with items, got none")
     items = [each.in_task_order() for each in items]
     first = items[0]
     for each in items[1:]:
@@ -62,8 +66,8 @@ def resample(metric: str, items: Sequence[Items], num_draws: int = NUM_DRAWS, se
     numerator = np.stack([each.numerator for each in items], axis=1)
     clusters, of_item = np.unique(first.cluster, return_inverse=True)
     num_clusters, form = len(clusters), form_of(metric)
-    if num_clusters < 2:
-        raise ValueError(f"{metric} needs items of at least 2 documents for an error, got those of {num_clusters}")
+    if num_clusters < MIN_CLUSTERS:
+        raise ValueError(f"{metric} needs items of at least {MIN_CLUSTERS} documents for an error, got those of {num_clusters}")
     by_cluster = np.argsort(of_item, kind="stable")
     sums = np.add.reduceat(np.column_stack([numerator, first.weight])[by_cluster],
                            np.searchsorted(of_item[by_cluster], np.arange(num_clusters)), axis=0)  # [g, k + 1]
@@ -77,22 +81,22 @@ def resample(metric: str, items: Sequence[Items], num_draws: int = NUM_DRAWS, se
     return Draws(metric, form.value(ratio.round(ROUNDING)), form.value(drawn), numerator, num_clusters)
 
 
-def read_draws(directory: str, recorded: pd.Series, split: Split, metric: str) -> tuple[list[str], Draws] | None:
-    """(keys, their draws) of those candidates in `recorded` (the metric's value by key) whose items on `split` are whole and
-    give that value: all but raced ones, damaged ones and metrics that are not made of sums. None where none is left."""
-    ledger, form = Ledger.open(directory), form_of(metric)
-    found: dict[str, Items] = {}
-    for key, value in recorded.dropna().items():
+def whole_items(directory: str, recorded: pd.DataFrame, split: Split) -> dict[str, dict[str, Items]]:
+    """By metric and key, for `recorded` (keys x metrics, their values): of those candidates whose items on `split` are there
+    and give that value, so without raced and damaged ones and metrics that are not made of sums."""
+    ledger = Ledger.open(directory)
+    found: dict[str, dict[str, Items]] = {str(metric): {} for metric in recorded}
+    for key, values in recorded.iterrows():
         try:
-            items = (ledger.items(str(key), split) or {}).get(metric)
+            items = ledger.items(str(key), split) or {}
         except ValueError:  # damaged: a command warns of it, and the rest is shown
             continue
-        if items is not None and np.isclose(form.value(items.numerator.sum() / items.weight.sum()), value, MISMATCH, 0):
-            found[str(key)] = items
-    try:
-        return (list(found), resample(metric, list(found.values()))) if found else None
-    except ValueError:  # one document, or a study whose items changed: no error is known
-        return None
+        for metric, value in values.items():
+            if (of_metric := items.get(str(metric))) is not None:
+                ratio = of_metric.numerator.sum() / of_metric.weight.sum()
+                if np.isclose(form_of(str(metric)).value(ratio), value, MISMATCH, 0):
+                    found[str(metric)][str(key)] = of_metric
+    return found
 
 
 def paired(draws: Draws, one: int, other: int) -> tuple[float, Floats]:

@@ -353,6 +353,22 @@ def pick(
 
 
 @app.command()
+def compare(
+    directory: StudyDir,
+    one: Annotated[str, typer.Argument(help="TRIAL/ROUND, a key, or dense.", metavar="A")],
+    other: Annotated[str, typer.Argument(help="The same.", metavar="B")],
+) -> None:
+    """Whether one of two candidates is better, item by item, and how many items would tell."""
+    from analysis.compare import compare as of_both
+    from analysis.compare import describe_comparison
+    from analysis.load import load
+
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(describe_comparison(of_both(frame, one, other)))
+
+
+@app.command()
 def export(
     pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
     out: Out,

@@ -72,8 +72,10 @@ def test_what_cannot_be_resampled() -> None:
         resample("a/acc", [one, Items(*(values[:3] for values in other))])
     with pytest.raises(ValueError, match="same items"):
         resample("a/acc", [one, other._replace(cluster=other.cluster + 1)])
-    with pytest.raises(ValueError, match="a/acc needs items of at least 2 documents for an error, got those of 1"):
+    with pytest.raises(ValueError, match="a/acc needs items of at least 4 documents for an error, got those of 1"):
         resample("a/acc", scored(numerator, cluster=np.zeros(4)))
+    with pytest.raises(ValueError, match="a/acc needs candidates with items, got none"):
+        resample("a/acc", [])
 
 
 def test_models_that_agree_on_few_items_do_not_differ_by_0_for_certain() -> None:
