@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from raysearch.config import higher_is_better
-from raysearch.pruning.pareto import Bools, Floats, non_dominated
+from raysearch.pruning.pareto import Bools, Floats, hypervolume, non_dominated, pareto_front
 from raysearch.study.items import Items, form_of
 from raysearch.study.ledger import Ledger, Split
 
@@ -112,6 +112,21 @@ def paired(draws: Draws, one: int, other: int) -> tuple[float, Floats]:
     return float(draws.value[one] - draws.value[other]), drawn
 
 
+def fixed_sequence(size: npt.ArrayLike, safety: npt.ArrayLike, certain: npt.ArrayLike) -> tuple[list[int], int | None]:
+    """([those that pass, largest first], the first that does not): tests one candidate after the other, from the largest and
+    safest to the smallest, until one fails; [k] each. Those that are neither smaller nor safer than another are left out.
+
+    The order comes from `size` and `safety` (of the selection split), which know nothing of the items behind `certain` (of the
+    report split). So tests that err with probability 1 - c each let a candidate that breaks its limit pass with at most 1 - c,
+    however many there are and although the smallest is picked (fixed-sequence testing, Maurer, Hothorn and Lehmacher 1995)."""
+    sizes, passes = np.asarray(size, dtype=np.float64), np.asarray(certain, dtype=bool)
+    safe = np.nan_to_num(np.asarray(safety, dtype=np.float64))
+    on_front = pareto_front(sizes, safe)
+    order = [int(i) for i in np.lexsort((safe, -sizes)) if on_front[i]]
+    number = next((number for number, i in enumerate(order) if not passes[i]), len(order))
+    return order[:number], order[number] if number < len(order) else None
+
+
 def is_binary(draws: Draws) -> bool:
     """Whether an item is right or wrong, as for accuracies."""
     return higher_is_better(draws.metric) and bool(np.isin(draws.numerator, (0, 1)).all())
@@ -136,6 +151,16 @@ def frontier_band(size: npt.ArrayLike, draws: Draws, level: float = 0.95) -> tup
     no_larger = np.searchsorted(np.sort(sizes), sizes, side="right") - 1  # the last of the equal ones
     order = np.argsort(sizes, kind="stable")
     return np.maximum.accumulate(low[order])[no_larger], np.maximum.accumulate(high[order])[no_larger]
+
+
+def hypervolume_interval(size: npt.ArrayLike, quality: npt.ArrayLike, drawn: Floats, reference: tuple[float, float],
+                         level: float = 0.95) -> tuple[float, float]:
+    """(low, high) of pareto.hypervolume: [k], [k] and draws [b, k], higher is better. The basic bootstrap interval (Davison and
+    Hinkley 1997, eq. 5.6), whose ends turn the draws around: the best of many noisy values is too good, again in each draw."""
+    value = hypervolume(size, quality, reference)
+    areas = [hypervolume(size, one, reference) for one in drawn]
+    low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    return float(2 * value - high), float(2 * value - low)
 
 
 def front_share(drawn: Floats, maximised: Sequence[bool]) -> Floats:

@@ -333,14 +333,16 @@ def pick(
     directory: StudyDir,
     max_bytes: Annotated[str | None, typer.Option(help="Stored bytes: 300MB, 1.2GB.")] = None,
     max_nonzero: Annotated[str | None, typer.Option(help="Non-zero parameters: 24M.")] = None,
-    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense.")] = None,
+    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
+                                                            "that confidence.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
     out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
 ) -> None:
     """Choose the smallest candidate that satisfies every constraint, on the report split."""
+    from analysis.constraints import parse_constraints
     from analysis.load import load
-    from analysis.pick import describe_pick, parse_constraints, write_pick
+    from analysis.pick import describe_pick, write_pick
     from analysis.pick import pick as choose
     from raysearch.study.storage import location
 

@@ -7,7 +7,8 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from analysis.uncertainty import band, front_share, frontier_band, paired, resample
+from analysis.uncertainty import band, fixed_sequence, front_share, frontier_band, hypervolume_interval, paired, resample
+from raysearch.pruning.pareto import hypervolume
 from raysearch.study.items import Items
 
 
@@ -88,6 +89,23 @@ def test_models_that_agree_on_few_items_do_not_differ_by_0_for_certain() -> None
 def test_share_on_the_frontier_by_hand() -> None:
     draws = np.array([[[1, 5], [2, 4], [3, 6]], [[1, 5], [2, 6], [3, 6]], [[1, 5], [2, 5], [3, 7]]], float)
     assert front_share(draws, [False, True]) == pytest.approx([1, 1 / 3, 2 / 3])
+
+
+def test_the_order_of_tests_is_that_of_the_other_split() -> None:
+    size, safety = [10, 8, 6, 4, 2, 9], [9.0, 7.0, 5.0, 1.0, -3.0, 2.0]  # the last is larger and less safe than another
+    assert fixed_sequence(size, safety, [True] * 6) == ([0, 1, 2, 3, 4], None)
+    assert fixed_sequence(size, safety, [True, True, False, True, True, False]) == ([0, 1], 2)
+    assert fixed_sequence(size, safety, [False, True, True, True, True, True]) == ([], 0)
+    assert fixed_sequence([1, 1, 2], [3.0, 3.0, math.inf], [True, True, True]) == ([2, 0, 1], None)
+    assert fixed_sequence([], [], []) == ([], None)
+
+
+def test_a_hypervolume_that_noise_makes_too_good() -> None:
+    draws = resample("a/acc", scored(np.random.default_rng(5).random((400, 12)) < 0.5))
+    size = np.linspace(0.1, 0.9, 12)
+    low, high = hypervolume_interval(size, draws.value, draws.drawn, (1.0, 0.0))
+    assert low < 0.9 * 0.5 < high  # the truth
+    assert (low + high) / 2 < hypervolume(size, draws.value, (1.0, 0.0))
 
 
 def test_bands_hold_all_true_values_at_once() -> None:
