@@ -4,9 +4,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
+from analysis.uncertainty import NUM_DRAWS, front_share, resample, whole_items
 from raysearch import config
 from raysearch.config import higher_is_better, is_maximised
-from raysearch.pruning.pareto import Bools, front_probability, hypervolume, non_dominated
+from raysearch.pruning.pareto import hypervolume, non_dominated
+from raysearch.study.ledger import Split
 
 SIZES = ("num_nonzero", "stored_bytes")
 """That figures show."""
@@ -61,7 +63,7 @@ def losses(rows: pd.DataFrame, reference: pd.Series, split: str) -> tuple[pd.Ser
     return value - quality(rows, split), (quality_stderr(rows, split).fillna(0) ** 2 + stderr**2) ** 0.5
 
 
-def frontier_split(frame: pd.DataFrame) -> str:
+def frontier_split(frame: pd.DataFrame) -> Split:
     """The split that the frontier is drawn on: "report" once a candidate has the objective there, else "selection"."""
     return "report" if setting(frame, "objective") in metric_names(pruned(frame), "report") else "selection"
 
@@ -80,28 +82,43 @@ def quality_stderr(frame: pd.DataFrame, split: str) -> pd.Series:
 
 
 def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = None) -> pd.DataFrame:
-    """The non-dominated candidates on `split`, smallest first, with a column `front_probability`.
+    """The non-dominated candidates on `split`, smallest first.
 
     `split` None is `frontier_split(frame)`, `size` None is the study's. The dense baseline takes part, so a candidate
     must be smaller or better than it; one whose scoring a race stopped does not. On the report split only candidates
     that were scored there take part: those that the sweep found on the frontier of the selection split."""
-    split = split or frontier_split(frame)
+    split, size = split or frontier_split(frame), size or setting(frame, "size")
     pool = candidates(frame)
-    sizes = pool[size or setting(frame, "size")].to_numpy(dtype=float)
-    qualities = quality(pool, split).to_numpy()
-    probability = front_probability(sizes, qualities, quality_stderr(pool, split).to_numpy())
-    pool = pool.assign(front_probability=probability)[_on_front(frame, pool, split, size)]
-    return pool.sort_values([size or setting(frame, "size"), "key"])
+    values = _objectives(frame, pool, split, size)
+    on_front = non_dominated(values.to_numpy(), [is_maximised(str(name)) for name in values])
+    return pool[on_front].sort_values([size, "key"])
 
 
-def _on_front(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str | None) -> Bools:
-    """Among all of the study's objectives, `size` in the place of its first one where it is given."""
-    names = [size if size is not None and name == setting(frame, "size") else name
-             for name in frame.attrs["objectives"]]
+def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
+    """Share of `NUM_DRAWS` resamples of the items in which each of the scored candidates is on the frontier of `split`; NaN
+    where an objective's items are not known. Indexed as `frame`."""
+    pool = candidates(frame)
+    values = _objectives(frame, pool, split, setting(frame, "size")).dropna()
+    drawn, known = np.tile(values.to_numpy(), (NUM_DRAWS, 1, 1)), pd.Series(True, index=values.index)
+    keys = pd.Index(pool["key"][values.index])
+    qualities = values.drop(columns=[name for name in values if name in config.SIZES]).set_axis(keys)
+    for metric, items in whole_items(setting(frame, "directory"), qualities, split).items():
+        try:
+            draws = resample(metric, list(items.values()))
+        except ValueError:  # no items, or those of few documents: no error is known
+            return pd.Series(np.nan, index=values.index)
+        known &= keys.isin(items)
+        drawn[:, keys.get_indexer(list(items)), values.columns.get_loc(metric)] = draws.drawn
+    share = front_share(drawn, [is_maximised(str(name)) for name in values])
+    return pd.Series(share, index=values.index).where(known)
+
+
+def _objectives(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str) -> pd.DataFrame:
+    """A column for each of the study's objectives, `size` in the place of its first size; NaN where a race stopped."""
+    names = [size if name == setting(frame, "size") else name for name in frame.attrs["objectives"]]
     whole = pool["dominated_by"].isna()
-    columns = [pool[name] if name in config.SIZES else pool[f"{split}/{name}"].where(whole) for name in names]
-    values = np.stack([column.to_numpy(dtype=float, na_value=np.nan) for column in columns], axis=1)
-    return non_dominated(values, [is_maximised(name) for name in names])
+    return pd.DataFrame({name: (pool[name] if name in config.SIZES else pool[f"{split}/{name}"].where(whole)).astype("float64")
+                         for name in names})
 
 
 def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float:

@@ -4,7 +4,7 @@ import pandas as pd
 
 from raysearch.config import SIZES, Metric, TrialConfig
 from raysearch.study.damage import find_damage
-from raysearch.study.ledger import Ledger
+from raysearch.study.ledger import Ledger, Split
 from raysearch.study.records import RoundRecord, TrialRecord
 from raysearch.study.storage import AnyPath
 
@@ -14,7 +14,7 @@ Reports = dict[str, dict[str, Metric]]
 
 HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 """Columns with what was asked of the trial."""
-SPLITS = ("selection", "report")
+SPLITS: tuple[Split, Split] = ("selection", "report")
 _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
              "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
@@ -59,7 +59,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     columns = {f"{split}/{name}{end}" for name in search.objectives if name not in SIZES for split in SPLITS
                for end in ("", "_stderr")}
     columns |= {name for row in rows for name in row} - set(COLUMNS)
-    metrics = sorted(columns, key=lambda name: (SPLITS.index(name.partition("/")[0]), name))
+    metrics = sorted(columns, key=lambda name: (list(map(str, SPLITS)).index(name.partition("/")[0]), name))
     frame = pd.DataFrame(rows, columns=[*COLUMNS, *metrics])
     frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})

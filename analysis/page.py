@@ -14,6 +14,7 @@ from analysis.candidates import (
     control,
     control_rows,
     dense,
+    front_probability,
     frontier,
     frontier_split,
     losses,
@@ -172,9 +173,8 @@ def _page(frame: pd.DataFrame, record: StudyRecord) -> str:
     sections = [
         _section("Frontier", _plot(frontier_figure(frame), "frontier"), _frontier_caption(frame)),
         _section("Candidates on the frontier", _frontier_table(frame), "Smallest first. P(front) is the share of 1,000 "
-                 "random redraws of all scores, each by its standard error, in which the candidate is on the "
-                 "frontier: near 1 it is there beyond noise, near 0.5 it cannot be told from a neighbour. The redraws "
-                 "are independent although candidates share their items, so it errs towards doubt."),
+                 "resamples of the items, by whole documents and the same ones for all candidates, in which the candidate is "
+                 "on the frontier: near 1 it is there beyond noise, near 0.5 it cannot be told from a neighbour."),
         _section("Does the selection flatter?", *_optimism_table(frame)),
         _section("Trajectories", _plot(trajectory_figure(frame), "trajectories"),
                  "Every trial from the dense baseline on, one colour per trial (dark: early, light: late), round by "
@@ -283,6 +283,7 @@ def _frontier_table(frame: pd.DataFrame) -> str:
     split, front = frontier_split(frame), frontier(frame)
     if front.empty:
         return "<p>No candidate yet.</p>"
+    front = front.assign(front_probability=front_probability(frame, split))
     objective = setting(frame, "objective")
     others = [name for name in metric_names(front, split) if name != objective]  # last: a screen seldom holds them all
     header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident", objective.replace("/", "/ "),

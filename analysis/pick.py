@@ -1,63 +1,44 @@
 """The smallest candidate that satisfies every constraint, and the exact reason when there is none.
 
 The rule, on the report split: keep the candidates that satisfy all constraints; order them by the study's size, then
-by the objective (better first), then by key; take the first.
+by the objective (better first), then by key; take the first. A constraint with a confidence ("=1@95%") is satisfied where its
+value keeps the limit on other items with that confidence; then the selection split orders the candidates, and the report split
+tests one after the other until one fails (uncertainty.fixed_sequence), so that the confidence is that of the pick.
 """
 
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from statistics import NormalDist
 
 import pandas as pd
 from pydantic import Field
 
 from analysis.candidates import control, dense, pruned, quality, setting
-from analysis.load import HYPERPARAMETERS, metric_names
-from analysis.tables import aligned, describe_config, metric_pair, with_stderr
-from raysearch.config import Frozen, higher_is_better, parse
+from analysis.compare import POWER
+from analysis.constraints import (
+    Check,
+    Constraint,
+    Measured,
+    at_worst,
+    check_resampled,
+    check_scores,
+    drop,
+    measure,
+    miss,
+    room_in_stderr,
+)
+from analysis.load import HYPERPARAMETERS, SPLITS, metric_names
+from analysis.tables import aligned, describe_config, with_stderr
+from analysis.uncertainty import fixed_sequence, resample, whole_items
+from raysearch.config import Frozen, higher_is_better
 from raysearch.study.files import unsealed, write_record
-from raysearch.study.ledger import Ledger
+from raysearch.study.ledger import Ledger, Split
 from raysearch.study.storage import AnyPath, location
-from raysearch.units import human_bytes, human_count, parse_bytes, parse_count
+from raysearch.units import human_bytes, human_count
 
 NUM_RUNNERS_UP = 5
-
-
-class Constraint(Frozen):
-    """One limit. The value that is compared with it:
-
-    * max_bytes: `stored_bytes`; max_nonzero: `num_nonzero`; min, max: the metric in its own unit;
-    * max_drop: the loss against the dense baseline, positive when worse: for accuracies in points (1 point = 0.01),
-      for metrics where lower is better (perplexity, bits per byte) the rise in the metric's own unit."""
-
-    kind: Literal["max_bytes", "max_nonzero", "max_drop", "min", "max"]
-    metric: str | None
-    limit: float
-
-    def __str__(self) -> str:
-        limit = f"{self.limit:,.0f}" if self.metric is None else f"{self.metric}={self.limit:g}"
-        return f"--{self.kind.replace('_', '-')} {limit}"
-
-
-class Check(Frozen):
-    """How a candidate stands to a constraint."""
-
-    constraint: Constraint
-    value: float
-    margin: float
-    """Room left in the constraint's unit: negative when it is missed."""
-    stderr: float | None
-    """Standard error of `value`; None when exact or unknown. For max_drop that of `drop`."""
-    within_1_stderr: bool
-    """The margin is smaller than one standard error: a new set of items could turn the verdict."""
-    within_2_stderr: bool
-
-
-class Measured(Frozen):
-    value: float
-    stderr: float | None
 
 
 class Candidate(Frozen):
@@ -101,23 +82,8 @@ class Pick(Candidate):
     """Candidates with the metrics that the constraints name on the report split, among which the choice was made."""
     runners_up: tuple[Candidate, ...]
     """The next larger ones that satisfy everything."""
-
-
-def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
-                      minimum: Sequence[str] = (), maximum: Sequence[str] = ()) -> tuple[Constraint, ...]:
-    """Constraints from the command line's strings: METRIC=NUMBER for the last three."""
-    constraints = []
-    if max_bytes is not None:
-        constraints.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
-    if max_nonzero is not None:
-        constraints.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
-    for text in max_drop:
-        constraints.append(_parse_metric_constraint("max_drop", text))
-    for text in minimum:
-        constraints.append(_parse_metric_constraint("min", text))
-    for text in maximum:
-        constraints.append(_parse_metric_constraint("max", text))
-    return tuple(constraints)
+    next_uncertain: Candidate | None = None
+    """With a confidence: the first that was not certain, smaller than the pick."""
 
 
 def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
@@ -138,17 +104,21 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
     pool = pool.dropna(subset=[f"report/{constraint.metric}" for constraint in constraints if constraint.metric])
     pool = pool.assign(minus_quality=-quality(pool, "report"))
     pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
-    rows = [row for _, row in pool.iterrows()]
-    checks = [tuple(_check(constraint, row, baseline) for constraint in constraints) for row in rows]
-    passing = [_candidate(row, of_row) for row, of_row in zip(rows, checks) if all(one.margin >= 0 for one in of_row)]
-    if not passing:
-        raise ValueError(_why_none(rows, constraints, checks, baseline))
+    rows, failed = [row for _, row in pool.iterrows()], None
+    if any(constraint.confidence is not None for constraint in constraints):
+        passing, failed = _certain(frame, constraints, baseline, rows)
+    else:
+        checks = [tuple(check_scores(constraint, row, baseline) for constraint in constraints) for row in rows]
+        passing = [_candidate(row, of_row) for row, of_row in zip(rows, checks) if all(one.margin >= 0 for one in of_row)]
+        if not passing:
+            raise ValueError(_why_none(rows, constraints, checks, baseline))
     trained = control(frame)
     return Pick(**dict(passing[0]), study_directory=setting(frame, "directory"), model=setting(frame, "model"),
                 size=setting(frame, "size"), objective=objective, dense_metrics=_measured(baseline),
                 control_metrics={} if trained is None else _measured(trained),
                 dense_stored_bytes=int(baseline["stored_bytes"]), dense_num_nonzero=int(baseline["num_nonzero"]),
-                num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]))
+                num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]),
+                next_uncertain=failed)
 
 
 def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
@@ -194,6 +164,7 @@ def describe_pick(result: Pick) -> str:
     text += aligned(["report split", "picked", *others], rows, left=("report split",))
     for check in result.checks:
         noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
+        noise = at_worst(check) + noise
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
         number = ",.0f" if check.constraint.metric is None else ".4g"
@@ -203,17 +174,9 @@ def describe_pick(result: Pick) -> str:
         text += _drop_against_control(result, metric)
     for other in result.runners_up:
         text += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
+    if result.next_uncertain is not None:
+        text += f"the next smaller is not certain: {_uncertain(result.next_uncertain)}\n"
     return text.rstrip("\n")
-
-
-def drop(metric: str, candidate: Measured, reference: Measured) -> tuple[float, float | None]:
-    """(what `candidate` loses against `reference`, positive when worse, in the unit of max_drop; its standard error). The error
-    adds those of both as if independent; they share their items, so the true one is usually smaller."""
-    unit = 100 if higher_is_better(metric) else -1
-    stderr = None
-    if candidate.stderr is not None and reference.stderr is not None:
-        stderr = math.hypot(candidate.stderr, reference.stderr) * abs(unit)
-    return unit * (reference.value - candidate.value), stderr
 
 
 def _drop_against_control(result: Pick, metric: str | None) -> str:
@@ -237,20 +200,6 @@ def _pair(measured: Measured | None) -> tuple[float, float]:
     return measured.value, math.nan if measured.stderr is None else measured.stderr
 
 
-def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str) -> Constraint:
-    flag = f"--{kind.replace('_', '-')}"
-    metric, _, number = text.partition("=")
-    try:
-        limit = float(number)
-    except ValueError:
-        limit = math.nan
-    if not metric or not math.isfinite(limit):
-        raise ValueError(f"{flag} must be METRIC=NUMBER, such as text/bits_per_byte=0.1, got {text!r}")
-    if higher_is_better(metric) and kind != "max_drop" and not 0 <= limit <= 1:
-        raise ValueError(f"{flag} {metric} must be a fraction between 0 and 1, got {limit:g}")
-    return parse(Constraint, {"kind": kind, "metric": metric, "limit": limit}, flag)
-
-
 def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     """The dense baseline and the pruned candidates that have report metrics; refuses where one is missing."""
     baseline = dense(frame)
@@ -267,31 +216,70 @@ def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
     return baseline, scored
 
 
-def _check(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check:
-    stderr: float | None = None
-    if constraint.metric is None:
-        value = float(row["stored_bytes" if constraint.kind == "max_bytes" else "num_nonzero"])
-    else:
-        measured = _value(row, constraint.metric)
-        value, stderr = measured.value, measured.stderr
-        if constraint.kind == "max_drop":
-            value, stderr = drop(constraint.metric, measured, _value(baseline, constraint.metric))
-    value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
-    margin = round(value - constraint.limit if constraint.kind == "min" else constraint.limit - value, 9)
-    return Check(constraint=constraint, value=value, margin=margin, stderr=stderr,
-                 within_1_stderr=stderr is not None and abs(margin) < stderr,
-                 within_2_stderr=stderr is not None and abs(margin) < 2 * stderr)
+def _certain(frame: pd.DataFrame, constraints: Sequence[Constraint], baseline: pd.Series, rows: list[pd.Series]
+             ) -> tuple[list[Candidate], Candidate | None]:
+    """(those that keep every constraint with its confidence, smallest first; the first that does not); ValueError for none."""
+    exact = [constraint for constraint in constraints if constraint.metric is None]
+    small = [row for row in rows if all(check_scores(constraint, row, baseline).margin >= 0 for constraint in exact)]
+    if not small:
+        checks = [tuple(check_scores(constraint, row, baseline) for constraint in exact) for row in rows]
+        raise ValueError(_why_none(rows, exact, checks, baseline))
+    splits = [_resampled(frame, constraints, baseline, small, split) for split in SPLITS]
+    whole = [row for row in small if all(row["key"] in checks for checks in splits)]
+    if not whole:
+        raise ValueError(f"{setting(frame, 'directory')}: a confidence needs the items of dense and of a candidate "
+                         "on the selection split and on the report split, got none; leave out the @")
+    selected, reported = [[checks[row["key"]] for row in whole] for checks in splits]
+    rooms = [min(map(room_in_stderr, of_row)) for of_row in selected]
+    passed, failed = fixed_sequence([float(row[setting(frame, "size")]) for row in whole], rooms,
+                                    [all(check.margin >= 0 for check in of_row) for of_row in reported])
+    made = [_candidate(row, of_row) for row, of_row in zip(whole, reported)]
+    if not passed:
+        uncertain = [one for one in made if any(check.margin < 0 for check in one.checks)]
+        nearest = max(uncertain, key=lambda one: min(check.margin / (check.stderr or 1.0) for check in one.checks))
+        raise ValueError(f"no candidate is certain: of {len(made)} the nearest is {_uncertain(nearest)}")
+    return [made[i] for i in reversed(passed)], None if failed is None else made[failed]
 
 
-def _value(row: pd.Series, metric: str) -> Measured:
-    value, stderr = metric_pair(row, metric, "report")
-    return Measured(value=value, stderr=None if math.isnan(stderr) else stderr)
+def _resampled(frame: pd.DataFrame, constraints: Sequence[Constraint], baseline: pd.Series, rows: list[pd.Series], split: Split
+               ) -> dict[str, tuple[Check, ...]]:
+    """By key, of the candidates with whole items on `split`: all checks, those of metrics from one resampling."""
+    metrics = list(dict.fromkeys(constraint.metric for constraint in constraints if constraint.metric is not None))
+    both = pd.DataFrame([baseline, *rows]).drop_duplicates("key").set_index("key")
+    recorded = both[[f"{split}/{metric}" for metric in metrics]].set_axis(metrics, axis=1)
+    items = whole_items(setting(frame, "directory"), recorded, split)
+    root, made = baseline["key"], {}
+    draws = {metric: resample(metric, list(items[metric].values())) for metric in metrics if root in items[metric]}
+    for row in rows:
+        if all(metric in draws and row["key"] in items[metric] for metric in metrics):
+            made[row["key"]] = tuple(
+                check_scores(constraint, row, baseline) if constraint.metric is None else
+                check_resampled(constraint, draws[constraint.metric],
+                                *map(list(items[constraint.metric]).index, (root, row["key"])))
+                for constraint in constraints)
+    return made
+
+
+def _uncertain(candidate: Candidate) -> str:
+    """The constraints that a candidate may break, and how many items more would tell."""
+    texts = []
+    for check in candidate.checks:
+        if check.margin < 0 and check.bound is not None:
+            confidence, num_items = check.constraint.confidence or 0.5, check.num_items or 0
+            reach = NormalDist().inv_cdf(confidence) + NormalDist().inv_cdf(POWER)
+            room = room_in_stderr(check)
+            more = math.ceil(num_items * ((reach / room) ** 2 - 1)) if room > 0 else 0
+            tell = f"about {more:,} items more would tell" if more > 0 else "no number of items would make that certain"
+            texts.append(f"{check.constraint} is {check.value:.4g}{at_worst(check)}; {tell}")
+        elif check.margin < 0:
+            texts.append(f"{check.constraint} is missed ({miss(check)})")
+    return f"trial {candidate.trial} round {candidate.round}, {_sizes(candidate)}: {' and '.join(texts)}"
 
 
 def _measured(row: pd.Series) -> dict[str, Measured]:
     names = [str(name)[len("report/"):-len("_stderr")] for name in row.index
              if str(name).startswith("report/") and str(name).endswith("_stderr")]
-    return {name: _value(row, name) for name in names if pd.notna(row[f"report/{name}"])}
+    return {name: measure(row, name) for name in names if pd.notna(row[f"report/{name}"])}
 
 
 def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
@@ -313,16 +301,16 @@ def _why_none(rows: list[pd.Series], constraints: Sequence[Constraint], checks: 
         part = f"{constraint} is satisfied by {len(rows) - len(misses)} of {len(rows)}"
         if misses:
             nearest = max(misses, key=lambda i: of_all[i].margin)
-            part += f" (the nearest that misses is {_name(rows[nearest])}, {_miss(of_all[nearest])})"
+            part += f" (the nearest that misses is {_name(rows[nearest])}, {miss(of_all[nearest])})"
         parts.append(part)
     reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: "
     reason += "; ".join(parts)
     if len(constraints) > 1 and rows:
         missed = [[check for check in of_row if check.margin < 0] for of_row in checks]
         nearest = min(range(len(rows)), key=lambda i: (len(missed[i]), sum(_relative_miss(one) for one in missed[i])))
-        names = " and ".join(f"{check.constraint} ({_miss(check)})" for check in missed[nearest])
+        names = " and ".join(f"{check.constraint} ({miss(check)})" for check in missed[nearest])
         reason += f"; the nearest to all is {_name(rows[nearest])}, which misses only {names}"
-    if all(_check(constraint, baseline, baseline).margin >= 0 for constraint in constraints):
+    if all(check_scores(constraint, baseline, baseline).margin >= 0 for constraint in constraints):
         reason += "; only the dense baseline satisfies all"
     return reason
 
@@ -336,9 +324,3 @@ def _name(row: pd.Series) -> str:
     return f"trial {row['trial']} round {row['round']}"
 
 
-def _miss(check: Check) -> str:
-    if check.constraint.metric is None:
-        return f"{-check.margin:,.0f} {'bytes' if check.constraint.kind == 'max_bytes' else 'parameters'} too many"
-    points = check.constraint.kind == "max_drop" and higher_is_better(check.constraint.metric)
-    noise = "" if check.stderr is None else f", standard error {check.stderr:.2g}"
-    return f"by {-check.margin:.4g}{' points' if points else ''}{noise}"

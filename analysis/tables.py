@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.candidates import control, frontier, frontier_split, pruned, setting
+from analysis.candidates import control, front_probability, frontier, frontier_split, pruned, setting
 from raysearch.config import TrialConfig
 from raysearch.units import human_bytes, human_count
 
@@ -22,7 +22,7 @@ def results_table(frame: pd.DataFrame, format: str = "table", frontier_only: boo
     if format not in ("table", "json", "csv"):
         raise ValueError(f"format must be table, json or csv, got {format!r}")
     front = frontier(frame)
-    rows = front if frontier_only else frame
+    rows = front.assign(front_probability=front_probability(frame, frontier_split(frame))) if frontier_only else frame
     rows = rows.assign(on_frontier=rows["key"].isin(front["key"]) & (rows["status"] != "control"))
     if format == "csv":
         return rows.to_csv(index=False)

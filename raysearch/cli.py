@@ -355,14 +355,16 @@ def pick(
     directory: StudyDir,
     max_bytes: Annotated[str | None, typer.Option(help="Stored bytes: 300MB, 1.2GB.")] = None,
     max_nonzero: Annotated[str | None, typer.Option(help="Non-zero parameters: 24M.")] = None,
-    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense.")] = None,
+    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
+                                                            "that confidence.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
     out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
 ) -> None:
     """Choose the smallest candidate that satisfies every constraint, on the report split."""
+    from analysis.constraints import parse_constraints
     from analysis.load import load
-    from analysis.pick import describe_pick, parse_constraints, write_pick
+    from analysis.pick import describe_pick, write_pick
     from analysis.pick import pick as choose
     from raysearch.study.storage import location
 
@@ -372,6 +374,22 @@ def pick(
     picked = choose(frame, constraints)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
+
+
+@app.command()
+def compare(
+    directory: StudyDir,
+    one: Annotated[str, typer.Argument(help="TRIAL/ROUND, a key, or dense.", metavar="A")],
+    other: Annotated[str, typer.Argument(help="The same.", metavar="B")],
+) -> None:
+    """Whether one of two candidates is better, item by item, and how many items would tell."""
+    from analysis.compare import compare as of_both
+    from analysis.compare import describe_comparison
+    from analysis.load import load
+
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(describe_comparison(of_both(frame, one, other)))
 
 
 @app.command()

@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from analysis.constraints import parse_constraints
 from analysis.load import load
 from analysis.page import write_page
-from analysis.pick import describe_pick, parse_constraints, pick, write_pick
+from analysis.pick import describe_pick, pick, write_pick
 from analysis.tables import results_table
 from raysearch.cluster.joining import start_ray
 from raysearch.deploy.export import export

@@ -4,8 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raysearch.config import Action, Metric, TrialConfig, study_of
 from raysearch.search.control import due_control
+from raysearch.study.items import Items, form_of, write_items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Provenance, RoundRecord, StudyRecord, TrialRecord, hash_json, round_key
 
@@ -27,6 +30,20 @@ def metrics(sparsity: float, tuning: float, shift: float = 0.0) -> dict[str, Met
             "last_word/perplexity": Metric(value=math.exp(bits), stderr=None, num_items=200)}
 
 
+def items(scored: dict[str, Metric], key: str, split: str) -> dict[str, Items]:
+    """Items whose metrics are the scored ones: of each split the same for all candidates, 10 of "text" to a document, which
+    differ by luck of their own and, a fifth as much, of the candidate."""
+    made = {}
+    for name, metric in scored.items():
+        shared, own = np.random.default_rng([split == "report"]), np.random.default_rng([int(key, 16), split == "report"])
+        noise = shared.standard_normal(metric.num_items) + own.standard_normal(metric.num_items) / 5
+        form, n = form_of(name), np.arange(metric.num_items)
+        ratio = math.log(metric.value) if form.is_exponential else metric.value * form.unit
+        cluster = n // 10 if name.startswith("text") else n + 1000
+        made[name] = Items(ratio + 0.2 * (noise - noise.mean()), np.ones(len(n)), cluster.astype(np.uint64), n)
+    return made
+
+
 class SyntheticStudy:
     """A study directory to fill trial by trial."""
 
@@ -39,7 +56,7 @@ class SyntheticStudy:
     def dense(self, report: bool = True) -> None:
         self._round(ROOT, None, None, 0, 0.0, metrics(0.0, 0.0))
         if report:
-            self.ledger.write_report_metrics(ROOT, metrics(0.0, 0.0, shift=0.01), {})
+            self._report(ROOT, metrics(0.0, 0.0, shift=0.01))
 
     def trial(self, number: int, sparsities: list[float], status: str = "done", report: bool = False,
               num_finished: int | None = None, reason: str | None = None, **config: Any) -> list[str]:
@@ -62,7 +79,7 @@ class SyntheticStudy:
             penalty = 0.15 * sparsity if settings.scope == "layer" else 0.0
             self._round(keys[-1], parent, action, depth, sparsity, metrics(sparsity, tuning - penalty))
             if report:
-                self.ledger.write_report_metrics(keys[-1], metrics(sparsity, tuning - penalty, shift=0.015), {})
+                self._report(keys[-1], metrics(sparsity, tuning - penalty, shift=0.015))
         self.ledger.write_trial(TrialRecord(
             number=number, config=settings, actions=actions, keys=tuple(keys), status=status, reason=reason,
             started_at="2026-11-23T09:00:00+00:00", seconds=12.5 * len(keys)))
@@ -88,9 +105,9 @@ class SyntheticStudy:
         self.ledger.write_trial(due)
         keys = self.finish(due.number, **changes)
         if report:
-            self.ledger.write_report_metrics(keys[-1], {
+            self._report(keys[-1], {
                 name: metric.model_copy(update={"value": metric.value + (0.01 if name == "text/bits_per_byte" else -0.01)})
-                for name, metric in self.ledger.candidate(keys[-1]).metrics.items()}, {})
+                for name, metric in self.ledger.candidate(keys[-1]).metrics.items()})
         return keys
 
     def _round(self, key: str, parent: str | None, action: Action | None, depth: int, sparsity: float,
@@ -104,6 +121,10 @@ class SyntheticStudy:
             resident_bytes=4 * NUM_PARAMETERS, metrics=scored, train_loss=None, prune_s=0.25, finetune_s=2.0,
             evaluate_s=0.75, weights_sha256=None, provenance=PROVENANCE)
         self.ledger.write_twice(f"rounds/{key}/record.json", record)
+        write_items(self.ledger.items_path(key, "selection"), items(scored, key, "selection"))
+
+    def _report(self, key: str, scored: dict[str, Metric]) -> None:
+        self.ledger.write_report_metrics(key, scored, items(scored, key, "report"))
 
 
 def twelve_trials(directory: Path, controlled: bool = False) -> Path:

@@ -13,7 +13,7 @@ from commands import Run
 from synthetic_study import twelve_trials
 from test_boundaries import LAYERS
 
-from analysis.pick import parse_constraints
+from analysis.constraints import parse_constraints
 from raysearch.cli import app
 from raysearch.evaluation import describe_tasks
 from raysearch.search.space import load_space

@@ -12,7 +12,7 @@ import numpy as np
 from lm_eval.api import metrics as lm_eval_metrics
 from numpy.typing import ArrayLike, NDArray
 
-from raysearch.study.items import Items
+from raysearch.study.items import BITS, MEAN, PERPLEXITY, Form, Items
 
 LARGEST_EXPONENT = math.log(sys.float_info.max)
 NUM_BOOTSTRAPS = 1000
@@ -21,34 +21,33 @@ JACKKNIFE_GROUPS = 100
 """Each is one more aggregation over nearly all items, so not one group per item."""
 
 
-class Form(NamedTuple):
-    """How a metric is made of its items: R = sum(x) / sum(w) / unit, or exp(R)."""
+class Aggregation(NamedTuple):
+    """How lm-eval's values become items, and these a metric."""
 
     sign: int
     """Of lm-eval's values: -1 where they are log-probabilities, so that x is nats of loss."""
     is_weighted: bool
     """lm-eval's values are pairs, the second of which is w (bytes, words or tokens); else w = 1."""
-    unit: float = 1.0
-    is_exponential: bool = False
+    form: Form
 
 
-FORMS: dict[Callable[..., float], Form] = {
-    lm_eval_metrics.mean: Form(1, False),
-    lm_eval_metrics.perplexity: Form(-1, False, is_exponential=True),
-    lm_eval_metrics.weighted_perplexity: Form(-1, True, is_exponential=True),
-    lm_eval_metrics.bits_per_byte: Form(-1, True, unit=math.log(2)),
+FORMS: dict[Callable[..., float], Aggregation] = {
+    lm_eval_metrics.mean: Aggregation(1, False, MEAN),
+    lm_eval_metrics.perplexity: Aggregation(-1, False, PERPLEXITY),
+    lm_eval_metrics.weighted_perplexity: Aggregation(-1, True, PERPLEXITY),
+    lm_eval_metrics.bits_per_byte: Aggregation(-1, True, BITS),
 }
 """By lm-eval's aggregation; one that is not here is not made of sums over items."""
 
 
-def to_items(values: Sequence[Any], form: Form, cluster: ArrayLike, item: ArrayLike) -> Items:
+def to_items(values: Sequence[Any], aggregation: Aggregation, cluster: ArrayLike, item: ArrayLike) -> Items:
     """lm-eval's values of one metric [n], with the cluster and the index of each item [n]."""
     numbers = np.array(values, dtype=float)  # [n, 2] or [n]
-    x, weight = numbers.T if form.is_weighted else (numbers, np.ones(len(numbers)))
-    return Items(form.sign * x, weight, np.asarray(cluster, np.uint64), np.asarray(item, np.int64))
+    x, weight = numbers.T if aggregation.is_weighted else (numbers, np.ones(len(numbers)))
+    return Items(aggregation.sign * x, weight, np.asarray(cluster, np.uint64), np.asarray(item, np.int64))
 
 
-def estimate(items: Items, form: Form) -> tuple[float, float | None]:
+def estimate(items: Items, aggregation: Aggregation) -> tuple[float, float | None]:
     """(value, standard error over the items), the value in every bit as lm-eval's aggregation gives it.
 
     Means have lm-eval's standard error, s / sqrt(n). A ratio R = sum(x) / sum(w), as in bits per byte, has
@@ -56,9 +55,10 @@ def estimate(items: Items, form: Form) -> tuple[float, float | None]:
     that of NUM_BOOTSTRAPS seeded bootstrap samples of the items, as in lm-eval: exp(R) times the error of R (delta method) is
     too small on few items, 10.3 where they give 13.4. None for a single item, and where it is no number.
     """
+    form = aggregation.form
     value = sum(items.numerator.tolist()) / sum(items.weight.tolist()) / form.unit  # lm-eval's sums: Python's, in this order
     spread = x = items.numerator / form.unit
-    if form.is_weighted:
+    if aggregation.is_weighted:
         spread = (x - x.sum() / items.weight.sum() * items.weight) / items.weight.mean()
     stderr = float(np.std(spread, ddof=1) / math.sqrt(len(x))) if len(x) > 1 else None
     if form.is_exponential:

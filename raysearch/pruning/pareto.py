@@ -80,36 +80,6 @@ def hypervolume(size: npt.ArrayLike, quality: npt.ArrayLike, reference: tuple[fl
     return float(np.sum(widths * (front_qualities - worst_quality)))
 
 
-def front_probability(size: npt.ArrayLike, quality: npt.ArrayLike, stderr: npt.ArrayLike, num_draws: int = 1000,
-                      seed: int = 0) -> Floats:
-    """Share of `num_draws` seeded normal redraws of the qualities in which each candidate is on the front: (n,) in
-    [0, 1], 0 for NaN points. Sizes are exact; a NaN standard error counts as 0.
-
-    The redraws are independent, but candidates are scored on the same items, so their errors are correlated and the
-    true differences are better known than this says: it errs on the side of "cannot be told apart"."""
-    sizes, qualities = _pair(size, quality)
-    errors = np.nan_to_num(np.asarray(stderr, dtype=np.float64), nan=0.0)
-    if errors.shape != qualities.shape or (errors < 0).any():
-        raise ValueError("stderr must be one number >= 0 per candidate, "
-                         f"got shape {errors.shape} for {qualities.shape}, minimum {errors.min(initial=0.0)}")
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    generator = np.random.default_rng(seed)
-    counts = np.zeros(len(sizes))
-    finite = np.flatnonzero(np.isfinite(sizes) & np.isfinite(qualities) & np.isfinite(errors))
-    order = finite[np.argsort(sizes[finite], kind="stable")]  # once: no draw moves a size
-    if not len(order):
-        return counts
-    starts = np.flatnonzero(np.append(True, np.diff(sizes[order]) > 0))  # of each size
-    group_of = np.repeat(np.arange(len(starts)), np.diff(np.append(starts, len(order))))
-    for _ in range(num_draws):
-        drawn = (qualities + errors * generator.standard_normal(len(sizes)))[order]
-        best = np.maximum.reduceat(drawn, starts)  # of each size
-        smaller = np.append(-np.inf, np.maximum.accumulate(best)[:-1])  # the best of all that are smaller
-        counts[order] += drawn == np.where(best > smaller, best, np.inf)[group_of]
-    return counts / num_draws
-
-
 def _pair(size: npt.ArrayLike, quality: npt.ArrayLike) -> tuple[Floats, Floats]:
     sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
     if sizes.ndim != 1 or sizes.shape != qualities.shape:

@@ -5,6 +5,7 @@ A file is numpy's .npz, which opens anywhere: `names` are those of the metrics, 
 """
 
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -32,6 +33,29 @@ class Items(NamedTuple):
     """[n]; equal for items that were cut from one document, so that errors can count the document and not its pieces."""
     item: NDArray[np.int64]
     """[n]; index in the task, which says what two candidates have in common where one is a race that ended early."""
+
+    def in_task_order(self) -> "Items":
+        order = np.argsort(self.item, kind="stable")
+        return Items(self.numerator[order], self.weight[order], self.cluster[order], self.item[order])
+
+
+class Form(NamedTuple):
+    """A metric's last step from r = sum(numerator) / sum(weight): r / unit, or exp(r)."""
+
+    unit: float = 1.0
+    is_exponential: bool = False
+
+    def value(self, ratio: NDArray[np.float64]) -> NDArray[np.float64]:
+        with np.errstate(over="ignore"):
+            return np.exp(ratio) if self.is_exponential else ratio / self.unit
+
+
+MEAN, BITS, PERPLEXITY = Form(), Form(unit=math.log(2)), Form(is_exponential=True)
+
+
+def form_of(metric: str) -> Form:
+    """By the metric's name ("task/metric"), as config.higher_is_better knows its direction."""
+    return PERPLEXITY if metric.endswith("perplexity") else BITS if metric.endswith("bits_per_byte") else MEAN
 
 
 DTYPES = [np.dtype(name) for name in ("float64", "float64", "uint64", "int64")]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from analysis.candidates import (
     control,
     control_rows,
     dense,
+    front_probability,
     frontier,
     frontier_split,
     losses,
@@ -23,6 +25,7 @@ from analysis.candidates import (
     setting,
 )
 from analysis.load import load
+from raysearch.study.ledger import Ledger
 
 
 def test_candidates_have_a_model_of_their_own(frame: pd.DataFrame) -> None:
@@ -68,7 +71,25 @@ def test_the_frontier_is_what_no_other_beats(frame: pd.DataFrame) -> None:
             and (getattr(other, size) < getattr(row, size) or other.quality > row.quality) for other in pool.itertuples())]
         assert set(found["key"]) == set(wanted)
         assert found[size].is_monotonic_increasing
-        assert found["front_probability"].between(0, 1).all()
+
+
+def test_a_place_on_the_frontier_is_as_sure_as_the_items_make_it(frame: pd.DataFrame, study_directory: Path) -> None:
+    share = front_probability(frame, "report")
+    scored = quality(candidates(frame), "report").dropna()
+    assert share.index.tolist() == scored.index.tolist()
+    assert share[dense(frame).name] < 0.5  # candidates beat it by more than the items' noise
+    smallest = frontier(frame, "report").index[0]
+    assert share[smallest] == 1.0
+    assert share.between(0, 1).all()
+    shutil.copytree(study_directory, study_directory.parent / "damaged")
+    damaged = load(study_directory.parent / "damaged")
+    path = Ledger.open(damaged.attrs["directory"]).items_path(frame["key"][smallest], "report")
+    path.write_bytes(b"PK damaged")
+    without = front_probability(damaged, "report")
+    assert without.isna().sum() == 1
+    assert math.isnan(without[smallest])
+    path.unlink()
+    assert math.isnan(front_probability(damaged, "report")[smallest])
 
 
 def test_the_selection_split_until_a_candidate_is_scored_on_the_other(tmp_path: Path) -> None:

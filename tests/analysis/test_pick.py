@@ -6,25 +6,10 @@ import pandas as pd
 import pytest
 from synthetic_study import SyntheticStudy, twelve_trials
 
+from analysis.constraints import Constraint, parse_constraints
 from analysis.load import load
-from analysis.pick import Constraint, Measured, describe_pick, drop, parse_constraints, pick, read_pick, write_pick
+from analysis.pick import describe_pick, pick, read_pick, write_pick
 from raysearch.study.ledger import Ledger
-
-
-def test_parse_constraints() -> None:
-    found = parse_constraints("3MB", "700k", ["last_word/acc=1.0"], ["last_word/acc=0.5"], ["text/bits_per_byte=2.5"])
-    assert [str(constraint) for constraint in found] == [
-        "--max-bytes 3,000,000", "--max-nonzero 700,000", "--max-drop last_word/acc=1", "--min last_word/acc=0.5",
-        "--max text/bits_per_byte=2.5"]
-
-
-@pytest.mark.parametrize(("text", "message"), [
-    ("last_word/acc", "--min must be METRIC=NUMBER"), ("=1", "--min must be METRIC=NUMBER"),
-    ("last_word/acc=nan", "--min must be METRIC=NUMBER"), ("last_word/speed=1", "its direction is not known"),
-    ("last_word/acc=60", "--min last_word/acc must be a fraction between 0 and 1, got 60")])
-def test_metric_constraints_refused(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        parse_constraints(minimum=[text])
 
 
 def test_the_smallest_within_a_drop(frame: pd.DataFrame, study_directory: Path) -> None:
@@ -166,13 +151,6 @@ def test_a_pick_stands_beside_dense_and_control(controlled: pd.DataFrame, frame:
     assert "control" not in describe_pick(pick(frame, limit))
 
 
-def test_a_drop_by_hand() -> None:
-    assert drop("last_word/acc", Measured(value=0.5, stderr=0.03), Measured(value=0.6, stderr=0.04)) == pytest.approx(
-        (10.0, 5.0))
-    assert drop("text/bits_per_byte", Measured(value=2.0, stderr=None), Measured(value=2.1, stderr=0.04)) == (
-        pytest.approx(-0.1), None)
-
-
 @pytest.mark.parametrize("place", ["study/pick.json", "pick.json", "picks/mine.json"])
 def test_a_study_that_was_moved_with_its_pick_is_found(tmp_path: Path, place: str) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
@@ -199,3 +177,47 @@ def test_a_damaged_pick_is_refused(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace('"trial": ', '"trial": 1'))
     with pytest.raises(ValueError, match="pick.json: not a pick of this version of raysearch, or damaged"):
         read_pick(path)
+
+
+def test_a_pick_with_confidence(frame: pd.DataFrame) -> None:
+    plain = pick(frame, parse_constraints(max_drop=["text/bits_per_byte=0.1"]))
+    certain = pick(frame, parse_constraints("3MB", None, ["text/bits_per_byte=0.1@95%"]))
+    assert (certain.trial, certain.round) == (plain.trial, plain.round) == (5, 1)
+    size, check = certain.checks
+    assert (size.bound, size.stderr) == (None, None)
+    assert check.value == pytest.approx(plain.checks[0].value)
+    assert check.value < check.bound < 0.1
+    assert check.margin == pytest.approx(0.1 - check.bound)
+    assert check.stderr < 0.5 * plain.checks[0].stderr  # paired
+    assert certain.next_uncertain.num_nonzero < certain.num_nonzero
+    lines = describe_pick(certain).splitlines()
+    assert lines[7].startswith("--max-drop text/bits_per_byte=0.1@95%: 0.01513, margin 0.0")
+    assert ", at most 0.0" in lines[7]
+    assert "with 95 %, standard error" in lines[7]
+    assert lines[-1].startswith("the next smaller is not certain: trial ")
+    one_of_each = pick(frame, parse_constraints(max_drop=["text/bits_per_byte=0.1@95%", "last_word/acc=20"]))
+    assert len(one_of_each.checks) == 2
+    assert one_of_each.checks[1].bound is None
+
+
+def test_none_is_certain(frame: pd.DataFrame) -> None:
+    with pytest.raises(ValueError, match=r"no candidate is certain: of 12 the nearest is trial \d round \d, .* stored: "
+                                         r"--max-drop text/bits_per_byte=-0.04@95% is -0\.\d+, at most -0\.\d+ with 95 %; "
+                                         r"about [\d,]+ items more would tell$"):
+        pick(frame, parse_constraints(max_drop=["text/bits_per_byte=-0.04@95%"]))
+    with pytest.raises(ValueError, match=r"the nearest is .*; no number of items would make that certain"):
+        pick(frame, parse_constraints(max_drop=["text/bits_per_byte=-0.5@95%"]))
+    with pytest.raises(ValueError, match=r"no candidate satisfies the constraint: --max-bytes 1,000 is satisfied by 0 of 12"):
+        pick(frame, parse_constraints("1kB", None, ["text/bits_per_byte=0.1@95%"]))
+
+
+def test_a_confidence_needs_items_of_both_splits(tmp_path: Path) -> None:
+    limit = parse_constraints(max_drop=["text/bits_per_byte=0.1@95%"])
+    ledger = Ledger(twelve_trials(tmp_path / "study"))
+    best = pick(load(tmp_path / "study"), limit)
+    ledger.items_path(best.key, "selection").unlink()
+    assert pick(load(tmp_path / "study"), limit).key != best.key  # its items are lost; the others stay
+    ledger.items_path(ledger.study().root_key, "report").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"a confidence needs the items of dense and of a candidate on .* got none; leave out"):
+        pick(load(tmp_path / "study"), limit)
+    assert pick(load(tmp_path / "study"), parse_constraints(max_drop=["text/bits_per_byte=0.1"])).key == best.key

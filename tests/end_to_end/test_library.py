@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import analysis
 import raysearch
-from analysis.pick import parse_constraints, pick
+from analysis.constraints import parse_constraints
+from analysis.pick import pick
 
 README = Path(__file__).parents[2] / "README.md"
 

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.pareto import front_probability, hypervolume, pareto_front
+from raysearch.pruning.pareto import hypervolume, pareto_front
 
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.0, 5.5, float("nan"), float("inf"), float("-inf")])  # many ties
 POINTS = st.lists(st.tuples(VALUES, VALUES), max_size=12)
@@ -48,22 +48,6 @@ def test_hypervolume_by_hand() -> None:
     assert hypervolume([], [], (1.0, 0.0)) == 0.0
 
 
-def test_front_probability() -> None:
-    exact = front_probability([1, 2, 3, 4], [1, 2, 1.9, np.nan], [0, 0, 0, 0])
-    assert exact.tolist() == [1, 1, 0, 0]
-    tie = front_probability([1, 2], [1.0, 1.0], [0.1, 0.1], num_draws=4000)
-    assert tie[0] == 1.0
-    assert tie[1] == pytest.approx(0.5, abs=0.03)  # 4 standard errors of a share of 4000
-    two_apart = front_probability([1, 2], [1.0, 0.8], [0.1 / np.sqrt(2)] * 2, num_draws=4000)
-    assert two_apart[1] == pytest.approx(0.0228, abs=0.01)  # P(z > 2)
-    assert front_probability([1, 2], [1, 1], [0.1, 0.1]).tolist() == front_probability(
-        [1, 2], [1, 1], [0.1, 0.1]).tolist()
-
-
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"equal length, got shapes \(2,\) and \(1,\)"):
         pareto_front([1, 2], [1])
-    with pytest.raises(ValueError, match=r"stderr must be one number >= 0 .* minimum -1"):
-        front_probability([1], [1], [-1])
-    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
-        front_probability([1], [1], [1], num_draws=0)

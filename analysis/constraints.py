@@ -1,0 +1,158 @@
+"""What is asked of a candidate, and how one stands to it."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from analysis.tables import metric_pair
+from analysis.uncertainty import Draws, paired
+from raysearch.config import Frozen, higher_is_better, parse
+from raysearch.units import parse_bytes, parse_count
+
+
+class Constraint(Frozen):
+    """One limit. The value that is compared with it:
+
+    * max_bytes: `stored_bytes`; max_nonzero: `num_nonzero`; min, max: the metric in its own unit;
+    * max_drop: the loss against the dense baseline, positive when worse: for accuracies in points (1 point = 0.01),
+      for metrics where lower is better (perplexity, bits per byte) the rise in the metric's own unit."""
+
+    kind: Literal["max_bytes", "max_nonzero", "max_drop", "min", "max"]
+    metric: str | None
+    limit: float
+    confidence: float | None = Field(None, ge=0.5, le=0.995)
+    """That the limit holds on other items; None: on those that were scored."""
+
+    def __str__(self) -> str:
+        limit = f"{self.limit:,.0f}" if self.metric is None else f"{self.metric}={self.limit:g}"
+        limit += "" if self.confidence is None else f"@{100 * self.confidence:g}%"
+        return f"--{self.kind.replace('_', '-')} {limit}"
+
+
+class Check(Frozen):
+    """How a candidate stands to a constraint."""
+
+    constraint: Constraint
+    value: float
+    margin: float
+    """Room left in the constraint's unit: negative when it is missed. With a confidence that of `bound`."""
+    stderr: float | None
+    """Standard error of `value`; None when exact or unknown. For max_drop that of `drop`, with a confidence the paired one."""
+    within_1_stderr: bool
+    """The margin is smaller than one standard error: a new set of items could turn the verdict."""
+    within_2_stderr: bool
+    bound: float | None = None
+    """With the constraint's confidence `value` is no worse on other items."""
+    num_items: int | None = None
+    """Behind `bound`."""
+
+
+class Measured(Frozen):
+    value: float
+    stderr: float | None
+
+
+def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
+                      minimum: Sequence[str] = (), maximum: Sequence[str] = ()) -> tuple[Constraint, ...]:
+    """Constraints from the command line's strings: METRIC=NUMBER for the last three."""
+    constraints = []
+    if max_bytes is not None:
+        constraints.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
+    if max_nonzero is not None:
+        constraints.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
+    for text in max_drop:
+        constraints.append(_parse_metric_constraint("max_drop", text))
+    for text in minimum:
+        constraints.append(_parse_metric_constraint("min", text))
+    for text in maximum:
+        constraints.append(_parse_metric_constraint("max", text))
+    return tuple(constraints)
+
+
+def check_scores(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check:
+    stderr: float | None = None
+    if constraint.metric is None:
+        value = float(row["stored_bytes" if constraint.kind == "max_bytes" else "num_nonzero"])
+    else:
+        measured = measure(row, constraint.metric)
+        value, stderr = measured.value, measured.stderr
+        if constraint.kind == "max_drop":
+            value, stderr = drop(constraint.metric, measured, measure(baseline, constraint.metric))
+    value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
+    margin = round(value - constraint.limit if constraint.kind == "min" else constraint.limit - value, 9)
+    return Check(constraint=constraint, value=value, margin=margin, stderr=stderr,
+                 within_1_stderr=stderr is not None and abs(margin) < stderr,
+                 within_2_stderr=stderr is not None and abs(margin) < 2 * stderr)
+
+
+def measure(row: pd.Series, metric: str) -> Measured:
+    value, stderr = metric_pair(row, metric, "report")
+    return Measured(value=value, stderr=None if math.isnan(stderr) else stderr)
+
+
+def drop(metric: str, candidate: Measured, reference: Measured) -> tuple[float, float | None]:
+    """(what `candidate` loses against `reference`, positive when worse, in the unit of max_drop; its standard error). The error
+    adds those of both as if independent; they share their items, so the true one is usually smaller."""
+    unit = 100 if higher_is_better(metric) else -1
+    stderr = None
+    if candidate.stderr is not None and reference.stderr is not None:
+        stderr = math.hypot(candidate.stderr, reference.stderr) * abs(unit)
+    return unit * (reference.value - candidate.value), stderr
+
+
+def check_resampled(constraint: Constraint, draws: Draws, root: int, position: int) -> Check:
+    """`position`: the candidate's among `draws`, `root`: the dense baseline's."""
+    value, drawn = float(draws.value[position]), draws.drawn[:, position]
+    if constraint.kind == "max_drop":
+        value, drawn = paired(draws, root, position)
+        unit = 100 if higher_is_better(draws.metric) else -1
+        value, drawn = unit * value, unit * drawn
+    confidence = 0.5 if constraint.confidence is None else constraint.confidence
+    value = round(value, 9)
+    bound = value
+    if constraint.confidence is not None:
+        bound = round(float(np.quantile(drawn, 1 - confidence if constraint.kind == "min" else confidence)), 9)
+    margin = round(bound - constraint.limit if constraint.kind == "min" else constraint.limit - bound, 9)
+    return Check(constraint=constraint, value=value, margin=margin, stderr=float(drawn.std()), within_1_stderr=False,
+                 within_2_stderr=False, bound=bound if constraint.confidence else None, num_items=len(draws.numerator))
+
+
+def room_in_stderr(check: Check) -> float:
+    """Room of the value, in standard errors; without end where it is known exactly."""
+    room = (check.value - check.constraint.limit) * (1 if check.constraint.kind == "min" else -1)
+    return room / check.stderr if check.stderr else math.copysign(math.inf, room)
+
+
+def at_worst(check: Check) -> str:
+    if check.bound is None or check.constraint.confidence is None:
+        return ""
+    side = "least" if check.constraint.kind == "min" else "most"
+    return f", at {side} {check.bound:.4g} with {check.constraint.confidence:.3%}".replace("000%", "%").replace(".%", " %")
+
+
+def miss(check: Check) -> str:
+    if check.constraint.metric is None:
+        return f"{-check.margin:,.0f} {'bytes' if check.constraint.kind == 'max_bytes' else 'parameters'} too many"
+    points = check.constraint.kind == "max_drop" and higher_is_better(check.constraint.metric)
+    noise = "" if check.stderr is None else f", standard error {check.stderr:.2g}"
+    return f"by {-check.margin:.4g}{' points' if points else ''}{noise}"
+
+
+def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str) -> Constraint:
+    flag = f"--{kind.replace('_', '-')}"
+    metric, _, number = text.partition("=")
+    number, asked, percent = number.partition("@")
+    try:
+        limit, confidence = float(number), float(percent.removesuffix("%")) / 100 if asked else None
+    except ValueError:
+        limit, confidence = math.nan, None
+    if not metric or not math.isfinite(limit) or not 0.5 <= (confidence or 0.5) <= 0.995:
+        raise ValueError(f"{flag} must be METRIC=NUMBER, such as text/bits_per_byte=0.1, or METRIC=NUMBER@95% for a limit that "
+                         f"holds on other items with that confidence, 50 to 99.5 %, got {text!r}")
+    if higher_is_better(metric) and kind != "max_drop" and not 0 <= limit <= 1:
+        raise ValueError(f"{flag} {metric} must be a fraction between 0 and 1, got {limit:g}")
+    return parse(Constraint, {"kind": kind, "metric": metric, "limit": limit, "confidence": confidence}, flag)
