@@ -358,7 +358,7 @@ def pick(
 def export(
     pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
     out: Out,
-    format: Annotated[str, typer.Option(help="dense (transformers loads it) or compressed (smaller).")] = "dense",
+    format: Annotated[str, typer.Option(help="dense (transformers), compressed, or compact: dead parts cut out.")] = "dense",
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     doing("exporting")
@@ -435,7 +435,8 @@ def kernels(
              f"{(choice.dense_us or 0) / dense_us[count]:.1%}"]
             for layer in result.layers for count, choice in sorted(layer.choices.items())]
     cut = result.compaction
-    echo(f"compaction: {cut.num_units} MLP units and {cut.num_heads} heads were dead, {cut.num_parameters:,} parameters")
+    echo(f"compaction: {cut.num_units} MLP units, {cut.num_heads} heads and {cut.num_layers} blocks were dead, "
+         f"{cut.num_parameters:,} parameters")
     echo(aligned(header, rows, left=["layer", "pattern", "backend"]).rstrip() if rows else "no layer is sparse enough to try")
     for count, ratio in result.model_ratio.items():
         echo(f"whole forward, {count} tokens: " + (f"{ratio:.2f} times dense" if ratio > 1 else "stays dense"))

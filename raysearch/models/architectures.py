@@ -137,6 +137,7 @@ class Heads(NamedTuple):
 def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
     """Where the heads of every block lie; blocks whose matrices are not plain linear layers are left out."""
     names, device = known.attention, next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
     for index, block in enumerate(model.get_submodule(known.blocks)):
         module: Any = block.get_submodule(names.module)
         output = getattr(module, names.output)
