@@ -51,7 +51,8 @@ def run_trial(study: Mapping[str, Any], settings: Mapping[str, Any], out: str | 
 
 
 def export(pick: Any, out: str | Path, format: str = "dense", echo: Callable[[str], None] = print) -> Path:
-    """Writes what `analysis.pick.pick` chose as a deployment folder: "dense", which transformers loads, or "compressed".
+    """Writes what `analysis.pick.pick` chose as a deployment folder: "dense", which transformers loads, "compressed",
+    or "compact": what is left when dead layers, heads and neurons are cut out.
     Weights that were deleted or damaged are computed again."""
     set_environment()
     from raysearch.deploy.export import export as run
@@ -64,7 +65,7 @@ def export(pick: Any, out: str | Path, format: str = "dense", echo: Callable[[st
 
 
 def load(folder: Any, backend: str = "sparse") -> Any:
-    """The model of a folder that `raysearch export` wrote, dense or compressed: a transformers model on the CPU. A
+    """The model of a folder that `raysearch export` wrote, of any format: a transformers model on the CPU. A
     compressed one runs from its kept weights on sparse kernels; with backend="dense" it is made dense."""
     from raysearch.deploy.load import load as load_export
 

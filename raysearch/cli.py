@@ -150,7 +150,7 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")],
     out: Out,
     criterion: str = "magnitude",
-    pattern: Annotated[str, typer.Option(help="unstructured, head, or N:M such as 2:4.")] = "unstructured",
+    pattern: Annotated[str, typer.Option(help="unstructured, head, neuron, or N:M such as 2:4.")] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
     budget: Annotated[str, typer.Option(help="Under scope layer or row: uniform, erdos_renyi or owl.")] = "uniform",
     owl_lambda: Annotated[float, typer.Option(help="How far a block's density may be from the mean, with owl.")] = 0.08,
@@ -396,7 +396,7 @@ def compare(
 def export(
     pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
     out: Out,
-    format: Annotated[str, typer.Option(help="dense (transformers loads it) or compressed (smaller).")] = "dense",
+    format: Annotated[str, typer.Option(help="dense (transformers), compressed, or compact: dead parts cut out.")] = "dense",
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     doing("exporting")
@@ -473,7 +473,8 @@ def kernels(
              f"{(choice.dense_us or 0) / dense_us[count]:.1%}"]
             for layer in result.layers for count, choice in sorted(layer.choices.items())]
     cut = result.compaction
-    echo(f"compaction: {cut.num_units} MLP units and {cut.num_heads} heads were dead, {cut.num_parameters:,} parameters")
+    echo(f"compaction: {cut.num_units} MLP units, {cut.num_heads} heads and {cut.num_layers} blocks were dead, "
+         f"{cut.num_parameters:,} parameters")
     echo(aligned(header, rows, left=["layer", "pattern", "backend"]).rstrip() if rows else "no layer is sparse enough to try")
     for count, ratio in result.model_ratio.items():
         echo(f"whole forward, {count} tokens: " + (f"{ratio:.2f} times dense" if ratio > 1 else "stays dense"))

@@ -40,7 +40,9 @@ def space(trial):
         fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5),
                    "mask_interval_steps": choice("moving/mask_interval_steps", 10, 30, 100)}
     else:
-        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head")
+        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron")
+        if fields["pattern"] in ("head", "neuron") and criterion == "magnitude":
+            fields["criterion"] = choice("unit/criterion", "magnitude", "l2")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
@@ -48,9 +50,9 @@ def space(trial):
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
-    if fields["pattern"] == "head":
-        return fields | {"target_sparsity": trial.suggest_float("head/target_sparsity", 0.1, 0.7),
-                         "scope": choice("head/scope", "global", "layer")}
+    if fields["pattern"] in ("head", "neuron"):
+        return fields | {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
+                         "scope": choice("unit/scope", "global", "layer")}
     if criterion == "magnitude" and choice("by", "sparsity", "threshold") == "threshold":
         return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
     if criterion == "sparsegpt":

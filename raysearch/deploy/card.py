@@ -2,19 +2,22 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from raysearch.config import Metric
 from raysearch.study.records import Recovered, RoundRecord, StudyRecord, TrialRecord
 
 
 def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | None, report: dict[str, Metric] | None,
-               dense: dict[str, Metric] | None, format: str, recovered: Recovered | None = None) -> str:
-    """README.md of the deployment folder: what it is, how it was made, what was measured, how to load it."""
+               dense: dict[str, Metric] | None, is_plain: bool, recovered: Recovered | None = None,
+               compacted: Any = None) -> str:
+    """README.md of the deployment folder: what it is, how it was made, what was measured, how to load it. `compacted` is a
+    model out of which dead parts were cut."""
     metrics = report if report is not None else record.metrics
     split = "report split, which the search never saw" if report is not None else "selection split, which the search used"
     rows = [f"| {name} | {_cell(metric)} | {_cell((dense or {}).get(name))} | {metric.num_items} |"
             for name, metric in sorted(metrics.items())]
-    loader = ("AutoModelForCausalLM.from_pretrained(FOLDER)  # from transformers" if format == "dense"
+    loader = ("AutoModelForCausalLM.from_pretrained(FOLDER)  # from transformers" if is_plain
               else "raysearch.load(FOLDER)  # import raysearch")
     settings = json.dumps(_settings(trial), sort_keys=True)
     return "\n".join([
@@ -26,7 +29,8 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
         f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
         f"| bytes stored, compressed format | {record.stored_bytes:,} |",
-        f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |", "",
+        f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |",
+        *_compact_rows(compacted), "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
         "The standard errors are over the items." + (
             " The numbers are of weights that were lost: those here were computed again, on "
@@ -36,8 +40,17 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"Corpus `{study.study.data.corpus}`, seed {study.study.data.seed}, {record.provenance.created_at}, "
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
+        "What pruning emptied is cut out." if compacted is not None else
         "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
-        format == "dense" else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
+        is_plain else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
+
+
+def _compact_rows(model: Any) -> list[str]:
+    if model is None:
+        return []
+    num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return [f"| parameters of this compact form | {sum(parameter.numel() for parameter in model.parameters()):,} |",
+            f"| bytes of this compact form, stored and resident, the file's header apart | {num_bytes:,} |"]
 
 
 def _settings(trial: TrialRecord | None) -> dict[str, object] | list[dict[str, object]]:

@@ -1,18 +1,23 @@
 """From a candidate to a deployment folder, and back: `export` writes it, `load` opens it.
 
-Two formats. "dense" is a plain Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads: pruned weights are
+Three formats. "dense" is a plain Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads: pruned weights are
 stored as zeros, so it is as large as the dense model. "compressed" stores bitmaps and non-zero values and is as small as
-the candidate's `stored_bytes`; `raysearch.load` opens it.
+the candidate's `stored_bytes`; `raysearch.load` opens it. "compact" stores what is left when dead layers, heads and neurons are
+cut out: a plain, smaller Hugging Face folder where layers stay alike and the family's configuration can say it, and else a file
+that `raysearch.load` opens. Each is opened and compared before it is called done.
 """
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from raysearch.deploy.card import model_card
+from raysearch.deploy.load import COMPRESSED, load
+from raysearch.models.compact import Kept, are_close, compact, few_logits, plain_config
 from raysearch.models.model import load_model, prunable_parameters
 from raysearch.models.weights import read_weights, saving, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
@@ -22,7 +27,6 @@ from raysearch.study.storage import as_file, location
 KEPT = ("*token*.json", "*vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja",
         "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
 """What belongs to a model beside its weights and config.json: tokenizer, chat templates, settings of generation, terms."""
-COMPRESSED = "compressed.safetensors"
 
 
 def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
@@ -31,8 +35,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
     An `out` that is an earlier export is replaced; anything else in its place is refused. Raises ValueError for an
     unknown format, a damaged weights file, and when what was written does not hold the candidate's zeros.
     """
-    if format not in ("dense", "compressed"):
-        raise ValueError(f"format must be dense or compressed, got {format!r}")
+    if format not in ("dense", "compressed", "compact"):
+        raise ValueError(f"format must be dense, compressed or compact, got {format!r}")
     out = location(out)
     if out.exists() and not (out / "raysearch.json").is_file():
         raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
@@ -52,25 +56,58 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
                          f"{expected} in its record; its weights do not survive the rounding, so it is not exported")
     if (Path(study.study.model.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; it is copied
+    kept, is_plain, logits = {}, format == "dense", None
+    if format == "compact":
+        kept, is_plain, logits = _cut(model, key)
     with new_directory(out) as folder:
-        if format == "dense":
+        if is_plain:
             with saving(out):
                 model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-            write_weights(folder / COMPRESSED, {name: to_store(tensor, tensor != 0 if name in prunable else None)
+            write_weights(folder / COMPRESSED, {name: to_store(
+                tensor, tensor != 0 if name in prunable and format == "compressed" else None)
                                                 for name, tensor in own_tensors(model).items()})
         copy_companions(Path(study.study.model.path), folder)
         trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
-                                                     ledger.report_metrics(study.root_key), format, recovered))
+                                                     ledger.report_metrics(study.root_key),
+                                                     is_plain, recovered, model if format == "compact" else None))
         files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-        write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format,
+        write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format, "kept": kept,
                                                "record": record.model_dump(mode="json"), "sha256": files,
                                                "recovered": recovered.model_dump(mode="json") if recovered else None})
+        _check(folder, model, logits)
         if out.exists():  # the earlier export stays until the new one is whole
             shutil.rmtree(out)
     return out
+
+
+def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
+    """Cuts out what is dead: (what stays of each module where stock loaders cannot tell, if they can, logits).
+    ValueError where nothing can go."""
+    reasons: list[str] = []
+    logits = few_logits(model)
+    cut = compact(model, reasons.append)
+    if not cut.num_parameters:
+        raise ValueError(f"candidate {key}: " + (reasons or ["it has no dead layer, head or neuron"])[0] + "; give format "
+                         "compressed, or prune with pattern head or neuron")
+    config = plain_config(model)
+    if config is None:
+        return cut.kept, False, logits
+    model.config = config
+    return {}, True, logits
+
+
+def _check(folder: Path, model: nn.Module, logits: Tensor | None) -> None:
+    """RuntimeError unless the folder opens as the model, with the masked model's logits where these are given."""
+    found = load(folder, backend="dense")
+    own, others = own_tensors(model), own_tensors(found)
+    differing = [name for name in own.keys() | others.keys()
+                 if name not in own or name not in others or not torch.equal(own[name], others[name])]
+    if differing or (logits is not None and not are_close(few_logits(found), logits, found.dtype)):
+        raise RuntimeError(f"the export does not open as the candidate ({sorted(differing)[:1] or 'other logits'}); nothing was "
+                           "written; report it with the model's config.json")
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Opening a deployment folder, of either format."""
+"""Opening a deployment folder, of any format."""
 
 import json
 from pathlib import Path
@@ -8,16 +8,18 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.deploy.export import COMPRESSED
 from raysearch.kernels import SparseWeight
+from raysearch.models.compact import cut_to
 from raysearch.models.model import from_config, load_config, load_model, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse
 from raysearch.study.files import file_sha256
 
+COMPRESSED = "compressed.safetensors"
+
 
 def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
-    """The model of an exported folder of either format, every file checked against its recorded sha256.
+    """The model of an exported folder of any format, every file checked against its recorded sha256.
 
     A compressed one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
     matrices are never made. `backend="dense"` makes them, as transformers would serve the model.
@@ -32,11 +34,13 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     for name, sha256 in described["sha256"].items():  # a model card may be edited
         if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
-    if described["format"] == "dense":
+    if COMPRESSED not in described["sha256"]:
         return load_model(str(folder), getattr(torch, stored_dtype(str(folder))))
     weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor) and weight.is_floating_point())
     model = from_config(load_config(str(folder)), dtype)
+    if kept := described.get("kept"):
+        cut_to(model, kept)
     for name, parent, attribute, module in linear_layers(model):
         weight = weights.get(f"{name}.weight")
         if backend == "sparse" and isinstance(weight, SparseWeight):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.models.model import Prunable, is_linear
-from raysearch.pruning.patterns import HeadRows, Layout, Matrix
+from raysearch.pruning.patterns import Layout, Matrix, UnitRows
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Heads(NamedTuple):
 def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
     """Where the heads of every block lie; blocks whose matrices are not plain linear layers are left out."""
     names, device = known.attention, next(model.parameters()).device
+    device = torch.device("cpu") if device.type == "meta" else device
     for index, block in enumerate(model.get_submodule(known.blocks)):
         module: Any = block.get_submodule(names.module)
         output = getattr(module, names.output)
@@ -174,8 +175,16 @@ def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
                     read_by)
 
 
+def plain_mlps(model: nn.Module, known: Architecture) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every block's MLP whose matrices are plain linear layers: the others, such as experts, are left out."""
+    for index, block in enumerate(model.get_submodule(known.blocks)):
+        module = block.get_submodule(known.mlp.module)
+        if all(is_linear(getattr(module, name, None)) for name in (*known.mlp.first, known.mlp.last)):
+            yield ".".join(filter(None, (known.blocks, str(index), known.mlp.module))), module
+
+
 def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
-    """What patterns may know of the model: its prunable matrices with their biases, and where their heads lie."""
+    """What patterns may know of the model: its prunable matrices with their biases, and where heads and neurons lie."""
     parameters = dict(model.named_parameters())
 
     def matrix(name: str, shape: tuple[int, int], transposed: bool) -> Matrix:
@@ -183,13 +192,19 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
         return Matrix(name, shape, transposed, bias if bias in parameters else None)
 
     matrices = {p.name: matrix(p.name, (p.shape[0], p.shape[1]), p.transposed) for p in prunables if len(p.shape) == 2}
+
+    def rows(module: str, of_units: Sequence[tuple[str, Tensor, bool]]) -> list[UnitRows]:
+        return [UnitRows(matrices[f"{module}.{path}.weight"], of_unit.cpu(), are_inputs)
+                for path, of_unit, are_inputs in of_units]
+
     known = architecture(model)
-    attentions = []
-    for heads in attention_heads(model, known) if known else ():
-        rows = [(heads.output, heads.read_by, True), *((path, of_head, False) for path, of_head in heads.inputs)]
-        attentions.append([HeadRows(matrices[f"{heads.path}.{path}.weight"], of_head.cpu(), are_inputs)
-                           for path, of_head, are_inputs in rows])
-    return Layout(list(matrices.values()), attentions)
+    attentions = [rows(heads.path, [(heads.output, heads.read_by, True), *((*each, False) for each in heads.inputs)])
+                  for heads in (attention_heads(model, known) if known else ())]
+    mlps = []
+    for path, module in plain_mlps(model, known) if known else ():
+        of_unit = torch.arange(shape(getattr(module, known.mlp.last))[1])[:, None]
+        mlps.append(rows(path, [(known.mlp.last, of_unit, True), *((name, of_unit, False) for name in known.mlp.first)]))
+    return Layout(list(matrices.values()), attentions, mlps)
 
 
 def shape(linear: Any) -> tuple[int, int]:

@@ -1,29 +1,47 @@
 """Lossless compaction: what pruning emptied is cut out, so that smaller dense products do the same work.
 
 An MLP unit goes when nothing reads it (its column of the second matrix is zero) or when it is constant (its row of the
-first one is zero); an attention head goes when nothing reads it or when its values are constant. Constants are folded into
-the bias behind them. It needs no kernel and saves the same share of time on any hardware.
+first one is zero); an attention head goes when nothing reads it or when its values are constant; a block goes when both of its
+outputs are zero. Constants are folded into the bias behind them. It needs no kernel and saves the same share of time on any
+hardware.
 
 Legend: D hidden size, U units of an MLP, H heads of E dimensions (with grouped queries: key-value heads), G queries each.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.architectures import Heads, architecture, attention_heads, dense_weight, shape
-from raysearch.models.model import is_linear
+from raysearch.models.architectures import (
+    MLP,
+    Architecture,
+    Heads,
+    architecture,
+    attention_heads,
+    dense_weight,
+    plain_mlps,
+    shape,
+)
+from raysearch.models.model import from_config, is_linear
 
 MULTIPLE = 64
 """Widths stay multiples of this where they were: tensor cores are slow otherwise, so some dead units may stay."""
 CHECK_TOKENS = 32
 """Of two sequences."""
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Of the largest logit: some 30 roundings of the type in a row, for the sums of the smaller products run in another order."""
+
+
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+"""What configurations call the units of an MLP."""
+Kept = Mapping[str, int | list[int]]
+"""Path of a module -> the number of units of an MLP, the heads of an attention."""
 
 
 class Compaction(NamedTuple):
@@ -33,11 +51,15 @@ class Compaction(NamedTuple):
     num_heads: int
     num_parameters: int
     """Fewer than before."""
+    num_layers: int = 0
+    """Whole blocks."""
+    kept: Kept = MappingProxyType({})
+    """Of each module that became smaller; paths are those of the blocks that stay."""
 
 
 @torch.no_grad()
 def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) -> Compaction:
-    """Cuts dead MLP units and attention heads out of `model`, in place; its outputs stay equal up to rounding.
+    """Cuts dead blocks, MLP units and attention heads out of `model`, in place; its outputs stay equal up to rounding.
 
     A family that is not in the table of architectures is left as it is, and so is a model whose logits would change: its
     code may do with its heads what the table does not know. `say` then gets one line.
@@ -47,27 +69,94 @@ def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) 
         say(f"left dense: dead heads and neurons stay in, for those of {name} are not known")
         return Compaction(0, 0, 0)
     before, whole = sum(parameter.numel() for parameter in model.parameters()), _state(model)
-    num_units = num_heads = 0
-    for block in model.get_submodule(known.blocks):
-        mlp = block.get_submodule(known.mlp.module)
-        matrices = [getattr(mlp, name, None) for name in (*known.mlp.first, known.mlp.last)]
-        if all(is_linear(matrix) for matrix in matrices):
-            num_units += _compact_mlp(matrices[:-1], matrices[-1], getattr(mlp, known.mlp.activation))
+    num_layers, num_units, num_heads = _drop_blocks(model, known), 0, 0
+    kept: dict[str, int | list[int]] = {}
+    for path, mlp in plain_mlps(model, known):
+        if gone := _compact_mlp(mlp, known.mlp):
+            num_units, kept[path] = num_units + gone, shape(getattr(mlp, known.mlp.last))[1]
     for heads in attention_heads(model, known):
-        num_heads += _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes)
-    if num_units + num_heads and not _gives_equal_logits(model, whole):
+        if stays := _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes):
+            num_heads, kept[heads.path] = num_heads + heads.num_heads - len(stays), stays
+    if num_layers + num_units + num_heads and not _gives_equal_logits(model, whole):
         say("left dense: dead heads and neurons stay in, for without them the model gives other logits")
         return Compaction(0, 0, 0)
-    return Compaction(num_units, num_heads, before - sum(parameter.numel() for parameter in model.parameters()))
+    num_gone = before - sum(parameter.numel() for parameter in model.parameters())
+    return Compaction(num_units, num_heads, num_gone, num_layers, kept)
 
 
-State = list[tuple[nn.Module, dict[str, Any]]]
+def cut_to(model: nn.Module, kept: Kept) -> None:
+    """Gives a model, also one without memory ("meta"), the shapes that `compact` left: for a caller that puts weights in."""
+    known = architecture(model)
+    assert known is not None, "what was cut is in the table"
+    for path, mlp in plain_mlps(model, known):
+        if isinstance(width := kept.get(path), int):
+            _cut_mlp(mlp, known.mlp, torch.arange(width))
+    for heads in attention_heads(model, known):
+        if isinstance(stays := kept.get(heads.path), list):
+            keep = torch.zeros(heads.num_heads, dtype=torch.bool)
+            keep[stays] = True
+            _cut_attention(model.get_submodule(heads.path), heads, keep, known.attention.has_slopes)
 
 
-def _state(model: nn.Module) -> State:
-    """Attributes, parameters and hooks of every module; nothing is copied, for cutting puts new ones in their place."""
-    return [(module, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(module).items()})
-            for module in model.modules()]
+def plain_config(model: Any) -> PretrainedConfig | None:
+    """The configuration of an ordinary model with the shapes of this compacted one, which any loader of Hugging Face's opens;
+    None where blocks differ, and for a family whose configuration cannot say it."""
+    known = architecture(model)
+    assert known is not None, "what was cut is in the table"
+    config = copy.deepcopy(model.config)
+    widths = {shape(getattr(mlp, known.mlp.last))[1] for _, mlp in plain_mlps(model, known)}
+    heads = {(each.read_by.numel() // each.size, each.num_values, each.size) for each in attention_heads(model, known)}
+    try:
+        (width,), ((queries, values, size),) = widths, heads
+        for name in filter(config.to_dict().__contains__, WIDTHS):
+            setattr(config, name, width)
+        if queries != config.num_attention_heads:
+            config.num_attention_heads, config.head_dim = queries, size
+            for name in filter(config.to_dict().__contains__, ("num_key_value_heads", "num_kv_heads")):
+                setattr(config, name, values)
+        made = from_config(config, model.dtype)
+    except Exception:  # of blocks that differ a ValueError; a configuration that cannot say it raises its family's own
+        return None
+    made.tie_weights()
+    shapes = [{name: tuple(parameter.shape) for name, parameter in each.named_parameters()} for each in (made, model)]
+    return config if shapes[0] == shapes[1] else None
+
+
+def _drop_blocks(model: Any, known: Architecture) -> int:
+    """Takes out blocks whose two outputs are 0, which hand on what they get; the number of them."""
+    blocks, lasts = model.get_submodule(known.blocks), (known.attention.output, known.mlp.last)
+    stay = []
+    for index, block in enumerate(blocks):
+        outputs = [getattr(block.get_submodule(part.module), last) for part, last in zip((known.attention, known.mlp), lasts)]
+        if not all(map(is_linear, outputs)) or any(part.any() for output in outputs for part in output.parameters()):
+            stay.append(index)
+    stay, num_before = stay or [0], len(blocks)
+    if len(stay) == num_before:
+        return 0
+    blocks._modules = {str(place): blocks[index] for place, index in enumerate(stay)}
+    for place, block in enumerate(blocks):
+        for module in block.modules():  # the cache's place of each
+            for name in ("layer_idx", "layer_id"):
+                if hasattr(module, name):
+                    setattr(module, name, place)
+    config = model.config
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == num_before:  # of each layer its kind
+            setattr(config, name, [value[index] for index in stay])
+    if hasattr(config, "attention_types"):  # GPT-Neo's, from which it makes the kinds again
+        config.attention_types = [[[kind], 1] for kind in config.attention_layers]
+    config.num_hidden_layers = len(stay)
+    return num_before - len(stay)
+
+
+State = list[tuple[Any, dict[str, Any]]]
+
+
+def _state(model: Any) -> State:
+    """Attributes, parameters and hooks of every module, and the configuration; nothing is copied, for cutting puts new ones in
+    their place."""
+    return [(part, {name: copy.copy(value) if isinstance(value, dict) else value for name, value in vars(part).items()})
+            for part in (*model.modules(), model.config)]
 
 
 def _restore(state: State) -> None:
@@ -78,21 +167,34 @@ def _restore(state: State) -> None:
 def _gives_equal_logits(model: nn.Module, whole: State) -> bool:
     """Whether the cut model gives the logits of the whole one, on a few tokens; where not, it is made whole again."""
     parameter = next(model.parameters())
-    tokens = torch.arange(CHECK_TOKENS, device=parameter.device).view(2, -1) % model.config.get_text_config().vocab_size
     cut = _state(model)
     try:
-        after = model(input_ids=tokens, use_cache=False).logits.float()
+        after = few_logits(model)
     except (RuntimeError, ValueError, TypeError, AttributeError):  # shapes that do not go together
         after = None
     _restore(whole)
-    before = model(input_ids=tokens, use_cache=False).logits.float()
-    is_equal = after is not None and bool((after - before).abs().max() <= TOLERANCE[parameter.dtype] * before.abs().max())
+    is_equal = after is not None and are_close(after, few_logits(model), parameter.dtype)
     if is_equal:
         _restore(cut)
     return is_equal
 
 
-def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int:
+@torch.no_grad()
+def few_logits(model: Any) -> Tensor:
+    """fp32, of a few tokens."""
+    tokens = torch.arange(CHECK_TOKENS, device=model.device).view(2, -1) % model.config.get_text_config().vocab_size
+    return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def are_close(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether they differ by no more than rounding, of a model of `dtype`."""
+    return bool((logits - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max())
+
+
+def _compact_mlp(mlp: Any, names: MLP) -> int:
+    """The number of units that were cut out."""
+    firsts, last = [getattr(mlp, name) for name in names.first], getattr(mlp, names.last)
+    activation = getattr(mlp, names.activation)
     unread = (dense_weight(last) == 0).all(dim=0)  # [U]
     rows_dead = [(dense_weight(first) == 0).all(dim=1) for first in firsts]
     constants = torch.zeros_like(dense_weight(last)[0])
@@ -106,13 +208,18 @@ def _compact_mlp(firsts: Sequence[Any], last: Any, activation: nn.Module) -> int
     keep = _kept(unread | constant, MULTIPLE if len(unread) % MULTIPLE == 0 else 1)
     if keep.all() or not _fold(last, torch.where(keep, 0, constants)):
         return 0
-    for first in firsts:
-        _cut(first, keep.nonzero().view(-1), 0)
-    _cut(last, keep.nonzero().view(-1), 1)
+    _cut_mlp(mlp, names, keep.nonzero().view(-1))
     return int((~keep).sum())
 
 
-def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> int:
+def _cut_mlp(mlp: Any, names: MLP, keep: Tensor) -> None:
+    for name in names.first:
+        _cut(getattr(mlp, name), keep, 0)
+    _cut(getattr(mlp, names.last), keep, 1)
+
+
+def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> list[int]:
+    """The heads that stay; empty where all do."""
     last, values = getattr(module, heads.output), getattr(module, heads.values.path)
     unread = (dense_weight(last) == 0).all(dim=0)[heads.read_by].all(dim=1)  # [H]
     constant = (dense_weight(values) == 0).all(dim=1)[heads.values.of_head].all(dim=1)
@@ -123,12 +230,17 @@ def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> int:
         groups = heads.read_by.shape[1] // heads.size
         constants[heads.read_by] = each[:, None].expand(-1, groups, -1).reshape(heads.num_heads, -1)
     if keep.all() or not _fold(last, constants):
-        return 0
+        return []
+    _cut_attention(module, heads, keep, has_slopes)
+    return keep.nonzero().view(-1).tolist()
+
+
+def _cut_attention(module: Any, heads: Heads, keep: Tensor, has_slopes: bool) -> None:
     for path, of_head in heads.inputs:
         stays = torch.ones(shape(getattr(module, path))[0], dtype=torch.bool, device=keep.device)
         stays[of_head[~keep]] = False  # rows of no head, such as shared keys, stay
         _cut(getattr(module, path), stays.nonzero().view(-1), 0)
-    _cut(last, heads.read_by[keep].reshape(-1), 1)
+    _cut(getattr(module, heads.output), heads.read_by[keep].reshape(-1), 1)
     kept, queries = int(keep.sum()), int(heads.read_by[keep].numel()) // heads.size
     num_values = kept if heads.num_values == heads.num_heads else heads.num_values
     for name, number in (("num_heads", queries), ("num_attention_heads", queries), ("num_key_value_heads", num_values),
@@ -138,7 +250,6 @@ def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> int:
             setattr(module, name, number)
     if has_slopes:
         module.register_forward_pre_hook(_with_slopes_of(keep), with_kwargs=True)
-    return heads.num_heads - kept
 
 
 def _with_slopes_of(keep: Tensor) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -177,7 +288,7 @@ def _fold(last: Any, constants: Tensor) -> bool:
 
 def _cut(linear: Any, keep: Tensor, dimension: int) -> None:
     """Keeps these outputs (0) or inputs (1) of an nn.Linear or Conv1D."""
-    axis = 1 - dimension if isinstance(linear, Conv1D) else dimension
+    axis, keep = 1 - dimension if isinstance(linear, Conv1D) else dimension, keep.to(linear.weight.device)
     linear.weight = nn.Parameter(linear.weight.detach().index_select(axis, keep), requires_grad=linear.weight.requires_grad)
     if dimension == 0 and linear.bias is not None:
         linear.bias = nn.Parameter(linear.bias.detach()[keep], requires_grad=linear.bias.requires_grad)

@@ -48,6 +48,11 @@ def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
     return weights.abs()
 
 
+def square(weights: Tensor, gathered: Tensor | None) -> Tensor:
+    """w^2, whose mean over a unit ranks units of one size by their L2 norm."""
+    return weights.square()
+
+
 def movement(weights: Tensor, gathered: Tensor | None) -> Tensor:
     """S = - sum over the steps of dL/dW * W, Sanh et al. 2020 (arXiv 2005.07683), eq. 3: weights that move away from 0 stay.
 
@@ -89,6 +94,7 @@ def ria(weights: Tensor, statistic: Tensor | None) -> Tensor:
 
 CRITERIA = {
     "magnitude": Criterion(magnitude),
+    "l2": Criterion(square),  # of units: He et al. 2018 (arXiv 1808.06866)
     "gradual_magnitude": Criterion(magnitude, is_gradual=True),  # Zhu & Gupta 2017 (arXiv 1710.01878)
     "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),

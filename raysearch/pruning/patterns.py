@@ -7,7 +7,7 @@ Adding a pattern is a function and a line in PATTERNS; tests/pruning/test_patter
 
 N:M is no line of it: it says which weights of a group must go, and none of them stand together.
 
-Legend: O outputs, K inputs of a matrix, H heads of one attention module, U units in all.
+Legend: O outputs, K inputs of a matrix, N units of one module (heads, neurons), U units in all.
 """
 
 import re
@@ -37,22 +37,24 @@ class Matrix(NamedTuple):
         return self.shape[1] if self.transposed else self.shape[0]
 
 
-class HeadRows(NamedTuple):
-    """Outputs, or inputs, of one matrix that belong to the heads of one attention module."""
+class UnitRows(NamedTuple):
+    """Outputs, or inputs, of one matrix that belong to the units of one module: heads of an attention, neurons of an MLP."""
 
     matrix: Matrix
-    of_head: Tensor
-    """int64 [H, n]."""
+    of_unit: Tensor
+    """int64 [N, n]."""
     are_inputs: bool
-    """Of the attention's output matrix, whose columns read the heads."""
+    """Of the module's last matrix, whose columns read the units."""
 
 
 class Layout(NamedTuple):
     """What a pattern may know of a model."""
 
     matrices: Sequence[Matrix]
-    attentions: Sequence[Sequence[HeadRows]]
+    attentions: Sequence[Sequence[UnitRows]] = ()
     """Empty where the model's heads are not known."""
+    mlps: Sequence[Sequence[UnitRows]] = ()
+    """The same of its neurons."""
 
 
 class Part(NamedTuple):
@@ -92,27 +94,37 @@ def heads(layout: Layout) -> Units:
 
     With grouped queries a head is a key-value head with the queries that read it. Layers are attention modules.
     """
-    if not layout.attentions:
-        raise ValueError("pattern head needs a model whose heads are known, and this one's are not; give another pattern, or "
-                         "add its family to raysearch/models/architectures.py")
+    return _of_modules(layout.attentions, "head")
+
+
+def neurons(layout: Layout) -> Units:
+    """A neuron: its row of each first matrix of an MLP (two in a gated one), with its biases, and its column of the last."""
+    return _of_modules(layout.mlps, "neuron")
+
+
+def _of_modules(modules: Sequence[Sequence[UnitRows]], pattern: str) -> Units:
+    if not modules:
+        raise ValueError(f"pattern {pattern} needs a model whose {pattern}s are known, and this one's are not; give another "
+                         "pattern, or add its family to raysearch/models/architectures.py")
     parts: list[Part] = []
     group: list[Tensor] = []
     num_units = 0
-    for layer, attention in enumerate(layout.attentions):
-        num_heads = len(attention[0].of_head)
-        for matrix, of_head, are_inputs in attention:
+    for layer, module in enumerate(modules):
+        num_here = len(module[0].of_unit)
+        for matrix, of_unit, are_inputs in module:
             size = sum(matrix.shape) - matrix.num_outputs if are_inputs else matrix.num_outputs
             unit = torch.full((size,), NO_UNIT)
-            unit[of_head] = torch.arange(num_units, num_units + num_heads)[:, None]
+            unit[of_unit] = torch.arange(num_units, num_units + num_here)[:, None]
             parts += [by_input(matrix, unit)] if are_inputs else by_output(matrix, unit)
-        group.append(torch.full((num_heads,), layer))
-        num_units += num_heads
+        group.append(torch.full((num_here,), layer))
+        num_units += num_here
     return Units(tuple(parts), torch.cat(group))
 
 
 PATTERNS: dict[str, Callable[[Layout], Units] | None] = {
     "unstructured": None,
     "head": heads,
+    "neuron": neurons,
 }
 
 

@@ -37,6 +37,9 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if group is None and pattern != "unstructured" and (scope == "row" or method.threshold_unit == "std"):
         raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
+    if criterion == "l2" and (group is not None or pattern == "unstructured"):
+        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head or neuron, got {pattern}; "
+                         "magnitude ranks single weights alike")
     if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
         raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
                          f"scope layer or row, got {pattern} and {scope}")

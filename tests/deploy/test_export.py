@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import raysearch
+from raysearch.config import Action
 from raysearch.deploy.export import export
 from raysearch.prune import run_prune
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
-from raysearch.trial.round import load_candidate
+from raysearch.trial.round import dense_round, load_candidate, run_round
 from raysearch.trial.worker import Worker
 
 
@@ -41,6 +42,53 @@ def test_both_formats_hold_the_candidate(worker: Worker, candidate: RoundRecord,
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert file.stat().st_size - header == candidate.stored_bytes
     assert (dense / "model.safetensors").stat().st_size > candidate.resident_bytes > candidate.stored_bytes
+
+
+@pytest.mark.parametrize(("pattern", "scope", "is_plain"), [("neuron", "layer", True), ("neuron", "global", False),
+                                                            ("head", "layer", False)])
+def test_a_compact_export_is_what_is_left(worker: Worker, candidate: RoundRecord, tmp_path: Path, pattern: str, scope: str,
+                                          is_plain: bool) -> None:
+    """Parameters are counted in the file; its logits are the masked ones; GPT-2's configuration cannot say other heads."""
+    fields = {"criterion": "l2", "sparsity": 0.5} if pattern == "neuron" else {"sparsity": 0.5}
+    record = run_round(worker, dense_round(worker), Action(pattern=pattern, scope=scope, finetune_tokens=256,
+                                                           learning_rate=1e-3, **fields))
+    masked = raysearch.load(export(worker.ledger, record.key, tmp_path / "dense"))
+    folder = export(worker.ledger, record.key, tmp_path / "compact", "compact")
+    (file,) = folder.glob("*.safetensors")
+    found, tokens = raysearch.load(folder), torch.arange(40).view(2, 20)
+    num_parameters = sum(parameter.numel() for parameter in found.parameters())
+    assert num_parameters == sum(tensor.numel() for tensor in load_file(file).values()) < record.num_parameters
+    wanted = masked(tokens).logits
+    assert torch.allclose(found(tokens).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    assert found.generate(tokens[:1], max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (1, 23)
+    assert f"| parameters of this compact form | {num_parameters:,} |" in (folder / "README.md").read_text()
+    assert is_plain == (file.name == "model.safetensors")
+    if is_plain:
+        plain = AutoModelForCausalLM.from_pretrained(folder)  # no raysearch needed
+        assert torch.equal(plain(tokens).logits, found(tokens).logits)
+
+
+def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format compressed"):
+        export(worker.ledger, candidate.key, tmp_path / "out", "compact")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("format", ["dense", "compressed", "compact"])
+def test_an_export_that_does_not_open_as_the_candidate_is_not_left(
+        worker: Worker, candidate: RoundRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
+    """A loader that loses one weight, as of a family whose names are mapped otherwise."""
+    record = run_round(worker, dense_round(worker), Action(pattern="neuron", scope="layer", sparsity=0.5))
+
+    def spoilt(folder: Path, backend: str) -> torch.nn.Module:
+        model = raysearch.load(folder, backend)
+        model.transformer.wte.weight.data[3, 4] += 1
+        return model
+
+    monkeypatch.setattr("raysearch.deploy.export.load", spoilt)
+    with pytest.raises(RuntimeError, match="the export does not open as the candidate .*wte.weight.*; nothing was written"):
+        export(worker.ledger, record.key, tmp_path / "out", format)
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_is_replaced_and_nothing_else(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:

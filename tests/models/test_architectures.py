@@ -5,10 +5,15 @@ from typing import Any
 import pytest
 import torch
 from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.architectures import ARCHITECTURES, architecture, attention_heads, shape
-from raysearch.models.compact import compact
+from raysearch.models.architectures import ARCHITECTURES, architecture, attention_heads, plain_mlps, shape
+from raysearch.models.compact import Compaction, compact, cut_to, plain_config
+
+NO_OTHER_HEADS = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "xglm", "stablelm", "bloom", "gpt_bigcode",
+                  "gpt_bigcode of one query a head", *(name for name in CASES if name.startswith("falcon"))}
+"""Their configurations hold no size of a head apart from the hidden size."""
 
 
 def rows(linear: Any) -> torch.Tensor:
@@ -70,12 +75,49 @@ def test_dead_neurons_are_cut_without_a_change(family: str) -> None:
     assert torch.allclose(logits(model), before, atol=2e-5, rtol=1e-4)
 
 
+def dead(family: str, part: str) -> Any:
+    """The model with half of the neurons or heads of each block, or its first block, masked."""
+    model = random_model(CASES[family]())
+    known = architecture(model)
+    if part == "layer":
+        block = model.get_submodule(known.blocks)[0]
+        for names, last in ((known.attention, known.attention.output), (known.mlp, known.mlp.last)):
+            for parameter in getattr(block.get_submodule(names.module), last).parameters():
+                parameter.data.zero_()
+    for _, mlp in plain_mlps(model, known) if part == "neuron" else ():
+        rows(getattr(mlp, known.mlp.last))[:, :64] = 0
+    for heads in attention_heads(model, known) if part == "head" else ():
+        gone = heads.read_by[:heads.num_heads // 2].reshape(-1)
+        rows(model.get_submodule(heads.path).get_submodule(heads.output))[:, gone] = 0
+    return model
+
+
+@pytest.mark.parametrize("part", ["neuron", "head", "layer"])
+@pytest.mark.parametrize("family", CASES)
+def test_what_is_left_is_an_ordinary_model_where_its_configuration_can_say_so(family: str, part: str) -> None:
+    """Its weights in a model that is made of the configuration alone, and else of the shapes, give the masked logits."""
+    model = dead(family, part)
+    masked = logits(model)
+    cut = compact(model)
+    assert (cut.num_units, cut.num_heads, cut.num_layers) == {
+        "neuron": (128, 0, 0), "layer": (0, 0, 1), "head": (0, 2 if family in TWO_HEADS else HEADS, 0)}[part]
+    assert torch.allclose(logits(model), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+    config = plain_config(model)
+    assert (config is None) == ((part == "head" and family in NO_OTHER_HEADS) or (family, part) == ("bloom", "neuron"))
+    config = type(model.config).from_dict((config or model.config).to_dict())
+    made = AutoModelForCausalLM.from_config(config).eval()
+    if plain_config(model) is None:
+        cut_to(made, cut.kept)
+    made.load_state_dict(model.state_dict())
+    assert torch.allclose(logits(made), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+
+
 @pytest.mark.parametrize("family", STRANGERS)
 def test_a_family_that_is_not_known_is_left_as_it_is(family: str) -> None:
     model = random_model(STRANGERS[family]())
     assert architecture(model) is None
     lines = []
-    assert compact(model, lines.append) == (0, 0, 0)
+    assert compact(model, lines.append) == Compaction(0, 0, 0)
     assert lines == [f"left dense: dead heads and neurons stay in, for those of {family} are not known"]
 
 
@@ -89,7 +131,7 @@ def test_a_model_whose_logits_would_change_is_left_as_it_is() -> None:
         block.mlp.act.forward = lambda x, mlp=block.mlp: x.square() if x.ndim > 1 else x
     weights, before = {name: id(parameter) for name, parameter in model.named_parameters()}, logits(model)
     lines = []
-    assert compact(model, lines.append) == (0, 0, 0)
+    assert compact(model, lines.append) == Compaction(0, 0, 0)
     assert lines == ["left dense: dead heads and neurons stay in, for without them the model gives other logits"]
     assert weights == {name: id(parameter) for name, parameter in model.named_parameters()}
     assert torch.equal(logits(model), before)

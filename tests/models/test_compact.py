@@ -15,7 +15,7 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from raysearch.models.compact import compact
+from raysearch.models.compact import Compaction, compact
 
 HEADS, SIZE, WIDTH, UNITS = 4, 8, 32, 256
 
@@ -78,13 +78,13 @@ def test_dead_units_and_heads_go_and_the_outputs_stay(family: str) -> None:
     assert rows(second).shape == (WIDTH, 128)
     assert rows(output).shape == (WIDTH, 2 * SIZE)
     made.generate(tokens, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    assert compact(made) == (0, 0, 0)
+    assert compact(made) == Compaction(0, 0, 0)
 
 
 def test_a_model_without_dead_parts_is_left_alone() -> None:
     made = model("gpt2")
     weights = {name: id(parameter) for name, parameter in made.named_parameters()}
-    assert compact(made) == (0, 0, 0)
+    assert compact(made) == Compaction(0, 0, 0)
     assert weights == {name: id(parameter) for name, parameter in made.named_parameters()}
 
 

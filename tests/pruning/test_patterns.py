@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from raysearch.pruning.patterns import PATTERNS, HeadRows, Layout, Matrix, NOfM, Units, by_output, heads, n_of_m, units_of
+from raysearch.pruning.patterns import (
+    PATTERNS,
+    Layout,
+    Matrix,
+    NOfM,
+    UnitRows,
+    Units,
+    by_output,
+    heads,
+    n_of_m,
+    neurons,
+    units_of,
+)
 
 
 def row_pairs(layout: Layout) -> Units:
@@ -21,17 +33,24 @@ TENANTS = {**{name: pattern for name, pattern in PATTERNS.items() if pattern is 
 
 
 def layout() -> Layout:
-    """One attention of 3 heads of 2 with a fused Conv1D, one of 2 key-value heads of 2 with two queries each; an MLP."""
+    """One attention of 3 heads of 2 with a fused Conv1D, one of 2 key-value heads of 2 with two queries each; two MLPs."""
     fused = Matrix("0.qkv.weight", (5, 18), True, "0.qkv.bias")
     out = Matrix("0.out.weight", (6, 5), True, None)
     within = torch.arange(2)
-    first = torch.cat([torch.arange(3)[:, None] * 2 + third * 6 + within for third in range(3)], dim=1)
+    of_head = torch.cat([torch.arange(3)[:, None] * 2 + third * 6 + within for third in range(3)], dim=1)
     q, k, v = (Matrix(f"1.{name}.weight", (rows, 5), False, None) for name, rows in (("q", 8), ("k", 4), ("v", 4)))
     out_1 = Matrix("1.out.weight", (5, 8), False, "1.out.bias")
     queries, values = torch.arange(8).view(2, 4), torch.arange(4).view(2, 2)
-    return Layout([fused, out, q, k, v, out_1, Matrix("1.mlp.weight", (7, 5), False, "1.mlp.bias")], [
-        [HeadRows(out, torch.arange(6).view(3, 2), True), HeadRows(fused, first, False)],
-        [HeadRows(out_1, queries, True), HeadRows(q, queries, False), HeadRows(k, values, False), HeadRows(v, values, False)]])
+    first, last = Matrix("0.fc.weight", (5, 7), True, "0.fc.bias"), Matrix("0.last.weight", (7, 5), True, "0.last.bias")
+    up, gate, down = (Matrix(f"1.{name}.weight", shape, False, None)
+                      for name, shape in (("up", (4, 5)), ("gate", (4, 5)), ("down", (5, 4))))
+    seven, four = torch.arange(7)[:, None], torch.arange(4)[:, None]
+    return Layout([fused, out, q, k, v, out_1, first, last, up, gate, down], [
+        [UnitRows(out, torch.arange(6).view(3, 2), True), UnitRows(fused, of_head, False)],
+        [UnitRows(out_1, queries, True), UnitRows(q, queries, False), UnitRows(k, values, False),
+         UnitRows(v, values, False)]], [
+        [UnitRows(last, seven, True), UnitRows(first, seven, False)],
+        [UnitRows(down, four, True), UnitRows(up, four, False), UnitRows(gate, four, False)]])
 
 
 def whole(units: Units, matrix: Matrix) -> torch.Tensor:
@@ -79,20 +98,37 @@ def test_shards_cut_anywhere_say_the_same(name: str) -> None:
 
 def test_a_head_is_its_rows_and_columns() -> None:
     units, described = heads(layout()), layout()
-    fused, out, q, k, v, out_1, mlp = (whole(units, matrix) for matrix in described.matrices)
+    fused, out, q, k, v, out_1, *mlps = (whole(units, matrix) for matrix in described.matrices)
     assert fused[0].tolist() == [0, 0, 1, 1, 2, 2] * 3  # Conv1D: outputs are columns
     assert out[:, 0].tolist() == [0, 0, 1, 1, 2, 2]
     assert q[:, 0].tolist() == [3] * 4 + [4] * 4
     assert k[:, 0].tolist() == v[:, 0].tolist() == [3, 3, 4, 4]
     assert out_1[0].tolist() == [3] * 4 + [4] * 4
-    assert mlp.tolist() == [[-1] * 5] * 7
+    assert all((mlp == -1).all() for mlp in mlps)
     (bias,) = [part for part in units.parts if part.goes_along]
     assert (bias.name, bias.rows.tolist()) == ("0.qkv.bias", [0, 0, 1, 1, 2, 2] * 3)
 
 
-def test_heads_of_a_model_that_is_not_known_are_refused() -> None:
-    with pytest.raises(ValueError, match="pattern head needs a model whose heads are known"):
-        heads(Layout(layout().matrices, []))
+def test_a_neuron_is_a_row_of_each_first_matrix_and_a_column_of_the_last() -> None:
+    """In loops over every weight and bias of the two MLPs."""
+    units, described = neurons(layout()), {matrix.name: matrix for matrix in layout().matrices}
+    for name, start, outputs_are_neurons in (("0.fc", 0, True), ("0.last", 0, False), ("1.up", 7, True), ("1.gate", 7, True),
+                                             ("1.down", 7, False)):
+        matrix = described[f"{name}.weight"]
+        table = whole(units, matrix)
+        for r in range(matrix.shape[0]):
+            for c in range(matrix.shape[1]):
+                assert table[r, c] == start + (c if matrix.transposed == outputs_are_neurons else r), (name, r, c)
+    assert all((whole(units, described[name]) == -1).all() for name in described if "qkv" in name or ".out" in name)
+    (bias,) = [part for part in units.parts if part.goes_along]
+    assert (bias.name, bias.rows.tolist()) == ("0.fc.bias", list(range(7)))  # that of the last matrix is of no neuron
+    assert units.group.tolist() == [0] * 7 + [1] * 4
+
+
+@pytest.mark.parametrize("pattern", ["head", "neuron"])
+def test_units_of_a_model_that_is_not_known_are_refused(pattern: str) -> None:
+    with pytest.raises(ValueError, match=f"pattern {pattern} needs a model whose {pattern}s are known"):
+        PATTERNS[pattern](Layout(layout().matrices))
 
 
 def test_any_n_of_m_is_a_pattern() -> None:

@@ -40,10 +40,10 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"threshold": 0.1, "num_rounds": 2}, "num_rounds with schedule one_shot must be 1, got 2"),
     ({"target_sparsity": 0.2, "initial_sparsity": 0.3}, "target_sparsity .*0.2"),
     ({"rate": 0.2, "target_sparsity": 0.5}, "rate"),
-    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, gradual_magnitude, .*'luck'"),
+    ({"target_sparsity": 0.5, "criterion": "luck"}, "criterion must be one of magnitude, l2, gradual_magnitude, .*'luck'"),
     ({"target_sparsity": 0.5, "criterion": "gradual_magnitude"}, "criterion gradual_magnitude prunes during fine-tuning, so"),
     ({"threshold": 0.5, "criterion": "gradual_magnitude", "finetune_epochs": 1.0}, "ranks, and has no scale for a cut"),
-    ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, or N:M with N below M.*got '4:4'"),
+    ({"target_sparsity": 0.5, "pattern": "4:4"}, "pattern must be one of unstructured, head, neuron, or N:M .*got '4:4'"),
     ({"target_sparsity": 0.6, "pattern": "2:4"}, "pattern 2:4 ends at sparsity 0.5, so target_sparsity must be that.*got 0.6"),
     ({"schedule": "constant", "rate": 0.1, "num_rounds": 2, "pattern": "1:4"}, "pattern 1:4 ends at sparsity 0.75.*got None"),
     ({"threshold": 0.1, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4.*threshold 0.1"),
@@ -69,6 +69,10 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"target_sparsity": 0.5, "criterion": "rigl", "scope": "row", "finetune_epochs": 1.0}, "within a layer, .*ed and row"),
     ({"criterion": "set", "pattern": "2:4", "finetune_epochs": 1.0}, "criterion set drops and grows .*got 2:4 and global"),
     ({"target_sparsity": 0.5, "pattern": "head", "scope": "row"}, "pattern head is ranked over the model or a layer"),
+    ({"target_sparsity": 0.5, "criterion": "l2"}, "criterion l2 is a norm of units, .*got unstructured; magnitude"),
+    ({"criterion": "l2", "pattern": "2:4"}, "criterion l2 is a norm of units, so it needs pattern head or neuron, got 2:4"),
+    ({"target_sparsity": 0.5, "pattern": "neuron", "scope": "row"}, "pattern neuron is ranked over the model or a layer"),
+    ({"target_sparsity": 0.5, "pattern": "neuron", "criterion": "rigl", "finetune_epochs": 1.0}, "rigl drops .*got neuron"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
 def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:

@@ -29,6 +29,9 @@ COMBINATIONS = [(criterion, pattern, scope)
                 for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement", "magnitude_times_age")
                 for pattern in ("unstructured", "head", "row_pairs") for scope in ("global", "layer", "row")
                 if pattern == "unstructured" or scope != "row"]
+COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
+                 (("magnitude", "neuron"), ("l2", "neuron"), ("movement", "neuron"), ("sr_ste", "neuron"), ("l2", "head"))
+                 for scope in ("global", "layer")]
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
 IN_THE_ROUND = ("movement", "gradual_magnitude", "sr_ste", "rigl", "set")
@@ -183,6 +186,8 @@ def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> No
     assert abs(float(first.mean()) - 0.5) < 1e-3
     for case in cases:
         assert case["head"] == cases[0]["head"]
+        apart = [np.frombuffer(bytes.fromhex(each["neuron"]), np.uint8) for each in (case, cases[0])]
+        assert int(np.unpackbits(apart[0] ^ apart[1]).sum()) <= 2 * 2 * 32 + 2  # a near tie: one neuron goes for another
         assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
 
 
@@ -625,7 +630,7 @@ def taylor_masks(engine: Any) -> dict[str, str]:
     from raysearch.trial.pruner import Pruner
 
     found = {}
-    for pattern in ("unstructured", "head"):
+    for pattern in ("unstructured", "head", "neuron"):
         engine.load_base()
         engine.restart(0.0, distill_alpha=1.0)
         Pruner(engine, Action(sparsity=0.2), 0).begin()

@@ -7,6 +7,7 @@ import torch
 from raysearch.config import Action
 from raysearch.models.architectures import layout
 from raysearch.pruning.patterns import heads
+from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
 from raysearch.trial.units import unit_counts, unit_masks, unit_sums
 from raysearch.trial.worker import Worker
@@ -36,3 +37,25 @@ def test_sums_and_masks_are_those_of_whole_heads(worker: Worker) -> None:
                 for head in range(2):
                     stays = 2 * layer + head not in gone
                     assert kept[head].all() if stays else not kept[head].any(), (scope, layer, head)
+
+
+def test_neurons_of_the_smallest_norm_go_with_their_biases(worker: Worker) -> None:
+    """By hand: each neuron's norm in a loop; what goes is no neuron's weight but its own."""
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine, norms = worker.engine, {}
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    for layer in range(2):
+        first, last = (before[f"transformer.h.{layer}.mlp.{name}.weight"] for name in ("c_fc", "c_proj"))
+        for neuron in range(first.shape[1]):
+            norms[layer, neuron] = float(first[:, neuron].square().sum() + last[neuron].square().sum())
+    gone = sorted(norms, key=norms.__getitem__)[:len(norms) // 4]
+    Pruner(engine, Action(criterion="l2", pattern="neuron", sparsity=0.25), 0).begin()
+    wanted = {name: weights.clone() for name, weights in before.items()}
+    for layer, neuron in gone:
+        wanted[f"transformer.h.{layer}.mlp.c_fc.weight"][:, neuron] = 0
+        wanted[f"transformer.h.{layer}.mlp.c_fc.bias"][neuron] = 0
+        wanted[f"transformer.h.{layer}.mlp.c_proj.weight"][neuron] = 0
+    for name, weights in wanted.items():
+        assert torch.equal(engine.gather(name), weights), name
+    assert {layer for layer, _ in gone} == {0, 1}
