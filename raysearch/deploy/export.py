@@ -106,8 +106,8 @@ def _check(folder: Path, model: nn.Module, logits: Tensor | None) -> None:
     differing = [name for name in own.keys() | others.keys()
                  if name not in own or name not in others or not torch.equal(own[name], others[name])]
     if differing or (logits is not None and not are_close(few_logits(found), logits, found.dtype)):
-        raise RuntimeError(f"the export does not open as the candidate ({sorted(differing)[:1] or 'other logits'}); nothing was "
-                           "written; report it with the model's config.json")
+        raise RuntimeError(f"the export does not open as the candidate ({sorted(differing)[:1] or 'other logits'}); nothing "
+                           "was written; report it with the model's config.json")
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
