@@ -108,7 +108,9 @@ def check_study(study: "Study") -> None:
 
 def warn_of(damage: Sequence[str]) -> None:
     """Of files of a study that are damaged or missing; what is left is shown."""
-    for what in damage:
+    from raysearch.study.damage import summarised
+
+    for what in summarised(damage):
         print(f"raysearch: warning: {what}", file=sys.stderr)
 
 

@@ -3,7 +3,7 @@ written twice is written again, and what has to be computed becomes a job. What 
 
 from collections.abc import Callable
 
-from raysearch.study.damage import find_damage, has_copies, record_names
+from raysearch.study.damage import find_damage, has_copies, record_names, summarised
 from raysearch.study.files import is_there, set_aside
 from raysearch.study.ledger import Ledger
 from raysearch.trial.rank import Job
@@ -13,8 +13,9 @@ def mend(ledger: Ledger, echo: Callable[[str], None]) -> list[Job]:
     """Names what is lost or damaged; the jobs for a gang, each a candidate that lacks something."""
     trials, rounds, reports = [*ledger.trials(), *ledger.controls()], ledger.rounds(), ledger.report_records()
     damages = find_damage(ledger, trials, rounds, reports, is_driver=True)
+    for line in summarised(each.what for each in damages):
+        echo(f"found {line}")
     for each in damages:
-        echo(f"found {each.what}")
         # open_journal sets the journal aside, and study.json was just written
         if not each.is_stranger and is_there(each.path) and each.path.name not in ("journal.log", "study.json"):
             set_aside(each.path)

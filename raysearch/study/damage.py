@@ -32,6 +32,17 @@ class Damage(NamedTuple):
     """Not one of the study's files: it is left where it is."""
 
 
+def summarised(sentences: Iterable[str]) -> Iterator[str]:
+    """One line for what more than 3 sentences say, each of another file of one name."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for sentence in sentences:
+        path, _, rest = sentence.partition(": ")
+        alike.setdefault((path.rpartition("/")[2], rest), []).append(path)
+    for (name, rest), paths in alike.items():
+        for path in paths if len(paths) <= 3 else [f"{paths[0]} and {len(paths) - 1} more {name}"]:
+            yield f"{path}: {rest}"
+
+
 def find_damage(ledger: Ledger, trials: Sequence[TrialRecord], rounds: Mapping[str, RoundRecord],
                 reports: Mapping[str, ReportRecord], is_driver: bool = False) -> list[Damage]:
     """What is wrong with the study. `trials` (controls too), `rounds` and `reports` are what the ledger has just read. Of what

@@ -12,7 +12,7 @@ from commands import Run
 from damages import damage, stored_files
 
 from raysearch.config import Study
-from raysearch.study.damage import damaged_line, find_damage, journal_damage
+from raysearch.study.damage import damaged_line, find_damage, journal_damage, summarised
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import JournalSeal
 from raysearch.trial.worker import Worker
@@ -148,3 +148,11 @@ def test_a_journal_is_compared_with_its_seal() -> None:
     assert journal_damage(content * 2, None) == "is damaged in line 3"
     assert journal_damage(b"", None) == "is empty"
     assert damaged_line(content[:-2]) == 2
+
+
+def test_many_files_of_one_kind_are_one_line() -> None:
+    lost = [f"study/rounds/{key}/weights.safetensors: is missing; computed again" for key in "abcd"]
+    other = "study/rounds/a/items.report.npz: is missing; computed again"
+    assert list(summarised([*lost[:3], other])) == [*lost[:3], other]
+    assert list(summarised([other, *lost])) == [
+        other, "study/rounds/a/weights.safetensors and 3 more weights.safetensors: is missing; computed again"]
