@@ -133,4 +133,5 @@ def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float
         return float("nan")
     up = higher_is_better(setting(frame, "objective"))
     relative = values / dense_values if up else dense_values / values
-    return hypervolume(pool[size].to_numpy(dtype=float) / float(baseline[size]), relative, (1.0, 0.0))
+    sizes = pool[size].to_numpy(dtype=float) / float(baseline[size])
+    return hypervolume(np.column_stack([sizes, relative]), (False, True), (1.0, 0.0))
