@@ -298,18 +298,18 @@ def _frontier_table(frame: pd.DataFrame) -> str:
     front = front.assign(front_probability=front_probability(frame, split))
     objective = setting(frame, "objective")
     others = [name for name in metric_names(front, split) if name != objective]  # last: a screen seldom holds them all
-    header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident", objective.replace("/", "/ "),
-              "P(front)", "how it was pruned", *(name.replace("/", "/ ") for name in others)]
+    header = ["trial", "round", objective.replace("/", "/ "), "P(front)", "stored", "sparsity", "how it was pruned", "non-zero",
+              "of model", "resident", *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
     baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
     pool = pd.concat([front, baseline, control_rows(frame)])
     rows = []
     for _, row in pool.iterrows():
         score, *scores = [with_stderr(*metric_pair(row, name, split)) for name in (objective, *others)]
-        rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), f"{row['sparsity']:.3f}",
-                     f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
-                     human_bytes(row["resident_bytes"]), score,
+        rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
-                     describe_config(row), *scores])
+                     human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
+                     human_count(row["num_nonzero"]), f"{row['model_sparsity']:.3f}", human_bytes(row["resident_bytes"]),
+                     *scores])
     return _table(header, rows, left=("how it was pruned",))
 
 
