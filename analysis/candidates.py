@@ -4,14 +4,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
-from analysis.uncertainty import NUM_DRAWS, front_share, resample, whole_items
+from analysis.uncertainty import NUM_DRAWS, front_share, hypervolume_interval, resample, whole_items
 from raysearch import config
 from raysearch.config import higher_is_better, is_maximised
-from raysearch.pruning.pareto import hypervolume, non_dominated
+from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
 from raysearch.study.ledger import Split
 
 SIZES = ("num_nonzero", "stored_bytes")
 """That figures show."""
+FAR = 5.0
+"""Standard errors, of each of two candidates, behind which no resample brings the one before the other."""
 
 
 def setting(frame: pd.DataFrame, name: str) -> str:
@@ -95,22 +97,46 @@ def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = N
 
 
 def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
-    """Share of `NUM_DRAWS` resamples of the items in which each of the scored candidates is on the frontier of `split`; NaN
-    where an objective's items are not known. Indexed as `frame`."""
+    """Share of `NUM_DRAWS` resamples of the items in which each of the scored candidates is on the frontier of `split`; 0 for
+    those that are far behind it; NaN where an objective's items are not known. Indexed as `frame`."""
+    pool = candidates(frame)
+    scored = _objectives(frame, pool, split, setting(frame, "size")).dropna().index
+    near, drawn, known = _resampled(frame, split)
+    share = front_share(drawn, [is_maximised(str(name)) for name in near])
+    return pd.Series(share, index=near.index).where(known).reindex(scored.union(near.index)).fillna(
+        pd.Series(0.0, index=scored.difference(near.index)))
+
+
+def _resampled(frame: pd.DataFrame, split: Split) -> tuple[pd.DataFrame, Floats, Bools]:
+    """(objectives of dense and of the k scored candidates that are not far behind the frontier, their draws [b, k, d], whether
+    their items are known [k]). Items of the others are not read: a study may have thousands."""
     pool = candidates(frame)
     values = _objectives(frame, pool, split, setting(frame, "size")).dropna()
-    drawn, known = np.tile(values.to_numpy(), (NUM_DRAWS, 1, 1)), pd.Series(True, index=values.index)
-    keys = pd.Index(pool["key"][values.index])
+    pool = pool.loc[values.index]
+    values = values[_within_reach(pool, values, split) | (pool["status"] == "dense")]
+    keys, known = pd.Index(pool["key"][values.index]), np.ones(len(values), dtype=np.bool_)
+    drawn = np.tile(values.to_numpy(), (NUM_DRAWS, 1, 1))
     qualities = values.drop(columns=[name for name in values if name in config.SIZES]).set_axis(keys)
     for metric, items in whole_items(setting(frame, "directory"), qualities, split).items():
         try:
             draws = resample(metric, list(items.values()))
         except ValueError:  # no items, or those of few documents: no error is known
-            return pd.Series(np.nan, index=values.index)
+            return values, drawn, np.zeros_like(known)
         known &= keys.isin(items)
         drawn[:, keys.get_indexer(list(items)), values.columns.get_loc(metric)] = draws.drawn
-    share = front_share(drawn, [is_maximised(str(name)) for name in values])
-    return pd.Series(share, index=values.index).where(known)
+    return values, drawn, known
+
+
+def _within_reach(pool: pd.DataFrame, values: pd.DataFrame, split: str) -> Bools:
+    """Which candidates no other one dominates by more than FAR standard errors of both: (n,)."""
+    errors = pd.DataFrame({name: 0.0 if name in config.SIZES else pool[f"{split}/{name}_stderr"].fillna(np.inf)
+                           for name in map(str, values)}, index=values.index)
+    lower = np.where([is_maximised(str(name)) for name in values], -values, values)
+    surely, at_best = (np.asarray(lower + sign * FAR * errors.to_numpy()) for sign in (1, -1))
+    reach = np.ones(len(lower), dtype=np.bool_)
+    for point in surely[non_dominated(surely, [False] * lower.shape[1])]:
+        reach &= ~((point <= at_best).all(axis=1) & (point < at_best).any(axis=1))
+    return reach
 
 
 def _objectives(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str) -> pd.DataFrame:
@@ -119,6 +145,13 @@ def _objectives(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str) 
     whole = pool["dominated_by"].isna()
     return pd.DataFrame({name: (pool[name] if name in config.SIZES else pool[f"{split}/{name}"].where(whole)).astype("float64")
                          for name in names})
+
+
+def knee_of(frame: pd.DataFrame, split: Split) -> pd.Series | None:
+    """The candidate where the frontier bends most (pareto.knee), or None where it does not."""
+    values = _objectives(frame, front := frontier(frame, split), split, setting(frame, "size"))
+    position = knee(values.to_numpy(), [is_maximised(str(name)) for name in values])
+    return None if position is None else front.iloc[position]
 
 
 def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float:
@@ -133,4 +166,17 @@ def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float
         return float("nan")
     up = higher_is_better(setting(frame, "objective"))
     relative = values / dense_values if up else dense_values / values
-    return hypervolume(pool[size].to_numpy(dtype=float) / float(baseline[size]), relative, (1.0, 0.0))
+    sizes = pool[size].to_numpy(dtype=float) / float(baseline[size])
+    return hypervolume(np.column_stack([sizes, relative]), (False, True), (1.0, 0.0))
+
+
+def relative_hypervolume_interval(frame: pd.DataFrame, split: Split) -> tuple[float, float]:
+    """(low, high) of `relative_hypervolume` on other items, at 95 %; NaN where the items of dense are not known."""
+    baseline, size, objective = dense(frame), setting(frame, "size"), setting(frame, "objective")
+    values, drawn, known = _resampled(frame, split)
+    if baseline is None or not known[values.index == baseline.name].any():
+        return float("nan"), float("nan")
+    of_metric = np.vstack([values[objective].to_numpy(), drawn[:, :, values.columns.get_loc(objective)]])  # [1 + b, k]
+    of_dense = of_metric[:, values.index == baseline.name]
+    relative = of_metric / of_dense if higher_is_better(objective) else of_dense / of_metric
+    return hypervolume_interval(values[size] / float(baseline[size]), relative[0], relative[1:], (1.0, 0.0))

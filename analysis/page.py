@@ -17,11 +17,13 @@ from analysis.candidates import (
     front_probability,
     frontier,
     frontier_split,
+    knee_of,
     losses,
     pruned,
     quality,
     quality_stderr,
     relative_hypervolume,
+    relative_hypervolume_interval,
     setting,
 )
 from analysis.importance import importance
@@ -30,7 +32,7 @@ from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, traje
 from analysis.tables import describe_config, metric_pair, with_stderr
 from raysearch.config import higher_is_better
 from raysearch.study.files import new_file
-from raysearch.study.ledger import Ledger
+from raysearch.study.ledger import Ledger, Split
 from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
@@ -66,13 +68,23 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     num_front = int((front["status"] != "dense").sum())
     sentences.append(f"{num_front} of {len(scored)} candidates scored on the {split} split are on the frontier, from "
                      f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(made)} candidates "
-                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} (relative to dense in size, by "
-                     f"{SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
+                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} ({_interval(frame, split)}relative to "
+                     f"dense in size, by {SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
+    if (bend := knee_of(frame, split)) is not None and bend["status"] != "dense":
+        sentences.append(f"The frontier bends most at trial {bend['trial']} round {bend['round']} (sparsity "
+                         f"{bend['sparsity']:.2f}, {setting(frame, 'objective')} "
+                         f"{with_stderr(*metric_pair(bend, setting(frame, 'objective'), split))}): smaller ones lose more for "
+                         "what they save.")
     if trained is not None:
         sentences.append(_gain_of_training(frame, baseline, trained, split))
     if (sentence := _better(scored, baseline, trained, split)) is not None:
         sentences.append(sentence)
     return sentences
+
+
+def _interval(frame: pd.DataFrame, split: Split) -> str:
+    low, high = relative_hypervolume_interval(frame, split)
+    return "" if math.isnan(low) else f"{low:.3f} to {high:.3f} on other items, at 95 %; "
 
 
 def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str
@@ -286,18 +298,18 @@ def _frontier_table(frame: pd.DataFrame) -> str:
     front = front.assign(front_probability=front_probability(frame, split))
     objective = setting(frame, "objective")
     others = [name for name in metric_names(front, split) if name != objective]  # last: a screen seldom holds them all
-    header = ["trial", "round", "sparsity", "of model", "non-zero", "stored", "resident", objective.replace("/", "/ "),
-              "P(front)", "how it was pruned", *(name.replace("/", "/ ") for name in others)]
+    header = ["trial", "round", objective.replace("/", "/ "), "P(front)", "stored", "sparsity", "how it was pruned", "non-zero",
+              "of model", "resident", *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
     baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
     pool = pd.concat([front, baseline, control_rows(frame)])
     rows = []
     for _, row in pool.iterrows():
         score, *scores = [with_stderr(*metric_pair(row, name, split)) for name in (objective, *others)]
-        rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), f"{row['sparsity']:.3f}",
-                     f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
-                     human_bytes(row["resident_bytes"]), score,
+        rows.append(["-" if pd.isna(row["trial"]) else str(row["trial"]), str(row["round"]), score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
-                     describe_config(row), *scores])
+                     human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
+                     human_count(row["num_nonzero"]), f"{row['model_sparsity']:.3f}", human_bytes(row["resident_bytes"]),
+                     *scores])
     return _table(header, rows, left=("how it was pruned",))
 
 

@@ -157,8 +157,8 @@ def hypervolume_interval(size: npt.ArrayLike, quality: npt.ArrayLike, drawn: Flo
                          level: float = 0.95) -> tuple[float, float]:
     """(low, high) of pareto.hypervolume: [k], [k] and draws [b, k], higher is better. The basic bootstrap interval (Davison and
     Hinkley 1997, eq. 5.6), whose ends turn the draws around: the best of many noisy values is too good, again in each draw."""
-    value = hypervolume(size, quality, reference)
-    areas = [hypervolume(size, one, reference) for one in drawn]
+    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    value, *areas = [hypervolume(np.column_stack([sizes, one]), (False, True), reference) for one in [qualities, *drawn]]
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
     return float(2 * value - high), float(2 * value - low)
 

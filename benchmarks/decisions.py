@@ -89,7 +89,8 @@ def simulated(studies: int, candidates: int, num_items: int, steepness: float, l
         true_front = np.array([truth[size <= one].max() for one in size])
         counts["frontier_covered"] += bool(((low <= true_front) & (true_front <= high)).all())
         low, high = hypervolume_interval(size, report.value, report.drawn, (1.0, 0.0))
-        counts["hypervolume_covered"] += low <= hypervolume(size, truth, (1.0, 0.0)) <= high
+        volume = hypervolume(np.column_stack([size, truth]), (False, True), (1.0, 0.0))
+        counts["hypervolume_covered"] += low <= volume <= high
     return {"studies": studies, "num_items": num_items, "steepness": steepness, "limit_points": limit,
             **{name: round(float(count) / studies, 4) for name, count in counts.items()},
             "size_over_best_median": round(float(np.median(ratios)), 4),

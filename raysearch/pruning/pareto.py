@@ -1,9 +1,10 @@
-"""Pareto mathematics: which candidates no other one beats, in any number of objectives, and areas for two.
+"""Pareto mathematics: which candidates no other one beats, in any number of objectives, the volume they dominate, the knee.
 
-Arrays only. n = number of candidates, d = number of objectives. Where there are two they are size, which goes down, and
-quality, which goes up; a quality where lower is better (perplexity) comes in with its sign changed.
+Arrays only. n = number of candidates, d = number of objectives. `pareto_front` is of size, which goes down, and quality, which
+goes up; a quality where lower is better (perplexity) comes in with its sign changed.
 """
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -36,7 +37,7 @@ def non_dominated(values: npt.ArrayLike, maximised: Sequence[bool]) -> Bools:
 
     j dominates i when it is at least as good in every objective and better in one, so equal points are on the front together
     or not at all. A point with a NaN or an infinity is never on the front and dominates nothing. O(n log n) for two
-    objectives of which one goes down and one up, else O(n^2 d)."""
+    and three objectives, else O(n d) for each point of the front."""
     return np.asarray(non_dominated_ranks(values, maximised, max_ranks=1) == 0, dtype=np.bool_)
 
 
@@ -61,23 +62,79 @@ def _front(lower: Floats) -> Bools:
     """Of finite points, lower is better: (n, d) -> (n,)."""
     if lower.shape[1] == 2:
         return pareto_front(lower[:, 0], -lower[:, 1])
-    front = np.empty(len(lower), dtype=bool)
-    for index, point in enumerate(lower):  # a row at a time: n x d numbers are held, not n x n x d
-        front[index] = not ((lower <= point).all(axis=1) & (lower < point).any(axis=1)).any()
+    order = np.lexsort(lower.T[::-1])  # no point is dominated by a later one
+    points = lower[order]
+    starts = np.append(True, (points[1:] != points[:-1]).any(axis=1))[:len(points)]  # of equal points
+    distinct = points[starts]
+    on_front = _front_of_three(distinct) if lower.shape[1] == 3 else _front_by_peeling(distinct)
+    front = np.empty(len(lower), dtype=np.bool_)
+    front[order] = on_front[np.cumsum(starts) - 1]
     return front
 
 
-def hypervolume(size: npt.ArrayLike, quality: npt.ArrayLike, reference: tuple[float, float]) -> float:
-    """Area dominated by the points and bounded by `reference` = (worst size, worst quality); exact in two dimensions
-    (Zitzler & Thiele 1999). Points that do not beat the reference in both numbers, and NaN, add nothing."""
-    sizes, qualities = _pair(size, quality)
-    worst_size, worst_quality = reference
-    inside = (sizes < worst_size) & (qualities > worst_quality)
-    inside[inside] = pareto_front(sizes[inside], qualities[inside])
-    order = np.argsort(sizes[inside])
-    front_sizes, front_qualities = sizes[inside][order], qualities[inside][order]  # both rise along the front
-    widths = np.diff(np.append(front_sizes, worst_size))
-    return float(np.sum(widths * (front_qualities - worst_quality)))
+def _front_of_three(points: Floats) -> Bools:
+    """Of distinct points in lexicographic order (n, 3), in O(n log n) comparisons: a sweep along the first objective over the
+    staircase of the other two (Kung, Luccio and Preparata 1975)."""
+    front = np.ones(len(points), dtype=np.bool_)
+    second: list[float] = []  # of the staircase: this one rises, the third falls
+    third: list[float] = []
+    for index, (_, y, z) in enumerate(points.tolist()):
+        place = bisect.bisect_right(second, y)
+        if place and third[place - 1] <= z:
+            front[index] = False
+            continue
+        start = place - 1 if place and second[place - 1] == y else place
+        end = start
+        while end < len(third) and third[end] >= z:
+            end += 1
+        second[start:end], third[start:end] = [y], [z]
+    return front
+
+
+def _front_by_peeling(points: Floats) -> Bools:
+    """Of distinct points in lexicographic order (n, d), in O(n d) for each point of the front: the first that is left is on it,
+    and all that it dominates go."""
+    front, left = np.zeros(len(points), dtype=np.bool_), np.arange(len(points))
+    while len(left):
+        front[left[0]] = True
+        left = left[(points[left] < points[left[0]]).any(axis=1)]
+    return front
+
+
+def hypervolume(values: npt.ArrayLike, maximised: Sequence[bool], reference: Sequence[float]) -> float:
+    """Volume dominated by the points (n, d) and bounded by `reference` (d,), the worst of each objective; exact (Zitzler and
+    Thiele 1999). Points that do not beat it in every objective, and NaN, add nothing. O(n log n) for two objectives, and n
+    times as much for each further one: sliced along the last (While et al. 2006, HSO)."""
+    sign = np.where(np.asarray(maximised, dtype=bool), -1.0, 1.0)
+    points = np.asarray(values, dtype=np.float64).reshape(-1, len(sign)) * sign
+    worst = np.asarray(reference, dtype=np.float64) * sign
+    return _volume(points[(points < worst).all(axis=1) & np.isfinite(points).all(axis=1)], worst)
+
+
+def _volume(lower: Floats, worst: Floats) -> float:
+    """Of points below `worst`."""
+    front = lower[_front(lower)]
+    if lower.shape[1] == 2:
+        first, second = np.unique(front, axis=0).T  # the one rises, the other falls
+        return float(np.sum(np.diff(np.append(first, worst[0])) * (worst[1] - second)))
+    front = front[np.argsort(front[:, -1], kind="stable")]
+    heights = np.diff(np.append(front[:, -1], worst[-1]))
+    return float(sum(height * _volume(front[:number, :-1], worst[:-1])
+                     for number, height in enumerate(heights.tolist(), start=1) if height))
+
+
+def knee(values: npt.ArrayLike, maximised: Sequence[bool]) -> int | None:
+    """Index of the candidate on the front with the smallest sum of objectives, each from 0 at the front's best to 1 at its
+    worst; for two objectives the one farthest below the line between the ends (Das 1999). Of equal ones the first; None where
+    none is below it, as on a front of fewer than three different points."""
+    sign = np.where(np.asarray(maximised, dtype=bool), -1.0, 1.0)
+    lower = np.asarray(values, dtype=np.float64).reshape(-1, len(sign)) * sign
+    front = np.flatnonzero(non_dominated(values, maximised))
+    if not len(front):
+        return None
+    best, worst = lower[front].min(axis=0), lower[front].max(axis=0)
+    sums = ((lower[front] - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
+    return int(front[sums.argmin()]) if sums.min() < min(1.0, sums.max()) - 1e-9 else None
 
 
 def _pair(size: npt.ArrayLike, quality: npt.ArrayLike) -> tuple[Floats, Floats]:

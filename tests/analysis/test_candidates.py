@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from synthetic_study import NUM_PARAMETERS, ROOT, SyntheticStudy
@@ -17,14 +18,17 @@ from analysis.candidates import (
     front_probability,
     frontier,
     frontier_split,
+    knee_of,
     losses,
     pruned,
     quality,
     quality_stderr,
     relative_hypervolume,
+    relative_hypervolume_interval,
     setting,
 )
 from analysis.load import load
+from raysearch.study.items import write_items
 from raysearch.study.ledger import Ledger
 
 
@@ -90,6 +94,52 @@ def test_a_place_on_the_frontier_is_as_sure_as_the_items_make_it(frame: pd.DataF
     assert math.isnan(without[smallest])
     path.unlink()
     assert math.isnan(front_probability(damaged, "report")[smallest])
+
+
+def test_candidates_far_behind_the_frontier_need_no_items(frame: pd.DataFrame, study_directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(study_directory, tmp_path / "study")
+    study = load(tmp_path / "study")
+    column = "selection/text/bits_per_byte_stderr"
+    sure = study.assign(**{column: study[column] / 20})
+    share = front_probability(sure, "selection")
+    behind = share.index[share == 0]
+    assert 3 <= len(behind) < len(share)
+    for key in study["key"][behind]:
+        Ledger.open(tmp_path / "study").items_path(key, "selection").unlink()
+    again = front_probability(sure, "selection")
+    assert again[behind].fillna(0).eq(0).all()
+    assert again[behind].notna().sum() >= 3  # the others are near, and by their items never on it
+    assert front_probability(load(tmp_path / "study"), "selection")[behind].isna().all()
+
+
+def test_a_study_of_two_documents_has_no_probabilities(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense(report=False)
+    keys = [ROOT, *study.trial(0, [0.5, 0.6])]
+    for key in keys:
+        made = study.ledger.items(key, "selection")
+        made["text/bits_per_byte"] = made["text/bits_per_byte"]._replace(cluster=np.arange(120, dtype=np.uint64) // 60)
+        write_items(study.ledger.items_path(key, "selection"), made)
+    assert front_probability(load(tmp_path), "selection").isna().all()
+    assert all(map(math.isnan, relative_hypervolume_interval(load(tmp_path), "selection")))
+
+
+def test_the_hypervolume_has_an_interval(frame: pd.DataFrame, tmp_path: Path) -> None:
+    for split in ("selection", "report"):
+        low, high = relative_hypervolume_interval(frame, split)
+        assert low < relative_hypervolume(frame, split) < high
+        assert high - low < 0.05  # paired with dense: 2 % of a value each would be 0.02 for one candidate
+    SyntheticStudy(tmp_path)
+    assert all(map(math.isnan, relative_hypervolume_interval(load(tmp_path), "selection")))
+
+
+def test_the_knee_is_on_the_frontier(frame: pd.DataFrame, tmp_path: Path) -> None:
+    assert knee_of(frame, "report")["key"] in set(frontier(frame, "report")["key"])
+    study = SyntheticStudy(tmp_path)
+    assert knee_of(load(tmp_path), "selection") is None
+    study.dense()
+    study.trial(0, [0.1, 0.2, 0.5, 0.9])  # 2 + 1.2 s^3 bits bulges upwards from size to size
+    assert knee_of(load(tmp_path), "selection")["round"] == 3
 
 
 def test_the_selection_split_until_a_candidate_is_scored_on_the_other(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+import runpy
 from pathlib import Path
 
 import pandas as pd
@@ -221,3 +222,13 @@ def test_a_confidence_needs_items_of_both_splits(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"a confidence needs the items of dense and of a candidate on .* got none; leave out"):
         pick(load(tmp_path / "study"), limit)
     assert pick(load(tmp_path / "study"), parse_constraints(max_drop=["text/bits_per_byte=0.1"])).key == best.key
+
+
+def test_simulated_picks_keep_their_limit() -> None:
+    """A small version of benchmarks/decisions.py, with 400 items instead of 5,000."""
+    found = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "decisions.py"))["simulated"](40, 20, 400, 0.3, 5.0)
+    assert found["picked"] >= 0.5
+    assert found["broken"] <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 40)
+    assert found["naive_broken"] >= found["broken"] + 0.1  # chosen and published on the same items
+    for name in ("candidates_covered", "frontier_covered", "hypervolume_covered"):
+        assert found[name] >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 40)

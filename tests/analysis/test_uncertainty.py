@@ -105,7 +105,7 @@ def test_a_hypervolume_that_noise_makes_too_good() -> None:
     size = np.linspace(0.1, 0.9, 12)
     low, high = hypervolume_interval(size, draws.value, draws.drawn, (1.0, 0.0))
     assert low < 0.9 * 0.5 < high  # the truth
-    assert (low + high) / 2 < hypervolume(size, draws.value, (1.0, 0.0))
+    assert (low + high) / 2 < hypervolume(np.column_stack([size, draws.value]), (False, True), (1.0, 0.0))
 
 
 def test_bands_hold_all_true_values_at_once() -> None:

@@ -1,9 +1,12 @@
+import time
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.pareto import hypervolume, pareto_front
+from raysearch.pruning.pareto import hypervolume, knee, non_dominated, pareto_front
 
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.0, 5.5, float("nan"), float("inf"), float("-inf")])  # many ties
 POINTS = st.lists(st.tuples(VALUES, VALUES), max_size=12)
@@ -39,13 +42,79 @@ def test_equal_points_are_both_kept_and_nan_never() -> None:
 @given(st.lists(st.tuples(st.integers(-1, 7), st.integers(-1, 7)), max_size=8))
 def test_hypervolume_counts_unit_squares(points: list[tuple[int, int]]) -> None:
     covered = sum(any(s <= x and q >= y + 1 for s, q in points) for x in range(-1, 6) for y in range(1, 8))
-    assert hypervolume([p[0] for p in points], [p[1] for p in points], (6, 1)) == covered
+    assert hypervolume(points, (False, True), (6, 1)) == covered
 
 
 def test_hypervolume_by_hand() -> None:
-    assert hypervolume([0.5, 0.25], [1.0, 0.5], (1.0, 0.0)) == pytest.approx(0.5 * 1 + 0.25 * 0.5)
-    assert hypervolume([1.0], [1.0], (1.0, 0.0)) == 0.0
-    assert hypervolume([], [], (1.0, 0.0)) == 0.0
+    assert hypervolume([(0.5, 1.0), (0.25, 0.5)], (False, True), (1.0, 0.0)) == pytest.approx(0.5 * 1 + 0.25 * 0.5)
+    assert hypervolume([(1.0, 1.0)], (False, True), (1.0, 0.0)) == 0.0
+    assert hypervolume([], (False, True), (1.0, 0.0)) == 0.0
+
+
+def random_sets(num_sets: int) -> Iterator[tuple[np.ndarray, list[bool]]]:
+    """Sets of 0 to 14 points in 2 to 4 objectives of every direction: integers, with many ties and doubles, or floats; now and
+    then a number that is none."""
+    random = np.random.default_rng(0)
+    for number in range(num_sets):
+        shape = (int(random.integers(0, 15)), int(random.integers(2, 5)))
+        points = random.integers(0, 6, shape).astype(float) if number % 3 else random.random(shape) * 6
+        points[random.random(shape) < (number % 5 == 0) * 0.1] = random.choice([np.nan, np.inf, -np.inf])
+        yield points, random.integers(0, 2, shape[1]).astype(bool).tolist()
+
+
+def test_front_and_volume_of_1000_sets_equal_brute_force() -> None:
+    for points, maximised in random_sets(1000):
+        lower = np.where(maximised, -points, points)
+        finite = np.isfinite(points).all(axis=1)
+        wanted = [bool(finite[i]) and not any(finite[j] and (lower[j] <= lower[i]).all() and (lower[j] < lower[i]).any()
+                                              for j in range(len(points))) for i in range(len(points))]
+        assert non_dominated(points, maximised).tolist() == wanted
+        worst = np.where(maximised, -1.0, 5.0)
+        inside = lower[finite & (lower < worst).all(axis=1)]
+        edges = [np.unique(np.append(column, end)) for column, end in zip(inside.T, worst)]
+        corners = np.stack(np.meshgrid(*[edge[:-1] for edge in edges], indexing="ij"), axis=-1)  # of the grid's cells
+        cells = np.prod(np.stack(np.meshgrid(*map(np.diff, edges), indexing="ij"), axis=-1), axis=-1)
+        covered = np.zeros(cells.shape, dtype=bool)
+        for point in inside:
+            covered |= (point <= corners).all(axis=-1)
+        assert hypervolume(points, maximised, np.abs(worst).tolist()) == pytest.approx(cells[covered].sum(), abs=1e-9)
+
+
+@pytest.mark.parametrize("num_objectives", [2, 3, 4])
+def test_100000_candidates_take_less_than_a_second(num_objectives: int) -> None:
+    random = np.random.default_rng(0)
+    values, maximised = random.random((100_000, num_objectives)), [False] * num_objectives
+    sets = [values, values.round(2)]
+    if num_objectives < 4:  # all on the front
+        sets.append(np.append(values[:, :-1], -values[:, :-1].sum(axis=1, keepdims=True), axis=1))
+    for each in sets:
+        began = time.process_time()
+        front = non_dominated(each, maximised)
+        assert time.process_time() - began < 1
+    assert front.all() or num_objectives == 4
+
+
+def test_the_knee_by_hand() -> None:
+    assert knee([(0, 10), (1, 4), (4, 2), (10, 0), (9, 9)], (False, False)) == 1
+    assert knee([(0, -10), (1, -4), (1, -4), (10, 0)], (False, True)) == 1  # of equal ones the first
+    assert knee([(np.nan, 0), (0, 9), (3, 3), (9, 0)], (False, False)) == 2
+    assert knee([(0, 0, 9), (0, 9, 0), (9, 0, 0), (1, 1, 1)], (False, False, False)) == 3
+    assert knee([(0, 2), (1, 1), (2, 0)], (False, False)) is None  # a straight line
+    assert knee([(0, 3), (2, 2), (3, 0)], (False, False)) is None  # it bulges
+    assert knee([(0, 1), (1, 0), (2, 2)], (False, False)) is None
+    assert knee([(1, 1)], (False, False)) is None
+    assert knee([], (False, False)) is None
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=12))
+def test_the_knee_is_the_farthest_below_the_chord(points: list[tuple[int, int]]) -> None:
+    front = sorted({point for point, on in zip(points, non_dominated(points, (False, False))) if on})
+    (x0, y0), (x1, y1) = front[0], front[-1]
+    below = [(y0 - y1) * (x1 - x) + (y1 - y) * (x1 - x0) for x, y in front]  # times the chord's length
+    found = knee(points, (False, False))
+    assert (found is None) == (max(below) <= 0)
+    if found is not None:
+        assert below[front.index(points[found])] == max(below)
 
 
 def test_refusals() -> None:
