@@ -152,6 +152,7 @@ def prune(
     criterion: str = "magnitude",
     pattern: Annotated[str, typer.Option(help="unstructured, head, neuron, or N:M such as 2:4.")] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
+    uniform: Annotated[bool, typer.Option("--uniform", help="As many heads or neurons in every layer.")] = False,
     budget: Annotated[str, typer.Option(help="Under scope layer or row: uniform, erdos_renyi or owl.")] = "uniform",
     owl_lambda: Annotated[float, typer.Option(help="How far a block's density may be from the mean, with owl.")] = 0.08,
     owl_m: Annotated[float, typer.Option(help="A score is an outlier above this many times the mean, with owl.")] = 5.0,

@@ -51,8 +51,9 @@ def space(trial):
     if ":" in fields["pattern"]:
         return fields
     if fields["pattern"] in ("head", "neuron"):
-        return fields | {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
-                         "scope": choice("unit/scope", "global", "layer")}
+        fields |= {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
+                   "scope": choice("unit/scope", "global", "layer")}
+        return fields | {"uniform": fields["scope"] == "layer" and choice("uniform", False, True)}
     if criterion == "magnitude" and choice("by", "sparsity", "threshold") == "threshold":
         return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
     if criterion == "sparsegpt":

@@ -84,7 +84,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
 
 
 def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
-    """Cuts out what is dead: (what stays of each module where stock loaders cannot tell, if they can, logits).
+    """Cuts out what is dead: (what stays of modules where stock loaders cannot tell, if they can, logits).
     ValueError where nothing can go."""
     reasons: list[str] = []
     logits = few_logits(model)
@@ -106,8 +106,8 @@ def _check(folder: Path, model: nn.Module, logits: Tensor | None) -> None:
     differing = [name for name in own.keys() | others.keys()
                  if name not in own or name not in others or not torch.equal(own[name], others[name])]
     if differing or (logits is not None and not are_close(few_logits(found), logits, found.dtype)):
-        raise RuntimeError(f"the export does not open as the candidate ({sorted(differing)[:1] or 'other logits'}); nothing was "
-                           "written; report it with the model's config.json")
+        raise RuntimeError(f"the export does not open as the candidate ({sorted(differing)[:1] or 'other logits'}); nothing "
+                           "was written; report it with the model's config.json")
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -40,6 +40,9 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if criterion == "l2" and (group is not None or pattern == "unstructured"):
         raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head or neuron, got {pattern}; "
                          "magnitude ranks single weights alike")
+    if method.uniform and (group is not None or pattern == "unstructured" or scope != "layer"):
+        raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
+                         f"layer, got {pattern} and {scope}")
     if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
         raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
                          f"scope layer or row, got {pattern} and {scope}")
@@ -155,7 +158,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if calibrates and group is not None and len(cuts) > 1:
         raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
                          f"one_shot, got {config.schedule} of {len(cuts)} rounds")
-    fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "uniform", "budget", "threshold_unit"})
     if changes_masks(config):
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if CRITERIA[config.criterion].trains_pruned:

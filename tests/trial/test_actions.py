@@ -73,6 +73,9 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"criterion": "l2", "pattern": "2:4"}, "criterion l2 is a norm of units, so it needs pattern head or neuron, got 2:4"),
     ({"target_sparsity": 0.5, "pattern": "neuron", "scope": "row"}, "pattern neuron is ranked over the model or a layer"),
     ({"target_sparsity": 0.5, "pattern": "neuron", "criterion": "rigl", "finetune_epochs": 1.0}, "rigl drops .*got neuron"),
+    ({"target_sparsity": 0.5, "uniform": True, "scope": "layer"}, "uniform keeps as many .*got unstructured and layer"),
+    ({"target_sparsity": 0.5, "uniform": True, "pattern": "neuron"}, "needs pattern head or .*got neuron and global"),
+    ({"pattern": "2:4", "uniform": True}, "uniform keeps as many .*got 2:4 and global"),
     ({"threshold": 0.5, "pattern": "head", "threshold_unit": "std"}, "pattern head is ranked over the model or a layer"),
 ])
 def test_contradictions_are_refused(study: Study, fields: dict, sentence: str) -> None:
