@@ -55,7 +55,7 @@ class Candidate(Frozen):
     resident_bytes: int
     metrics: dict[str, Measured]
     """On the report split."""
-    config: dict[str, str | int | float | None]
+    config: dict[str, bool | str | int | float | None]
     """The trial's hyper-parameters."""
     checks: tuple[Check, ...]
 

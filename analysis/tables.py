@@ -70,7 +70,7 @@ def describe_config(row: pd.Series) -> str:
         aim = f"from {row['initial_sparsity']:.3g} {aim}"
     parts = [f"{row['schedule']} {aim}".strip() + (f" in {row['num_rounds']}" if pd.notna(row["num_rounds"]) else "")]
     if pd.isna(row["threshold"]):
-        parts.append(str(row["scope"]))
+        parts.append(str(row["scope"]) + (", uniform" if row["uniform"] else ""))
     parts += [str(row[name]) for name in ("criterion", "pattern", "budget")
               if row[name] != TrialConfig.model_fields[name].default]
     if row["finetune_epochs"]:

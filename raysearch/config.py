@@ -111,6 +111,9 @@ class TrialConfig(Frozen):
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
     scope: Scope = "global"
     """Comparison group of the scores."""
+    uniform: bool = False
+    """Under pattern head or neuron and scope layer: as many stay in every layer, at least one, so that what is left is an
+    ordinary smaller model. Without it a layer that has lost more before, or all that it had, keeps fewer."""
     budget: Budget = "uniform"
     """What each layer gives up, where weights are compared within a layer or a row; under scope global the scores say it.
     `erdos_renyi`: large matrices give up more. `owl`: blocks with many outliers among their Wanda scores give up less."""
@@ -173,6 +176,7 @@ class Action(Frozen):
     criterion: str = "magnitude"
     pattern: str = "unstructured"
     scope: Scope = "global"
+    uniform: bool = False
     budget: Budget = "uniform"
     owl_lambda: float = 0.0
     owl_m: float = 0.0

@@ -7,6 +7,7 @@ list of choices, so where the choices are fewer the name is another.
 from search_spaces.books_30m import STUDY as BOOKS
 
 STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 60}}
+LAYER_ORDERS = ("top", "bottom", "alternate", "symmetric", "contribution")
 
 
 def space(trial):
@@ -16,7 +17,7 @@ def space(trial):
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
         criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "soft_movement", "rigl",
-                           "set", "taylor", "wanda", "ria", "sparsegpt")
+                           "set", "taylor", "wanda", "ria", "sparsegpt", "l2", *LAYER_ORDERS)
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
@@ -25,10 +26,11 @@ def space(trial):
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
-        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "wanda", "ria", "sparsegpt"), {}
+        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "wanda", "ria", "sparsegpt", "l2",
+                                   *LAYER_ORDERS), {}
     fields |= {"criterion": criterion, "finetune_epochs": epochs}
     looks_at_text = criterion in ("wanda", "ria", "sparsegpt")
-    if looks_at_text or criterion == "taylor":
+    if looks_at_text or criterion in ("taylor", "contribution"):
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
     if looks_at_text:
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
@@ -39,10 +41,12 @@ def space(trial):
     elif criterion in ("rigl", "set"):
         fields |= {"pattern": "unstructured", "drop_fraction": trial.suggest_float("drop_fraction", 0.1, 0.5),
                    "mask_interval_steps": choice("moving/mask_interval_steps", 10, 30, 100)}
+    elif criterion in LAYER_ORDERS:
+        fields["pattern"] = "layer"
+    elif criterion == "l2":
+        fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer")
     else:
-        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron")
-        if fields["pattern"] in ("head", "neuron") and criterion == "magnitude":
-            fields["criterion"] = choice("unit/criterion", "magnitude", "l2")
+        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
@@ -50,9 +54,12 @@ def space(trial):
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
+    if fields["pattern"] == "layer":
+        return fields | {"target_sparsity": trial.suggest_float("layer/target_sparsity", 0.1, 0.5)}
     if fields["pattern"] in ("head", "neuron"):
-        return fields | {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
-                         "scope": choice("unit/scope", "global", "layer")}
+        fields |= {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
+                   "scope": choice("unit/scope", "global", "layer")}
+        return fields | {"uniform": fields["scope"] == "layer" and choice("uniform", False, True)}
     if criterion == "magnitude" and choice("by", "sparsity", "threshold") == "threshold":
         return fields | {"threshold": trial.suggest_float("threshold", 0.3, 1.5), "threshold_unit": "std"}
     if criterion == "sparsegpt":

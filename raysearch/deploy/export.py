@@ -84,7 +84,7 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
 
 
 def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
-    """Cuts out what is dead: (what stays of each module where stock loaders cannot tell, if they can, logits).
+    """Cuts out what is dead: (what stays of modules where stock loaders cannot tell, if they can, logits).
     ValueError where nothing can go."""
     reasons: list[str] = []
     logits = few_logits(model)

@@ -204,7 +204,18 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
     for path, module in plain_mlps(model, known) if known else ():
         of_unit = torch.arange(shape(getattr(module, known.mlp.last))[1])[:, None]
         mlps.append(rows(path, [(known.mlp.last, of_unit, True), *((name, of_unit, False) for name in known.mlp.first)]))
-    return Layout(list(matrices.values()), attentions, mlps)
+    blocks = []
+    if known is not None and _adds(model.config):
+        for index in range(len(model.get_submodule(known.blocks))):
+            blocks.append([each for name, each in matrices.items() if name.startswith(f"{known.blocks}.{index}.")])
+    return Layout(list(matrices.values()), attentions, mlps, blocks)
+
+
+def _adds(config: Any) -> bool:
+    """Whether blocks add to what they get and leave it alone otherwise: OPT 350M normalises the sum, and some of Bloom's and
+    Falcon's make go on with the normalised input."""
+    return (getattr(config, "do_layer_norm_before", True)
+            and not getattr(config, "apply_residual_connection_post_layernorm", False))
 
 
 def shape(linear: Any) -> tuple[int, int]:

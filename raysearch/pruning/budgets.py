@@ -77,6 +77,18 @@ def units_to_keep(scores: Tensor, sizes: Tensor, eligible: Tensor, num_prune: in
     return keep
 
 
+def evened(keep: Tensor, scores: Tensor, eligible: Tensor, group: Tensor) -> Tensor:
+    """bool [U]: as many units in every group as the one that keeps fewest has, but at least one that is eligible: the highest
+    scores stay. keep, eligible bool [U]; scores [U]; group int64 [U] from 0 on. Ties go by index, as in `units_to_keep`."""
+    num = max(1, int(torch.bincount(group, weights=keep.double()).min()))
+    even = torch.zeros_like(keep)
+    for each in range(int(group.max()) + 1):
+        members = (group == each).nonzero().view(-1)
+        order = torch.where(eligible, scores, -math.inf)[members].argsort(stable=True)
+        even[members[order[-num:]]] = True
+    return even & eligible
+
+
 def sparsity_at(step: int, num_steps: int, start: float, target: float) -> float:
     """The sparsity after `step` of `num_steps` steps of a round that prunes while it trains.
 

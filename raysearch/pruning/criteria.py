@@ -20,7 +20,7 @@ class Criterion(NamedTuple):
     they are whole matrices [O outputs, K inputs]."""
 
     scores: Callable[[Tensor, Tensor | None], Tensor] | None
-    """(weights, what was gathered, or the statistic) -> scores. None where `solve` has its own."""
+    """(weights, what was gathered, or the statistic) -> scores. None where `solve` has its own, and where layers are ranked."""
     gather: Callable[[Tensor, Tensor, Tensor], object] | None = None
     """(gathered, weights, gradients): adds to the first in place, in every step of the round, from gradients as they are
     before clipping. What it gathered ends with the round, and weights that it pruned in the round may come back."""
@@ -38,6 +38,10 @@ class Criterion(NamedTuple):
     sequence's sum, over a unit where there are units."""
     statistic: Callable[[Tensor], Tensor] | None = None
     """inputs [positions, K] of a linear layer -> what is summed over calibration text, block after block of the model."""
+    order: Callable[[int], Tensor] | None = None
+    """L -> scores [L] of the layers of a model, by their place alone."""
+    by_contribution: bool = False
+    """Of layers: by how much a block changes what it gets, on calibration text."""
     solve: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], tuple[Tensor, Tensor]] | None = None
     """(weights, statistic, scores -> mask of a part of the inputs, M of an N:M or 0) -> (changed weights, mask): it prunes a
     matrix by itself."""
@@ -92,6 +96,27 @@ def ria(weights: Tensor, statistic: Tensor | None) -> Tensor:
     return relative * statistic.sqrt().sqrt().float()
 
 
+def top(num_layers: int) -> Tensor:
+    """The last layers go first. This and the four others: Sajjad et al. 2020 (arXiv 2004.03844), section 3."""
+    return -torch.arange(num_layers, dtype=torch.float64)
+
+
+def bottom(num_layers: int) -> Tensor:
+    """The first layers go first."""
+    return torch.arange(num_layers, dtype=torch.float64)
+
+
+def alternate(num_layers: int) -> Tensor:
+    """Every other layer goes first, beginning with the last one; then the others, likewise."""
+    from_last = torch.arange(num_layers, dtype=torch.float64).flip(0)
+    return from_last + num_layers * (from_last % 2)
+
+
+def symmetric(num_layers: int) -> Tensor:
+    """The middle goes first; of two the lower one."""
+    return (torch.arange(num_layers, dtype=torch.float64) - (num_layers - 1) / 2).abs()
+
+
 CRITERIA = {
     "magnitude": Criterion(magnitude),
     "l2": Criterion(square),  # of units: He et al. 2018 (arXiv 1808.06866)
@@ -100,6 +125,11 @@ CRITERIA = {
     "movement": Criterion(movement, gather_movement, is_gradual=True),
     "soft_movement": Criterion(movement, gather_movement, is_soft=True),
     "taylor": Criterion(movement, gather_movement, by_sequence=True),  # Molchanov et al. 2016 (arXiv 1611.06440)
+    "top": Criterion(None, order=top),
+    "bottom": Criterion(None, order=bottom),
+    "alternate": Criterion(None, order=alternate),
+    "symmetric": Criterion(None, order=symmetric),
+    "contribution": Criterion(None, by_contribution=True),
     "rigl": Criterion(magnitude, gather_gradient, moves=True),  # Evci et al. 2020 (arXiv 1911.11134)
     "set": Criterion(magnitude, moves=True),  # Mocanu et al. 2018 (arXiv 1707.04780)
     "wanda": Criterion(wanda, statistic=squares),

@@ -55,6 +55,8 @@ class Layout(NamedTuple):
     """Empty where the model's heads are not known."""
     mlps: Sequence[Sequence[UnitRows]] = ()
     """The same of its neurons."""
+    blocks: Sequence[Sequence[Matrix]] = ()
+    """The matrices of each block; empty where they are not known, or where a block without them would change what it gets."""
 
 
 class Part(NamedTuple):
@@ -72,7 +74,7 @@ class Part(NamedTuple):
 class Units(NamedTuple):
     parts: tuple[Part, ...]
     group: Tensor
-    """int64 [U]: the layer of each unit, the comparison group of scope "layer"."""
+    """int64 [U]: the layer of each unit, the comparison group of scope "layer"; of layers 0."""
 
 
 def by_output(matrix: Matrix, unit: Tensor) -> list[Part]:
@@ -102,6 +104,17 @@ def neurons(layout: Layout) -> Units:
     return _of_modules(layout.mlps, "neuron")
 
 
+def layers(layout: Layout) -> Units:
+    """A layer: all matrices of a block with their biases, without which it hands on what it gets."""
+    if not layout.blocks:
+        raise ValueError("pattern layer needs a model whose blocks are known and add to what they get, and this one's are not "
+                         "or normalise the sum; give another pattern, or add its family to "
+                         "raysearch/models/architectures.py")
+    parts = [part for number, block in enumerate(layout.blocks) for matrix in block
+             for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
+    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+
+
 def _of_modules(modules: Sequence[Sequence[UnitRows]], pattern: str) -> Units:
     if not modules:
         raise ValueError(f"pattern {pattern} needs a model whose {pattern}s are known, and this one's are not; give another "
@@ -125,6 +138,7 @@ PATTERNS: dict[str, Callable[[Layout], Units] | None] = {
     "unstructured": None,
     "head": heads,
     "neuron": neurons,
+    "layer": layers,
 }
 
 

@@ -18,7 +18,7 @@ def check_names(method: TrialConfig | Action) -> NOfM | None:
 
 def looks_at_text(method: TrialConfig | Action) -> bool:
     criterion = CRITERIA[method.criterion]
-    return criterion.statistic is not None or criterion.by_sequence or method.budget == "owl"
+    return criterion.statistic is not None or criterion.by_sequence or criterion.by_contribution or method.budget == "owl"
 
 
 def changes_masks(method: TrialConfig | Action) -> bool:
@@ -38,8 +38,16 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
         raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
     if criterion == "l2" and (group is not None or pattern == "unstructured"):
-        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head or neuron, got {pattern}; "
-                         "magnitude ranks single weights alike")
+        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head, neuron or layer, got "
+                         f"{pattern}; magnitude ranks single weights alike")
+    ranks_layers = CRITERIA[criterion].order is not None or CRITERIA[criterion].by_contribution
+    if (ranks_layers and (pattern != "layer" or method.threshold is not None)) or (pattern == "layer" and scope != "global"):
+        raise ValueError(f"criterion {criterion} with pattern {pattern}: layers are compared with each other, so pattern layer "
+                         f"needs scope global, and top, bottom, alternate, symmetric and contribution need pattern layer and "
+                         f"no threshold, got scope {scope} and threshold {method.threshold}")
+    if method.uniform and (pattern not in ("head", "neuron") or scope != "layer"):
+        raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
+                         f"layer, got {pattern} and {scope}")
     if method.budget != "uniform" and (pattern != "unstructured" or scope == "global"):
         raise ValueError(f"budget {method.budget} shares single weights out among layers, so it needs pattern unstructured and "
                          f"scope layer or row, got {pattern} and {scope}")
@@ -155,7 +163,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if calibrates and group is not None and len(cuts) > 1:
         raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
                          f"one_shot, got {config.schedule} of {len(cuts)} rounds")
-    fixed = config.model_dump(include={"criterion", "pattern", "scope", "budget", "threshold_unit"})
+    fixed = config.model_dump(include={"criterion", "pattern", "scope", "uniform", "budget", "threshold_unit"})
     if changes_masks(config):
         fixed |= {"mask_interval_steps": config.mask_interval_steps}
     if CRITERIA[config.criterion].trains_pruned:

@@ -59,13 +59,18 @@ def _outliers(engine: Engine, action: Action, text: Blocks | None) -> tuple[list
 
 def _streamed(engine: Engine, action: Action, text: Blocks | None, statistic: Statistic) -> Iterator[dict[str, Tensor]]:
     """Calibration's stream of this rank's share of the action's sequences."""
+    tokens, is_counted = shared_sequences(engine, action, text)
+    return stream(engine.model, tokens, is_counted, [p.name for p in engine.prunables], statistic)
+
+
+def shared_sequences(engine: Engine, action: Action, text: Blocks | None) -> tuple[Tensor, list[bool]]:
+    """(int64 [n, T], which of them count): this rank's share of the action's sequences, as many on every rank."""
     assert text is not None, "the action was checked"
     number = action.calibration_sequences
     per_rank = -(-number // engine.world_size)
     first = engine.rank * per_rank
     tokens = text.stream(first, per_rank, action.seed).to(engine.device)
-    is_counted = [first + sequence < number for sequence in range(per_rank)]
-    return stream(engine.model, tokens, is_counted, [p.name for p in engine.prunables], statistic)
+    return tokens, [first + sequence < number for sequence in range(per_rank)]
 
 
 def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float) -> Tensor:

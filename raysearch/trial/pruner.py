@@ -21,6 +21,7 @@ from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
+from raysearch.trial.contribution import contributions
 from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.first_order import first_order
 from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
@@ -58,6 +59,10 @@ class Pruner:
             return
         if self.criterion.by_sequence:
             self._of_units = first_order(self.engine, self.action, self.text, self.units)
+        if self.criterion.by_contribution:
+            self._of_units = contributions(self.engine, self.action, self.text)
+        if self.criterion.order is not None and self.units is not None:
+            self._of_units = self.criterion.order(len(self.units.group))
         if not self.criterion.is_gradual:
             self.engine.set_masks(self._masks(self.action.sparsity))
             self.engine.optimizer.gathered = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from raysearch.config import Action
-from raysearch.pruning.budgets import num_to_prune, units_to_keep
+from raysearch.pruning.budgets import evened, num_to_prune, units_to_keep
 from raysearch.pruning.patterns import Units, units_of
 from raysearch.training.engine import Engine, Shard
 
@@ -50,6 +50,8 @@ def unit_masks(engine: Engine, units: Units, action: Action, sparsity: float | N
             members = (groups == group).nonzero().view(-1)
             num_prune = num_to_prune(sparsity, int(sizes[members].sum()))
             keep[members] = units_to_keep(scores[members], sizes[members], eligible[members], num_prune)
+    if action.uniform:
+        keep = evened(keep, scores, eligible, units.group)
     if not keep.any():
         keep[scores.argmax()] = True  # a model without any head is no model
     masks = list(before)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import raysearch
 from raysearch.deploy.export import export
 from raysearch.evaluate import evaluate_model
-from raysearch.models.compact import compact
 from raysearch.prune import run_prune
 from raysearch.study.ledger import Ledger
 
@@ -68,12 +67,28 @@ def test_a_family_goes_through_prune_fine_tuning_both_formats_and_scoring(
 
 @pytest.mark.parametrize("family", [name for name in ISSUE if name in KNOWN])
 def test_pruned_heads_are_cut_out_of_the_export(family: str, tiny_model: Path, tmp_path: Path) -> None:
+    compact_is_what_was_masked(family, "head", tiny_model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["neuron", "layer"])
+@pytest.mark.parametrize("family", [name for name in ISSUE if name in KNOWN])
+def test_pruned_neurons_and_layers_are_cut_out_of_the_export(family: str, pattern: str, tiny_model: Path, tmp_path: Path
+                                                             ) -> None:
+    compact_is_what_was_masked(family, pattern, tiny_model, tmp_path)
+
+
+def compact_is_what_was_masked(family: str, pattern: str, tiny_model: Path, tmp_path: Path) -> None:
     model = saved(family, tiny_model, tmp_path / "model")
-    folder = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5, "pattern": "head"},
+    folder = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5, "pattern": pattern},
                        tmp_path / "out", lambda _: None)
-    cut, whole, tokens = raysearch.load(folder), raysearch.load(folder), torch.arange(24).view(2, 12)
-    assert compact(cut).num_heads > 0
-    assert torch.allclose(cut(tokens).logits, whole(tokens).logits, rtol=0, atol=1e-5 * float(whole(tokens).logits.abs().max()))
+    ledger = Ledger(tmp_path / "out")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compact")
+    cut, whole, tokens = raysearch.load(small), raysearch.load(folder), torch.arange(24).view(2, 12)
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+    cut.generate(tokens[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    wanted = whole(tokens).logits.detach()
+    assert torch.allclose(cut(tokens).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 
 @pytest.mark.slow

@@ -4,12 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
+import transformers as hf
+from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDE, WIDTH, random_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from raysearch.models.architectures import ARCHITECTURES, architecture, attention_heads, plain_mlps, shape
+from raysearch.models.architectures import ARCHITECTURES, architecture, attention_heads, layout, plain_mlps, shape
 from raysearch.models.compact import Compaction, compact, cut_to, plain_config
+from raysearch.models.model import prunable_parameters
+from raysearch.pruning.patterns import layers
 
 NO_OTHER_HEADS = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "xglm", "stablelm", "bloom", "gpt_bigcode",
                   "gpt_bigcode of one query a head", *(name for name in CASES if name.startswith("falcon"))}
@@ -110,6 +113,31 @@ def test_what_is_left_is_an_ordinary_model_where_its_configuration_can_say_so(fa
         cut_to(made, cut.kept)
     made.load_state_dict(model.state_dict())
     assert torch.allclose(logits(made), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_a_layer_without_its_matrices_hands_on_what_it_gets(family: str) -> None:
+    """The masks of pattern layer on one of two blocks: the logits are those of the model that never had it."""
+    model = random_model(CASES[family]())
+    units = layers(layout(model, prunable_parameters(model, "matrices")))
+    parameters = dict(model.named_parameters())
+    for part in units.parts:
+        parameters[part.name].data.view(len(part.rows), -1)[part.rows[:, None] + part.columns == 1] = 0
+    masked = logits(model)
+    known = architecture(model)
+    del model.get_submodule(known.blocks)[1]
+    model.config.num_hidden_layers = 1
+    assert torch.allclose(logits(model), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+
+
+@pytest.mark.parametrize("config", [
+    hf.OPTConfig(**WIDE, ffn_dim=UNITS, word_embed_proj_dim=WIDTH, do_layer_norm_before=False),
+    hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=HEADS, apply_residual_connection_post_layernorm=True),
+    STRANGERS["mixtral"]()], ids=["opt 350m", "bloom", "mixtral"])
+def test_blocks_that_do_more_than_add_are_no_layers(config: Any) -> None:
+    model = random_model(config)
+    with pytest.raises(ValueError, match="pattern layer needs a model whose blocks are known and add to what they get"):
+        layers(layout(model, prunable_parameters(model, "matrices")))
 
 
 @pytest.mark.parametrize("family", STRANGERS)

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.budgets import erdos_renyi, masks_are_due, num_to_prune, owl, pruning_steps, sparsity_at, units_to_keep
+from raysearch.pruning.budgets import (
+    erdos_renyi,
+    evened,
+    masks_are_due,
+    num_to_prune,
+    owl,
+    pruning_steps,
+    sparsity_at,
+    units_to_keep,
+)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=20), st.integers(1, 9), st.floats(0, 1))
@@ -95,3 +104,17 @@ def test_the_path_within_a_round_rises_and_ends_at_its_target(num_steps: int, in
     assert due[-1] == last
     assert path[last - 1] == 0.9  # the last change brings the target, and what follows trains under it
     assert all(step >= first for step in due)
+
+
+def test_as_many_stay_in_every_group_the_highest_of_what_may() -> None:
+    """Against sorting in loops; groups that keep 2, 0 and 1 of what is eligible, and ties, of which the later stay."""
+    scores = torch.tensor([5.0, 1.0, 4.0, 4.0, 2.0, 2.0, -1.0, 9.0, 3.0, 3.0])
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 2, 2, 2])
+    eligible = torch.tensor([1, 1, 1, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    for kept, num in (({0, 2, 6, 8}, 1), ({0, 2, 8}, 1), ({0, 2, 3, 4, 5, 8, 9}, 2)):
+        keep = torch.tensor([index in kept for index in range(10)])
+        wanted = set()
+        for each in range(3):
+            members = [index for index in range(10) if group[index] == each and eligible[index]]
+            wanted |= set(sorted(members, key=lambda index: (float(scores[index]), index))[-num:])
+        assert set(evened(keep, scores, eligible, group).nonzero().view(-1).tolist()) == wanted

@@ -10,7 +10,7 @@ from raysearch.pruning.criteria import CRITERIA, Criterion, moments, squares, st
 from raysearch.pruning.selection import SCORES, keep_masks
 
 # a new criterion is a line: this one ranks by magnitude times the steps that it was looked at
-TENANTS = {**{name: each for name, each in CRITERIA.items() if each.statistic is None},
+TENANTS = {**{name: each for name, each in CRITERIA.items() if each.statistic is None and each.scores is not None},
            "magnitude_times_age": Criterion(lambda weights, age: weights.abs() * age,
                                             lambda age, weights, gradients: age.add_(1), is_gradual=True)}
 
@@ -131,3 +131,14 @@ def test_std_threshold_of_equal_weights_is_zero() -> None:
 def test_std_threshold_refuses(arguments: tuple[float, float, float, int], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         std_threshold(*arguments)
+
+
+@pytest.mark.parametrize(("name", "gone"), [
+    ("top", [7, 6, 5, 4]), ("bottom", [0, 1, 2, 3]), ("alternate", [7, 5, 3, 1, 6, 4]), ("symmetric", [3, 4, 2, 5])])
+def test_layers_go_in_their_order(name: str, gone: list[int]) -> None:
+    assert CRITERIA[name].order(8).argsort(stable=True)[:len(gone)].tolist() == gone
+    assert CRITERIA[name].order(1).shape == (1,)
+    if name == "alternate":  # of an odd number of layers, too
+        assert CRITERIA[name].order(5).argsort(stable=True).tolist() == [4, 2, 0, 3, 1]
+    if name == "symmetric":
+        assert CRITERIA[name].order(5).argsort(stable=True).tolist() == [2, 1, 3, 0, 4]

@@ -12,6 +12,7 @@ from raysearch.pruning.patterns import (
     Units,
     by_output,
     heads,
+    layers,
     n_of_m,
     neurons,
     units_of,
@@ -50,7 +51,8 @@ def layout() -> Layout:
         [UnitRows(out_1, queries, True), UnitRows(q, queries, False), UnitRows(k, values, False),
          UnitRows(v, values, False)]], [
         [UnitRows(last, seven, True), UnitRows(first, seven, False)],
-        [UnitRows(down, four, True), UnitRows(up, four, False), UnitRows(gate, four, False)]])
+        [UnitRows(down, four, True), UnitRows(up, four, False), UnitRows(gate, four, False)]],
+        [[fused, out, first, last], [q, k, v, out_1, up, gate, down]])
 
 
 def whole(units: Units, matrix: Matrix) -> torch.Tensor:
@@ -123,6 +125,16 @@ def test_a_neuron_is_a_row_of_each_first_matrix_and_a_column_of_the_last() -> No
     (bias,) = [part for part in units.parts if part.goes_along]
     assert (bias.name, bias.rows.tolist()) == ("0.fc.bias", list(range(7)))  # that of the last matrix is of no neuron
     assert units.group.tolist() == [0] * 7 + [1] * 4
+
+
+def test_a_layer_is_all_that_its_block_has() -> None:
+    units, described = layers(layout()), layout()
+    for matrix in described.matrices:
+        assert (whole(units, matrix) == int(matrix.name[0])).all(), matrix.name
+    assert {part.name for part in units.parts if part.goes_along} == {m.bias for m in described.matrices if m.bias}
+    assert units.group.tolist() == [0, 0]  # compared with each other
+    with pytest.raises(ValueError, match="pattern layer needs a model whose blocks are known and add to what they get"):
+        layers(Layout(described.matrices))
 
 
 @pytest.mark.parametrize("pattern", ["head", "neuron"])

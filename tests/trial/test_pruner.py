@@ -32,6 +32,7 @@ COMBINATIONS = [(criterion, pattern, scope)
 COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
                  (("magnitude", "neuron"), ("l2", "neuron"), ("movement", "neuron"), ("sr_ste", "neuron"), ("l2", "head"))
                  for scope in ("global", "layer")]
+COMBINATIONS += [(criterion, "layer", "global") for criterion in ("magnitude", "movement", "top", "symmetric")]
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
 IN_THE_ROUND = ("movement", "gradual_magnitude", "sr_ste", "rigl", "set")
@@ -186,6 +187,8 @@ def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> No
     assert abs(float(first.mean()) - 0.5) < 1e-3
     for case in cases:
         assert case["head"] == cases[0]["head"]
+        assert case["layer"] == cases[0]["layer"]
+        assert case["contributions"] == pytest.approx(cases[0]["contributions"], abs=1e-6)
         apart = [np.frombuffer(bytes.fromhex(each["neuron"]), np.uint8) for each in (case, cases[0])]
         assert int(np.unpackbits(apart[0] ^ apart[1]).sum()) <= 2 * 2 * 32 + 2  # a near tie: one neuron goes for another
         assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
@@ -624,7 +627,7 @@ def moved_masks(engine: Any, criterion: str) -> dict[str, Any]:
             "num_not_at_0": sum(int((values[name][after[name] & ~mask] != 0).sum()) for name, mask in before.items())}
 
 
-def taylor_masks(engine: Any) -> dict[str, str]:
+def taylor_masks(engine: Any) -> dict[str, Any]:
     """Hexadecimal, in whole bytes; some weights of the parent are pruned."""
     from raysearch.config import Action
     from raysearch.trial.pruner import Pruner
@@ -640,6 +643,12 @@ def taylor_masks(engine: Any) -> dict[str, str]:
         masks = {name: engine.gather_mask(name) for name in before}
         assert not any((masks[name] & ~mask).any() for name, mask in before.items())
         found[pattern] = np.packbits(torch.cat([mask.cpu().flatten() for mask in masks.values()]).numpy()).tobytes().hex()
+    engine.load_base()
+    action = Action(criterion="contribution", pattern="layer", sparsity=0.5, calibration_sequences=3)
+    pruner = Pruner(engine, action, 0, CALIBRATION)
+    pruner.begin()
+    found["contributions"] = pruner._of_units.tolist()
+    found["layer"] = str([int(engine.gather_mask(p.name).sum()) for p in engine.prunables])
     engine.restart(0.0)
     return found
 

@@ -28,8 +28,9 @@ def test_sums_and_masks_are_those_of_whole_heads(worker: Worker) -> None:
         assert alive[unit]
         assert sums[unit].item() == pytest.approx(sum(fused.flatten().tolist()) + sum(output.flatten().tolist()), abs=1e-5)
     scores = torch.tensor([4.0, 1.0, 2.0, 3.0], dtype=torch.float64)
-    for scope, sparsity, gone in (("global", 0.5, {1, 2}), ("layer", 0.5, {1, 2}), ("global", 0.99, {1, 2, 3})):
-        masks = unit_masks(engine, units, Action(scope=scope), sparsity, scores, sizes, alive, engine.masks())
+    for scope, uniform, sparsity, gone in (("global", False, 0.5, {1, 2}), ("layer", False, 0.5, {1, 2}),
+                                           ("global", False, 0.99, {1, 2, 3}), ("layer", True, 0.99, {1, 2})):
+        masks = unit_masks(engine, units, Action(scope=scope, uniform=uniform), sparsity, scores, sizes, alive, engine.masks())
         for shard, mask in zip(engine.shards, masks):
             if shard.name.endswith("attn.c_proj.weight"):
                 layer = int(shard.name.split(".")[2])
