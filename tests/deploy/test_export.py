@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import Run
+from families import STRANGERS, random_model
 from faults import refusing
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,6 +73,15 @@ def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, cand
     with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format compressed"):
         export(worker.ledger, candidate.key, tmp_path / "out", "compact")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["mpt", "phi3"])
+def test_a_family_that_is_not_known_is_not_exported_as_compact(family: str, tmp_path: Path) -> None:
+    random_model(STRANGERS[family]()).save_pretrained(tmp_path / "base")
+    run_prune({"model": str(tmp_path / "base"), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
+    ledger = Ledger(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"heads and neurons stay in, for those of {family} are not known; give format compr"):
+        export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compact")
 
 
 @pytest.mark.parametrize("format", ["dense", "compressed", "compact"])
