@@ -62,8 +62,8 @@ class Sampler:
         for values that a metric is missing."""
         told = journal.get_trials(deepcopy=False)
         seed = study.search.sampler_seed + len(told)
-        self.heard = optuna.create_study(directions=journal.directions, sampler=sampler or optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True))
+        self.heard = optuna.create_study(directions=journal.directions,
+                                         sampler=sampler or optuna.samplers.TPESampler(seed=seed))
         """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
         self.heard.add_trials(told)
         self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -143,6 +143,8 @@ class Sampler:
         last = asked.actions[depth - 1]
         own = {name: name.rpartition("/")[2] for name, value in asked.parameters.items()
                if value == getattr(asked.config, name.rpartition("/")[2], None)}
+        if asked.config.num_rounds is not None and "num_rounds" not in own.values():
+            return None  # what says the number of rounds has another name
         of_prefix = {"num_rounds": depth, "target_sparsity": last.sparsity, "threshold": last.threshold}
         for fields in (("num_rounds",), ("num_rounds", "target_sparsity", "threshold")):
             changes = {name: of_prefix[field] for name, field in own.items() if field in fields}
