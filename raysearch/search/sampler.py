@@ -134,7 +134,7 @@ class Sampler:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
-        return Asked(trial.number, config, actions, dict(trial.params), distributions, error)
+        return Asked(trial.number, config, () if error else actions, dict(trial.params), distributions, error)
 
     def _prefix(self, asked: Asked, depth: int) -> FrozenTrial | None:
         """The configuration of the space whose rounds are the trial's first ones, as a running trial; None where there is none.
