@@ -90,7 +90,7 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
     trial ended, is made again from them; the file as it was is kept.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names, grouped TPE
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # metric names
     path = ledger.directory / "journal.log"  # absolute: a relative path makes Optuna's lock spin for ever
     if isinstance(path, Path) and remove_stale_lock(path):
         echo("the journal was locked by a driver that is gone; its lock is removed")

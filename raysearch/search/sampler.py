@@ -62,8 +62,8 @@ class Sampler:
         for values that a metric is missing."""
         told = journal.get_trials(deepcopy=False)
         seed = study.search.sampler_seed + len(told)
-        self.heard = optuna.create_study(directions=journal.directions, sampler=sampler or optuna.samplers.TPESampler(
-            seed=seed, multivariate=True, group=True))
+        self.heard = optuna.create_study(directions=journal.directions,
+                                         sampler=sampler or optuna.samplers.TPESampler(seed=seed))
         """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
         self.heard.add_trials(told)
         self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
@@ -108,13 +108,17 @@ class Sampler:
             trial = study.ask()
             asked = self._draw(Numbered(trial, number))
             if asked.error is not None or asked.actions not in self._proposed:
-                if study is self._chance:
-                    self.heard.add_trial(optuna.trial.create_trial(
-                        state=TrialState.RUNNING, params=trial.params, distributions=trial.distributions))
-                self._number_heard[number] = len(self.heard.get_trials(deepcopy=False)) - 1
+                self._number_heard[number] = trial.number if study is self.heard else self._pending(
+                    optuna.trial.create_trial(state=TrialState.RUNNING, params=trial.params,
+                                              distributions=trial.distributions))
                 return asked
             study.tell(trial, state=TrialState.FAIL)
         return None
+
+    def _pending(self, trial: FrozenTrial) -> int:
+        """Its number in the sampler's study, which hears of it."""
+        self.heard.add_trial(trial)
+        return len(self.heard.get_trials(deepcopy=False)) - 1
 
     def _draw(self, trial: Any) -> Asked:
         """What the space makes of the trial."""
@@ -130,7 +134,7 @@ class Sampler:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
-        return Asked(trial.number, config, actions, dict(trial.params), distributions, error)
+        return Asked(trial.number, config, () if error else actions, dict(trial.params), distributions, error)
 
     def _prefix(self, asked: Asked, depth: int) -> FrozenTrial | None:
         """The configuration of the space whose rounds are the trial's first ones, as a running trial; None where there is none.
@@ -143,6 +147,8 @@ class Sampler:
         last = asked.actions[depth - 1]
         own = {name: name.rpartition("/")[2] for name, value in asked.parameters.items()
                if value == getattr(asked.config, name.rpartition("/")[2], None)}
+        if asked.config.num_rounds is not None and "num_rounds" not in own.values():
+            return None  # what says the number of rounds has another name
         of_prefix = {"num_rounds": depth, "target_sparsity": last.sparsity, "threshold": last.threshold}
         for fields in (("num_rounds",), ("num_rounds", "target_sparsity", "threshold")):
             changes = {name: of_prefix[field] for name, field in own.items() if field in fields}
@@ -168,8 +174,7 @@ class Sampler:
     def _hear(self, number: int, depth: int, values: Sequence[float] | None, diverged: bool) -> None:
         prefix = self._prefix(self._asked[number], depth)
         if prefix is not None and values is not None:
-            self.heard.add_trial(prefix)
-            tell(self.heard, len(self.heard.get_trials(deepcopy=False)) - 1, *complete(values, diverged))
+            tell(self.heard, self._pending(prefix), *complete(values, diverged))
 
     def end(self, trial: TrialRecord) -> None:
         """The trial will not go on: the journal and the sampler hear its last candidate, and of a diverged round also the
@@ -215,8 +220,7 @@ def to_9_decimals(actions: Sequence[Action]) -> list[Action]:
 
 def outcome(trial: TrialRecord, values: Sequence[float] | None) -> Outcome:
     """How a trial ended. A diverged one is complete but infeasible, so that the sampler learns from it; a crashed one fails,
-    which says nothing about its configuration, and so does one whose last candidate lacks an objective.
-    """
+    which says nothing about its configuration, and so does one whose last candidate lacks an objective."""
     if trial.crashed or values is None:
         return TrialState.FAIL, None, {}
     return complete(values, trial.status == "failed")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
-from raysearch.study.files import Refused, new_file
+from raysearch.study.files import new_file
 from raysearch.study.records import FORMAT, TrialRecord, hash_json
 from raysearch.study.text import json_lines
 
@@ -185,8 +185,6 @@ def draw(space: Space, trial: "optuna.Trial") -> TrialConfig:
     """The configuration that `space` makes of one Optuna trial."""
     try:
         fields = space(trial)
-    except Refused:  # Optuna writes each value into its journal
-        raise
     except Exception as error:
         raise ValueError(f"space(trial): {in_space(error)}") from error
     if not isinstance(fields, dict):

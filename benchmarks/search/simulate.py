@@ -1,0 +1,236 @@
+"""Searches against each other in simulated time, on a surrogate of the recorded rounds. No GPU, no Ray; seconds a method.
+
+    python benchmarks/search/simulate.py [--table benchmarks/search/tiny.parquet] [--seeds 50] [--workers 4]
+        [--budget-s 150] [--start-s 0.4] [--plain-start-s 7] [--methods ours,plain]
+
+Workers are asynchronous: each asks for a trial, starts it, and runs its rounds; the search hears of each when it ends. `plain`
+is Ray Tune with OptunaSearch as users have it: Optuna's TPE, told the last round of each trial, which alone is a candidate,
+and processes that are new for each trial (`plain-start-s`). Hypervolume: of fraction of the dense parameters and of the dense
+loss, from the reference (1, 2). Prints a table and one JSON line.
+"""
+
+import argparse
+import heapq
+import json
+import time
+import warnings
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import optuna
+from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
+from surrogate import DENSE, State, Surrogate, Table, held_out_errors, read_table
+
+from raysearch.config import Action, Metric
+from raysearch.kernels.device import device_name
+from raysearch.pruning.pareto import hypervolume
+from raysearch.search.sampler import Sampler
+from raysearch.search.space import Space, draw, load_space
+from raysearch.study.provenance import provenance, versions
+from raysearch.study.records import RoundRecord, TrialRecord, round_key
+from raysearch.trial.actions import resolve_actions
+
+DIRECTIONS = ["minimize", "minimize"]
+REFERENCE = (1.0, -2.0)
+"""The dense size, and twice the dense loss with its sign changed, since `hypervolume` wants quality to go up."""
+
+
+class Search(Protocol):
+    start_s: float
+    counts_every_round: bool
+    shares_rounds: bool
+
+    def ask(self) -> tuple[int, tuple[Action, ...]]: ...
+    def observe(self, number: int, depth: int, key: str, state: State) -> None: ...
+    def end(self, number: int, keys: list[str]) -> None: ...
+
+
+class Ours:
+    """The brain that `raysearch sweep` drives, with any sampler of Optuna's."""
+
+    counts_every_round = shares_rounds = True
+
+    def __init__(self, table: Table, space: Space, seed: int, start_s: float, sampler: BaseSampler | None = None,
+                 brain: type[Sampler] = Sampler) -> None:
+        self.table, self.start_s, self.asked = table, start_s, {}
+        study = table.study.replaced(sampler_seed=seed)
+        self.sampler = brain(optuna.create_study(directions=DIRECTIONS), study, space, sampler=sampler,
+                             num_train_tokens=study.data.epoch_tokens or 0)
+        self.sampler.observe(None, self._record(0, "", DENSE))
+
+    def ask(self) -> tuple[int, tuple[Action, ...]]:
+        asked = self.sampler.ask()
+        assert asked is not None
+        self.asked[asked.number] = asked
+        return asked.number, asked.actions
+
+    def observe(self, number: int, depth: int, key: str, state: State) -> None:
+        self.sampler.observe(number, self._record(depth, key, state))
+
+    def end(self, number: int, keys: list[str]) -> None:
+        asked = self.asked[number]
+        self.sampler.end(TrialRecord(number=number, config=asked.config, actions=asked.actions, keys=tuple(keys), status="done",
+                                     started_at=""))
+
+    def _record(self, depth: int, key: str, state: State) -> RoundRecord:
+        table = self.table
+        num_nonzero = table.num_parameters - round(state.sparsity * table.num_prunable)
+        return RoundRecord(
+            key=key, parent=None, action=None, depth=depth, num_parameters=table.num_parameters,
+            num_prunable=table.num_prunable, num_nonzero=num_nonzero, sparsity=state.sparsity,
+            model_sparsity=1 - num_nonzero / table.num_parameters, layer_sparsity={}, stored_bytes=0, resident_bytes=0,
+            train_loss=None, prune_s=0, finetune_s=0, evaluate_s=0,
+            metrics={table.study.search.objective: Metric(value=state.value * table.dense_value, stderr=0.0, num_items=1)},
+            weights_sha256=None, provenance=PROVENANCE)
+
+
+class LastRoundsOnly(Sampler):
+    """Ours without the harvest."""
+
+    def _hear(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class Plain:
+    counts_every_round = shares_rounds = False
+
+    def __init__(self, table: Table, space: Space, seed: int, start_s: float) -> None:
+        self.table, self.space, self.start_s = table, space, start_s
+        self.study = optuna.create_study(directions=DIRECTIONS, sampler=TPESampler(seed=seed))
+        self.last: dict[int, tuple[float, float]] = {}
+
+    def ask(self) -> tuple[int, tuple[Action, ...]]:
+        trial = self.study.ask()
+        study = self.table.study
+        return trial.number, resolve_actions(draw(self.space, trial), study, study.data.epoch_tokens or 0)
+
+    def observe(self, number: int, depth: int, key: str, state: State) -> None:
+        self.last[number] = (-state.sparsity, state.value)
+
+    def end(self, number: int, keys: list[str]) -> None:
+        self.study.tell(number, self.last[number])
+
+
+PROVENANCE = provenance("simulated")
+
+
+def methods(options: argparse.Namespace) -> dict[str, Callable[[Table, Space, int], Search]]:
+    warm, cold = options.start_s, options.plain_start_s
+    return {
+        "plain": lambda table, space, seed: Plain(table, space, seed, cold),
+        "plain, warm": lambda table, space, seed: Plain(table, space, seed, warm),
+        "ours": lambda table, space, seed: Ours(table, space, seed, warm),
+        "ours, last rounds only": lambda table, space, seed: Ours(table, space, seed, warm, brain=LastRoundsOnly),
+        "ours, multivariate and grouped": lambda table, space, seed: Ours(
+            table, space, seed, warm, TPESampler(seed=seed, multivariate=True, group=True)),
+        "random": lambda table, space, seed: Ours(table, space, seed, warm, RandomSampler(seed=seed)),
+        "NSGA-II": lambda table, space, seed: Ours(table, space, seed, warm, NSGAIISampler(seed=seed, population_size=16)),
+    }
+
+
+def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: float
+             ) -> tuple[list[tuple[float, State]], int, float]:
+    """((time, candidate) in order, trials begun, seconds that workers spent on starting)."""
+    found: list[tuple[float, State]] = []
+    stored: dict[str, State] = {}
+    events: list[tuple[float, int, int, tuple[Action, ...], list[str], State]] = []
+    num_trials, starting_s, order = 0, 0.0, 0
+
+    def push(now: float, number: int, actions: tuple[Action, ...], keys: list[str], state: State) -> None:
+        """The next round of the trial, which ends after its seconds; one that is stored takes none."""
+        nonlocal order
+        key = round_key(keys[-1] if keys else "", actions[len(keys)])
+        if search.shares_rounds and key in stored:
+            after, seconds = stored[key], 0.0
+        else:
+            after, seconds = surrogate(state, actions[len(keys)])
+        order += 1
+        heapq.heappush(events, (now + seconds, order, number, actions, [*keys, key], after))
+
+    def begin(now: float) -> None:
+        nonlocal num_trials, starting_s
+        number, actions = search.ask()
+        num_trials, starting_s = num_trials + 1, starting_s + search.start_s
+        push(now + search.start_s, number, actions, [], DENSE)
+
+    for _ in range(num_workers):
+        begin(0.0)
+    while events:
+        now, _, number, actions, keys, state = heapq.heappop(events)
+        if now > budget_s:
+            break
+        stored[keys[-1]] = state
+        is_last = len(keys) == len(actions)
+        if is_last or search.counts_every_round:
+            found.append((now, state))
+        search.observe(number, len(keys), keys[-1], state)
+        if is_last:
+            search.end(number, keys)
+            begin(now)
+        else:
+            push(now, number, actions, keys, state)
+    return found, num_trials, starting_s
+
+
+def hypervolumes(table: Table, found: list[tuple[float, State]], times: np.ndarray) -> np.ndarray:
+    """At each time, from what was found until then: (times,)."""
+    sizes = [1 - state.sparsity * table.num_prunable / table.num_parameters for _, state in found]
+    values = [-state.value for _, state in found]
+    ends = np.searchsorted([when for when, _ in found], times, side="right")
+    return np.array([hypervolume(sizes[:end], values[:end], REFERENCE) for end in ends])
+
+
+def quartiles(values: np.ndarray) -> list[float]:
+    return [round(float(each), 4) for each in np.quantile(values, (0.25, 0.5, 0.75))]
+
+
+def first_time(curve: np.ndarray, times: np.ndarray, goal: float) -> float | None:
+    reached = curve >= goal
+    return round(float(times[reached.argmax()]), 1) if reached.any() else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="searches in simulated time")
+    parser.add_argument("--table", type=Path, default=Path(__file__).with_name("tiny.parquet"))
+    parser.add_argument("--seeds", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--budget-s", type=float, default=150.0)
+    parser.add_argument("--start-s", type=float, default=0.4)
+    parser.add_argument("--plain-start-s", type=float, default=7.0)
+    parser.add_argument("--methods", help="comma-separated; all by default")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+    table, (_, space) = read_table(options.table), load_space("search_spaces.demo")
+    surrogate = Surrogate(table.rounds)
+    times = np.linspace(0, options.budget_s, 301)[1:]
+    chosen = {name: make for name, make in methods(options).items()
+              if options.methods is None or name in ("plain", *options.methods.split(","))}
+    results: dict[str, Any] = {}
+    for name, make in chosen.items():
+        began = time.process_time()
+        runs = [simulate(make(table, space, seed), surrogate, options.workers, options.budget_s)
+                for seed in range(options.seeds)]
+        curves = np.array([hypervolumes(table, found, times) for found, _, _ in runs])
+        if name == "plain":
+            goal = float(np.median(curves[:, -1]))
+        median = np.median(curves, axis=0)
+        reached = {f"s_to_{share:.0%}": first_time(median, times, share * goal) for share in (0.95, 1.0)}
+        results[name] = {
+            **{f"hypervolume_{part}": quartiles(curves[:, len(times) // fraction - 1])
+               for part, fraction in (("quarter", 4), ("half", 2), ("end", 1))},
+            **reached, "num_trials": float(np.median([each[1] for each in runs])),
+            "starting_share": round(float(np.mean([each[2] for each in runs])) / options.workers / options.budget_s, 3),
+            "cpu_s": round(time.process_time() - began, 1)}
+        print(f"{name:31} {results[name]}", flush=True)
+    print(json.dumps({"benchmark": "search/simulate", "table": options.table.name, "num_rounds": len(table.rounds),
+                      "held_out_rms": held_out_errors(table), "seeds": options.seeds, "workers": options.workers,
+                      "budget_s": options.budget_s, "start_s": options.start_s, "plain_start_s": options.plain_start_s,
+                      "methods": results, "date": date.today().isoformat(), "device": device_name("cpu"), **versions()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The searches of benchmarks/search in simulated time: what a simulation counts, and that every method runs in it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from raysearch.config import Action
+from raysearch.search.space import load_space
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "search"
+OPTIONS = argparse.Namespace(start_s=0.4, plain_start_s=7.0)
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import simulate
+
+        yield simulate
+
+
+class Fixed:
+    """Trials of two rounds, all equal, whose rounds are stored or not."""
+
+    start_s, counts_every_round = 1.0, True
+    actions = (Action(sparsity=0.5), Action(sparsity=0.75))
+
+    def __init__(self, shares_rounds: bool) -> None:
+        self.shares_rounds, self.heard = shares_rounds, []
+
+    def ask(self) -> tuple[int, tuple[Action, ...]]:
+        return 0, self.actions
+
+    def observe(self, number: int, depth: int, key: str, state: Any) -> None:
+        self.heard.append((depth, state.sparsity))
+
+    def end(self, number: int, keys: list[str]) -> None:
+        assert len(keys) == 2
+
+
+@pytest.mark.parametrize(("shares_rounds", "times"), [(False, [5, 9, 14, 18]), (True, [5, 9, 10, 10, 11, 11])])
+def test_a_trial_takes_its_start_and_the_rounds_that_are_not_stored(benchmark: Any, shares_rounds: bool,
+                                                                     times: list[float]) -> None:
+    def four_seconds(parent: Any, action: Action) -> tuple[Any, float]:
+        return benchmark.State(action.sparsity, 1.0), 4.0
+
+    search = Fixed(shares_rounds)
+    found, num_trials, starting_s = benchmark.simulate(search, four_seconds, num_workers=1, budget_s=times[-1] + 0.5)
+    assert [when for when, _ in found] == times
+    assert search.heard == [(1, 0.5), (2, 0.75)] * (len(times) // 2)
+    assert num_trials == starting_s == len(times) // 2 + 1  # the last one had begun
+
+
+def test_hypervolume_is_of_what_was_found_until_then(benchmark: Any) -> None:
+    table = benchmark.read_table(FOLDER / "tiny.parquet")
+    table = table._replace(num_parameters=100, num_prunable=100)
+    found = [(1.0, benchmark.State(0.5, 1.0)), (3.0, benchmark.State(0.75, 1.5))]
+    curve = benchmark.hypervolumes(table, found, np.array([0.5, 1.0, 2.9, 3.0]))
+    assert curve == pytest.approx([0.0, 0.5, 0.5, 0.625])
+
+
+def test_the_surrogate_is_closer_than_the_spread_of_what_was_recorded(benchmark: Any) -> None:
+    table = benchmark.read_table(FOLDER / "tiny.parquet")
+    assert len(table.rounds) > 150
+    assert all(len(chain) in (3, 4) for chain in table.chains[:20])
+    errors = benchmark.held_out_errors(table, num_folds=3)
+    assert 0 < errors["round"] < 0.6 * errors["spread"]
+    assert errors["chain"] < errors["spread"]
+
+
+def test_every_method_runs_and_the_same_seed_gives_the_same(benchmark: Any) -> None:
+    table, (_, space) = benchmark.read_table(FOLDER / "tiny.parquet"), load_space("search_spaces.demo")
+    surrogate = benchmark.Surrogate(table.rounds)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    num_trials = {}
+    for name, make in benchmark.methods(OPTIONS).items():
+        runs = [benchmark.simulate(make(table, space, 3), surrogate, 2, 60.0) for _ in range(2)]
+        assert runs[0] == runs[1], name
+        found, num_trials[name], _ = runs[0]
+        assert [when for when, _ in found] == sorted(when for when, _ in found)
+        assert all(0 < state.sparsity < 1 for _, state in found)
+    assert num_trials["plain"] < min(number for name, number in num_trials.items() if name != "plain")
