@@ -59,7 +59,7 @@ def metric_pair(row: pd.Series, metric: str, split: str) -> tuple[float, float]:
 def describe_config(row: pd.Series) -> str:
     """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
     if pd.isna(row["schedule"]):
-        return {"dense": "dense baseline", "control": "dense control"}.get(str(row.get("status")), "given as actions")
+        return {"dense": "dense baseline", "control": "dense control"}.get(str(row.get("status")), _given_actions(row))
     if pd.notna(row["threshold"]):
         aim = f"threshold {row['threshold']:.3g}" + (" std" if row["threshold_unit"] == "std" else "")
     elif pd.notna(row["rate"]):
@@ -83,6 +83,13 @@ def describe_config(row: pd.Series) -> str:
     if row["l1_lambda"]:
         parts.append(f"l1 {row['l1_lambda']:.2g}")
     return ", ".join(parts)
+
+
+def _given_actions(row: pd.Series) -> str:
+    """Of a trial without a configuration: what its round did."""
+    sparsity, threshold, tokens = (row.get(name) for name in ("action_sparsity", "action_threshold", "finetune_tokens"))
+    cut = f", to {sparsity:.3g}" if pd.notna(sparsity) else f", threshold {threshold:.3g}" if pd.notna(threshold) else ""
+    return "given as actions" + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
 
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
