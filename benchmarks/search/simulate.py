@@ -34,8 +34,8 @@ from raysearch.study.records import RoundRecord, TrialRecord, round_key
 from raysearch.trial.actions import resolve_actions
 
 DIRECTIONS = ["minimize", "minimize"]
-REFERENCE = (1.0, -2.0)
-"""The dense size, and twice the dense loss with its sign changed, since `hypervolume` wants quality to go up."""
+REFERENCE = (1.0, 2.0)
+"""The dense size, and twice the dense loss."""
 
 
 class Search(Protocol):
@@ -177,10 +177,9 @@ def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: f
 
 def hypervolumes(table: Table, found: list[tuple[float, State]], times: np.ndarray) -> np.ndarray:
     """At each time, from what was found until then: (times,)."""
-    sizes = [1 - state.sparsity * table.num_prunable / table.num_parameters for _, state in found]
-    values = [-state.value for _, state in found]
+    points = np.array([(1 - state.sparsity * table.num_prunable / table.num_parameters, state.value) for _, state in found])
     ends = np.searchsorted([when for when, _ in found], times, side="right")
-    return np.array([hypervolume(sizes[:end], values[:end], REFERENCE) for end in ends])
+    return np.array([hypervolume(points[:end], (False, False), REFERENCE) for end in ends])
 
 
 def quartiles(values: np.ndarray) -> list[float]:
