@@ -111,10 +111,8 @@ def check_resampled(constraint: Constraint, draws: Draws, root: int, position: i
         value, drawn = paired(draws, root, position)
         unit = 100 if higher_is_better(draws.metric) else -1
         value, drawn = unit * value, unit * drawn
-    confidence = 0.5 if constraint.confidence is None else constraint.confidence
-    value = round(value, 9)
-    bound = value
-    if constraint.confidence is not None:
+    bound = value = round(value, 9)
+    if (confidence := constraint.confidence) is not None:
         bound = round(float(np.quantile(drawn, 1 - confidence if constraint.kind == "min" else confidence)), 9)
     margin = round(bound - constraint.limit if constraint.kind == "min" else constraint.limit - bound, 9)
     return Check(constraint=constraint, value=value, margin=margin, stderr=float(drawn.std()), within_1_stderr=False,

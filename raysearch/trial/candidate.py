@@ -55,8 +55,8 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
 
 def store_weights(worker: Worker, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
-    path, nonzero = worker.ledger.weights_path(record.key), worker.engine.nonzero_counts()
-    with written_meanwhile(worker, record.key) as weights:
+    path, weighed = worker.ledger.weights_path(record.key), weigh(worker)
+    with written_meanwhile(worker, record.key, weighed) as weights:
 
         def write() -> None:
             file, sha256 = weights.result()
@@ -64,7 +64,7 @@ def store_weights(worker: Worker, record: RoundRecord) -> None:
                 target.unlink(missing_ok=True)
                 link_or_copy(file, target)
             worker.ledger.deleted_path(record.key).unlink(missing_ok=True)
-            note_recovered(worker, record, WEIGHTS, sha256, sum(nonzero.values()))
+            note_recovered(worker, record, WEIGHTS, sha256, weighed.num_nonzero)
 
         worker.engine.from_rank_0(lambda: persist(path, write))
 
@@ -112,7 +112,8 @@ class Weighed:
     """The engine's weights, counted."""
 
     nonzero: dict[str, int]
-    """By parameter."""
+    kept: dict[str, int]
+    """By what the masks say; both by parameter."""
     num_nonzero: int
     stored_bytes: int
     resident_bytes: int
@@ -122,19 +123,19 @@ def weigh(worker: Worker) -> Weighed:
     engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.model.dtype]
     nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
-    return Weighed(nonzero, sum(nonzero.values()), sum(stored_bytes(total[name], kept[name], itemsize) for name in total),
-                   sum(total.values()) * itemsize)
+    return Weighed(nonzero, kept, sum(nonzero.values()),
+                   sum(stored_bytes(total[name], kept[name], itemsize) for name in total), sum(total.values()) * itemsize)
 
 
 @contextlib.contextmanager
-def written_meanwhile(worker: Worker, key: str) -> Iterator[Written | None]:
-    """Writes the engine's weights aside: (file, sha256), once it is on disk, which it may be while the block runs.
+def written_meanwhile(worker: Worker, key: str, weighed: Weighed) -> Iterator[Written | None]:
+    """Writes the engine's `weighed` weights aside: (file, sha256), once it is on disk, which it may be while the block runs.
 
     They are gathered and compressed one by one, on the engine's device; a thread of rank 0 writes one while the next is
     gathered, so that no more than two are in memory. What goes wrong there is raised where the result is taken.
     """
     engine, path = worker.engine, worker.ledger.weights_path(key)
-    kept, nonzero = engine.kept_counts(), engine.nonzero_counts()
+    kept, nonzero = weighed.kept, weighed.nonzero
 
     def extent_of(name: str, shape: tuple[int, ...]) -> Extent:
         has_mask = name in engine.prunable_names or kept[name] < math.prod(shape)  # as `gather_mask` says

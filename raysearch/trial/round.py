@@ -39,7 +39,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool =
         return done
     train_loss, times = train_candidate(worker, parent, action)
     weighed = weigh(worker)
-    with written_meanwhile(worker, key) as weights:
+    with written_meanwhile(worker, key, weighed) as weights:
         race, rival = worker.race(getattr(weighed, worker.study.search.size) if raced else None)
         started = time.perf_counter()
         evaluation = worker.evaluate("selection", race)

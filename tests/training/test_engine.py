@@ -186,7 +186,7 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
     from raysearch.models.weights import read_sparse
     from raysearch.study.ledger import Ledger
     from raysearch.training.engine import Engine
-    from raysearch.trial.candidate import written_meanwhile
+    from raysearch.trial.candidate import weigh, written_meanwhile
     from raysearch.trial.pruner import Pruner
 
     def anonymous() -> float:
@@ -228,10 +228,11 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
     with measuring("prune"):
         Pruner(engine, Action(sparsity=0.5), 0).begin()
     weights = {name: engine.gather(name) for name in list(engine.shapes)[2:8]}
+    study = types.SimpleNamespace(model=types.SimpleNamespace(dtype="float32"))
     with contextlib.ExitStack() as stored:
         with measuring("store"):
-            worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"))
-            written = stored.enter_context(written_meanwhile(worker, "key"))
+            worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"), study=study)
+            written = stored.enter_context(written_meanwhile(worker, "key", weigh(worker)))
             file = engine.from_rank_0(lambda: written.result()[0])
         engine.load_base()
         with measuring("load"):

@@ -22,7 +22,7 @@ from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.study.storage import StorePath, as_file
 from raysearch.trial.actions import resolve_actions
-from raysearch.trial.candidate import intact, written_meanwhile
+from raysearch.trial.candidate import intact, weigh, written_meanwhile
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, load_candidate, recover_weights, run_round
 from raysearch.trial.run import run_trial
@@ -129,7 +129,7 @@ def test_what_has_no_mask_is_stored_with_its_zeros(apart: Worker) -> None:
     weights[bias][:100] = 0
     weights[matrix][3] = 0
     apart.engine.load(weights)
-    with written_meanwhile(apart, "key") as written:
+    with written_meanwhile(apart, "key", weigh(apart)) as written:
         stored = read_sparse(written.result()[0], None)
         assert isinstance(stored[bias], torch.Tensor)
         assert isinstance(stored[matrix], SparseWeight)
