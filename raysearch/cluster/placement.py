@@ -33,9 +33,10 @@ LOGITS_AT_ONCE = 1 << 28
 402,400 and 403,300 tokens/s with a 124 M model, H200, 2026-11-27), smaller ones fill the GPU less."""
 LOGIT_BYTES = {"float32": 16, "bfloat16": 4}
 """Of one: itself and its gradient; in fp32, which is not compiled, also what lies between."""
-MOST_MICRO_TOKENS = 65_536
-"""More are no faster. On an H200 (2026-11-27) 30 M parameters train at 1,278,000, 1,661,000 and 1,736,000 tokens/s with 16,384,
-32,768 and 65,536 tokens at a time, 124 M at 421,900, 450,900 and at most 4 % more."""
+MOST_MICRO_TOKENS, MOST_MICRO_WORK = 65_536, 65_536 * 768
+"""More tokens, or tokens times hidden size, are no faster. On an H200 (2026-11-27) 30 M parameters train at 1,278,000,
+1,661,000 and 1,736,000 tokens/s with 16,384, 32,768 and 65,536 tokens at a time; 950 M at 77,069 with 16,384 and 77,361 with
+65,536."""
 USABLE = 0.92
 """Of a GPU's memory; the rest is for the CUDA context, NCCL's buffers and fragmentation."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -78,9 +79,9 @@ def work_of(study: Study, trials: Sequence[Sequence[Action]]) -> Work:
 
 
 def repays_compilation(size: ModelSize, tokens: float) -> bool:
-    """Whether compilation costs less than it saves, by docs/results/training.md (H200, 2026-11-27): 17, 20 and 50 s for 30, 124
+    """Whether compilation costs less than it saves, by docs/results/training.md (H200, 2026-11-27): 10, 14 and 14 s for 30, 124
     and 950 M parameters, of which each saves 0.6, 3 and 10 microseconds a token (the last two against an older eager step)."""
-    return 16.0 + 36e-9 * size.num_parameters < 2e-14 * size.num_parameters * tokens
+    return 2e-14 * size.num_parameters * tokens > 14.0
 
 
 def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, micro_batch: MicroBatch,
@@ -128,8 +129,9 @@ def largest_micro_batch(size: ModelSize, study: Study, num_ranks: int, zero_stag
     sequence where none fits."""
     context_tokens = study.data.context_tokens
     num_sequences = study.training.batch_tokens // num_ranks // context_tokens
+    most = max(context_tokens, min(MOST_MICRO_TOKENS, MOST_MICRO_WORK // size.hidden_size))
     choices = [context_tokens * number for number in range(num_sequences, 0, -1)
-               if num_sequences % number == 0 and (number == 1 or context_tokens * number <= MOST_MICRO_TOKENS)]
+               if num_sequences % number == 0 and context_tokens * number <= most]
     if study.cluster.micro_batch_tokens != "auto":
         choices = [study.cluster.micro_batch_tokens]
     for is_checkpointed in (False, True):

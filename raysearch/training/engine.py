@@ -133,7 +133,7 @@ class Engine:
             model = load_dense()
             if micro_batch.is_checkpointed and model.supports_gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            take_loss(model, compiled, is_partitioned=zero_stage == 3)
+            take_loss(model, compiled, is_partitioned=zero_stage == 3, tokens=micro_batch.tokens)
             self.prunables: list[Prunable] = prunable_parameters(model, prunable)
             self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
             self.shapes = {name: parameter_shape(p) for name, p in self.parameters.items()}
