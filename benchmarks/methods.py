@@ -136,7 +136,9 @@ def run(options: argparse.Namespace) -> None:
                               provenance=provenance(device_name("cpu"))))
     worker = Worker(study, ledger, inputs)
     part, num_parts = map(int, options.part.split("/"))
-    cases = [("dense", {}, 0), *(case for group in options.groups.split(",") for case in GROUPS[group]())]
+    seeds = set(map(int, options.seeds.split(",")))
+    cases = [("dense", {}, 0),
+             *(case for group in options.groups.split(",") for case in GROUPS[group]() if case[2] in seeds)]
     for number, (name, config_fields, seed) in enumerate(cases):
         if (number and number % num_parts != part) or time.perf_counter() - started > options.limit_s:
             continue
@@ -221,6 +223,7 @@ def main() -> None:
     one.add_argument("--root", type=Path, default=Path("../shared"))
     one.add_argument("--part", default="0/1")
     one.add_argument("--groups", default=",".join(GROUPS))
+    one.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     one.add_argument("--limit-s", type=float, default=600.0)
     one.add_argument("--cpu", action="store_true")
     other = commands.add_parser("table")

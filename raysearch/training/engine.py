@@ -26,7 +26,7 @@ from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
 from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
-from raysearch.training.loss import Loss, next_token_loss, take_loss
+from raysearch.training.loss import Loss, as_teacher, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
 from raysearch.training.replicated import Replicated
 from raysearch.training.zero import Sharded
@@ -161,7 +161,8 @@ class Engine:
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
-        self._dense = functools.cache(lambda: self._layout.frozen(load_dense))
+        self._dense = functools.cache(lambda: self._layout.frozen(
+            lambda: as_teacher(load_dense(), compiled and zero_stage < 3)))
         self._distillation: tuple[Tensor, Tensor, Tensor, bool] | None = None
         self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()

@@ -174,6 +174,27 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
     model.forward = with_loss
 
 
+def as_teacher(model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
+    """The model, whose logits [B, T, V] are wanted at every step and whose weights are whole and stay: compiled by block, its
+    head padded to a width for which a GPU has fast products."""
+    known, embeddings = architecture(model), model.get_output_embeddings()
+    if not compiled or known is None or not isinstance(embeddings, nn.Linear):
+        return model
+    for block in model.get_submodule(known.blocks):
+        block.forward = torch.compile(block.forward)
+    num_classes = embeddings.out_features
+    padding = -num_classes % ALIGNED
+
+    def head(hidden: Tensor) -> Tensor:
+        weight, bias = embeddings.padded, embeddings.bias
+        logits = F.linear(hidden, weight)[..., :num_classes]
+        return logits if bias is None else logits + bias
+
+    embeddings.register_buffer("padded", F.pad(embeddings.weight.detach(), (0, 0, 0, padding)), persistent=False)
+    embeddings.forward = head
+    return model
+
+
 def _check_cache() -> None:
     """What a compiler cannot write into its cache, it would raise in the middle of a step. Entries of another torch are under
     other keys, and damaged ones are compiled anew."""
