@@ -108,7 +108,7 @@ def beside(dense: Any, served: Any, shape: tuple[int, int, int], is_sparse: bool
         removed = compact(served).num_parameters
     prepared_s = time.perf_counter() - started
     one, other = speeds([dense, served], batch, prompt, new)
-    return {"dense": one._asdict(), "served": other._asdict(), "decode_ratio": one.decode_ms / other.decode_ms,
+    return {"dense": one.model_dump(), "served": other.model_dump(), "decode_ratio": one.decode_ms / other.decode_ms,
             "scoring_ratio": other.scoring_tokens_per_s / one.scoring_tokens_per_s, "batch": batch, "prompt": prompt,
             "new": new, "prepared_s": round(prepared_s, 1), "removed": removed, **how}
 

@@ -24,6 +24,7 @@ from raysearch.kernels.dispatch import time_in_turn
 from raysearch.models.architectures import shares_prefixes
 from raysearch.models.model import context_limit
 from raysearch.models.sparse import SparseLinear
+from raysearch.study.records import Served
 
 NUM_ROUNDS = 20
 """Medians are taken of so many."""
@@ -31,18 +32,9 @@ WARM_ROUNDS = 2
 """Before them: a graph is captured at the second pass."""
 
 
-class Speed(NamedTuple):
-    scoring_tokens_per_s: float
-    """Prompt tokens, of all sequences together."""
-    decode_ms: float
-    """Of one step, which gives every sequence a new token."""
-    resident_bytes: int
-    """Weights in memory, whatever form they have there; the cache of keys and values is not counted."""
-
-
 @torch.no_grad()
 def speeds(models: Sequence[Any], batch_sequences: int, prompt_tokens: int, new_tokens: int,
-           num_rounds: int = NUM_ROUNDS) -> list[Speed]:
+           num_rounds: int = NUM_ROUNDS) -> list[Served]:
     """Of each of the models, which are on one device, in turn. ValueError where the tokens exceed a model's context."""
     limit = min(context_limit(model.config) for model in models)
     if prompt_tokens + new_tokens > limit:
@@ -59,7 +51,8 @@ def speeds(models: Sequence[Any], batch_sequences: int, prompt_tokens: int, new_
         decoding = _decode_ms([_decoding(model, batch_sequences, prompt_tokens, new_tokens) for model in models], device,
                               new_tokens, num_rounds)
     num_tokens = batch_sequences * prompt_tokens
-    return [Speed(num_tokens / statistics.median(times_us) * 1e6, statistics.median(times_ms), resident_bytes(model))
+    return [Served(scoring_tokens_per_s=num_tokens / statistics.median(times_us) * 1e6,
+                   decode_ms=statistics.median(times_ms), resident_bytes=resident_bytes(model))
             for model, times_us, times_ms in zip(models, scoring, decoding)]
 
 
