@@ -18,6 +18,7 @@ from pydantic import Field
 from analysis.candidates import control, dense, pruned, quality, setting
 from analysis.compare import POWER
 from analysis.constraints import (
+    COLUMN_OF,
     Check,
     Constraint,
     Measured,
@@ -53,6 +54,9 @@ class Candidate(Frozen):
     model_sparsity: float
     stored_bytes: int
     resident_bytes: int
+    scoring_tokens_per_s: float | None = None
+    """This and the next: as `raysearch measure` found; None where it did not look."""
+    decode_ms: float | None = None
     metrics: dict[str, Measured]
     """On the report split."""
     config: dict[str, bool | str | int | float | None]
@@ -102,6 +106,12 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
         if constraint.metric is not None and constraint.metric not in known:
             raise ValueError(f"{constraint}: metric must be one of {', '.join(known)}, got {constraint.metric!r}")
     pool = pool.dropna(subset=[f"report/{constraint.metric}" for constraint in constraints if constraint.metric])
+    for constraint in constraints:
+        if (column := COLUMN_OF.get(constraint.kind)) is not None:
+            pool = pool[pool[column].notna()]
+            if pool.empty:
+                directory = setting(frame, "directory")
+                raise ValueError(f"{constraint}: no candidate's speed was measured; raysearch measure {directory}, then pick")
     pool = pool.assign(minus_quality=-quality(pool, "report"))
     pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
     rows, failed = [row for _, row in pool.iterrows()], None
@@ -167,8 +177,8 @@ def describe_pick(result: Pick) -> str:
         noise = at_worst(check) + noise
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
-        number = ",.0f" if check.constraint.metric is None else ".4g"
-        text += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+        written = check.constraint.written
+        text += f"{check.constraint}: {written(check.value)}, margin {written(check.margin)}{noise}{doubt}\n"
     limited = [check.constraint.metric for check in result.checks if check.constraint.kind == "max_drop"]
     for metric in dict.fromkeys(limited or [result.objective]):
         text += _drop_against_control(result, metric)
@@ -190,8 +200,10 @@ def _drop_against_control(result: Pick, metric: str | None) -> str:
 
 
 def _sizes(candidate: Candidate) -> str:
+    speed = "" if candidate.decode_ms is None or candidate.scoring_tokens_per_s is None else (
+        f", scoring {human_count(candidate.scoring_tokens_per_s)} tokens/s, decoding {candidate.decode_ms:.3g} ms a step")
     return (f"sparsity {candidate.sparsity:.3f}, {human_count(candidate.num_nonzero)} non-zero of "
-            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored")
+            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored{speed}")
 
 
 def _pair(measured: Measured | None) -> tuple[float, float]:
@@ -287,7 +299,9 @@ def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
         key=str(row["key"]), trial=int(row["trial"]), round=int(row["round"]), num_nonzero=int(row["num_nonzero"]),
         num_parameters=int(row["num_parameters"]), sparsity=float(row["sparsity"]),
         model_sparsity=float(row["model_sparsity"]), stored_bytes=int(row["stored_bytes"]),
-        resident_bytes=int(row["resident_bytes"]), metrics=_measured(row),
+        resident_bytes=int(row["resident_bytes"]),
+        **{name: None if pd.isna(row[name]) else float(row[name]) for name in ("scoring_tokens_per_s", "decode_ms")},
+        metrics=_measured(row),
         config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS},
         checks=checks)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, Study, TrialConfig, Unhashed
+from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
 
 FORMAT = 2
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
@@ -99,6 +99,30 @@ class ReportRecord(Frozen):
     metrics: dict[str, Metric]
     items_sha256: str | None = None
     """Of items.report.npz."""
+
+
+class Served(Frozen):
+    """How fast one model was served."""
+
+    scoring_tokens_per_s: float
+    """Prompt tokens, of all sequences together."""
+    decode_ms: float
+    """Of a step, which gives every sequence a new token."""
+    resident_bytes: int
+    """Of its weights in memory, in whatever form they were served."""
+
+
+class SpeedRecord(Frozen):
+    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
+
+    key: str
+    serving: ServingSettings
+    served: Served
+    dense: Served
+    dtype: str
+    form: str
+    """What was served, in words."""
+    provenance: Provenance
 
 
 class Recovered(Frozen):
