@@ -156,8 +156,7 @@ class Engine:
             model = load()
             self._layout = Replicated(model, groups(model), CLIP_NORM, self.device, **adamw)
         else:
-            # DeepSpeed's stage 1 would add up micro-batches in bf16
-            is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank
+            is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank  # stage 1 would add up in bf16
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
