@@ -32,7 +32,7 @@ DOORS = {  # heavy dependency -> the only places that import it
     "deepspeed": {"raysearch/training/zero.py"},
     "optuna": {"raysearch/search/"},
     "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/watchdog.py", "raysearch/cluster/",
-            "raysearch/training/pretrain.py"},
+            "raysearch/training/pretrain.py", "raysearch/training/pretrain_worker.py"},
     "lm_eval": {"raysearch/evaluation/"},
     "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
                      "raysearch/deploy/"},
