@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 
 from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
 
-FORMAT = 2
+FORMAT = 3
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
 
 
@@ -71,9 +71,13 @@ class RoundRecord(Frozen):
     layer_sparsity: dict[str, float]
     """Sparsity of each prunable tensor."""
     stored_bytes: int
-    """Tensor bytes of the compressed export: bitmap and non-zero values where that is smaller, else dense."""
+    """Tensor bytes of the smallest export, its file's header apart: bitmaps and kept values where those are smaller than dense
+    matrices, or the compact form."""
     resident_bytes: int
-    """Tensor bytes of the dense export, which transformers keeps in memory when it serves the model."""
+    """Tensor bytes in memory when it is served as plain matrices: those of the compact form where something can be cut out,
+    else those of the dense model."""
+    compact_parameters: int | None = None
+    """Of the compact form; None where pruning emptied no layer, head or neuron."""
     metrics: dict[str, Metric]
     """On the selection split, by "task/metric"."""
     dominated_by: str | None = None
