@@ -267,6 +267,8 @@ class SearchSettings(Frozen):
     """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
     sampler_seed: int = Field(0, ge=0, lt=2**32)
+    forks: bool = True
+    """After the first few trials, each is one round on a candidate of the frontier instead of a whole configuration."""
     dense_control: bool = True
     """End with the longest trial's fine-tuning on the dense model: what pruned models gain from training alone."""
 

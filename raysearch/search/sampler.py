@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
+from raysearch.search.forks import DIVERGED, Forks
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 from raysearch.trial.actions import resolve_actions
@@ -21,6 +22,10 @@ from raysearch.trial.actions import resolve_actions
 NUM_DRAWS, NUM_RANDOM_DRAWS = 20, 1000
 """How often the sampler, and after it chance, may propose what was proposed before, until the space counts as used up. Of one
 that has a single new configuration among 100, chance misses it once in 20,000 times."""
+NUM_WHOLE = 4
+"""Trials that begin with the dense model before the first fork: enough for parents of several sizes."""
+FORK = "fork/"
+"""Before the names of a fork's parameters, which mean another thing than those of a whole trial."""
 
 
 class Asked(NamedTuple):
@@ -34,6 +39,8 @@ class Asked(NamedTuple):
     """Optuna's JSON of what each was drawn from."""
     error: ValueError | None = None
     """Why the space makes none."""
+    forked_at: int | None = None
+    """As in TrialRecord."""
 
 
 class Numbered:
@@ -60,40 +67,68 @@ class Sampler:
         self.observations: dict[int | None, dict[int, tuple[float, ...] | None]] = {}
         """By trial and depth (actions so far), the objectives' values; None is the dense baseline, the round 0 of all, and
         for values that a metric is missing."""
-        told = journal.get_trials(deepcopy=False)
-        seed = study.search.sampler_seed + len(told)
+        seed = study.search.sampler_seed + len(journal.get_trials(deepcopy=False))
+        told = [trial for trial in journal.get_trials(deepcopy=False) if "forked_at" not in trial.user_attrs]
         self.heard = optuna.create_study(directions=journal.directions,
                                          sampler=sampler or optuna.samplers.TPESampler(seed=seed))
         """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
         self.heard.add_trials(told)
         self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         self._asked: dict[int, Asked] = {}
-        self._number_heard = {trial.number: trial.number for trial in told}
+        self._number_heard = {trial.number: number for number, trial in enumerate(told)}
+        self.forks = Forks(study, space, num_train_tokens, seed) if study.search.forks and given is None else None
+        self._num_whole = 0
         self._proposed: set[tuple[Action, ...]] = set()
         """With the prefixes of each: whose rounds all are known, or will be."""
 
     def recall(self, trial: TrialRecord, candidate: Callable[[str], RoundRecord | None]) -> None:
         """A trial of an earlier sweep, which the journal knows, and its rounds."""
-        asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions)
+        asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions,
+                      forked_at=trial.forked_at)
         self._asked[trial.number] = asked
         self._proposed.update(prefixes(trial.actions))
-        for depth, key in enumerate(trial.keys[:len(trial.actions) - 1], start=1):
-            if (trial.status == "failed" or self._prefix(asked, depth)) and (record := candidate(key)) is not None:
+        self._num_whole += trial.forked_at is None
+        if self.forks is not None and trial.forked_at is not None:
+            self.forks.recall(trial.number, *known(trial, FORK))
+        for depth, key in enumerate(trial.keys, start=1):
+            is_heard = depth < len(trial.actions) and (trial.status == "failed" or self._prefix(asked, depth))
+            is_own = self.forks is not None and depth > (trial.forked_at or 0)
+            if (is_heard or is_own) and (record := candidate(key)) is not None:
                 self.observe(trial.number, record)
         self._hear_divergence(trial)
+        if trial.status != "running":
+            self._end_fork(trial)
 
     def ask(self) -> Asked | None:
         """The next trial; None where the space has none that was not proposed."""
         number = len(self.journal.get_trials(deepcopy=False))
-        asked = self._given(number) if self.given is not None else self._new(number)
+        asked = self._given(number) if self.given is not None else self._fork(number) or self._new(number)
         if asked is not None:
             self._asked[number] = asked
             self._proposed.update(prefixes(asked.actions))
+            self._num_whole += asked.forked_at is None
+            params, distributions = known(asked)
             self.journal.add_trial(optuna.trial.create_trial(
-                state=TrialState.RUNNING, params=asked.parameters,
-                distributions={name: json_to_distribution(each) for name, each in asked.distributions.items()}))
+                state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=forked(asked)))
             self.num_asked += 1
         return asked
+
+    def _fork(self, number: int) -> Asked | None:
+        """A round on a candidate of before; None where it is too early for one, and where none is new."""
+        if self.forks is None or self._num_whole < NUM_WHOLE or len(self.forks.frontier) < 2:
+            return None
+        for _ in range(NUM_DRAWS):
+            trial, parent = self.forks.ask(number)
+            actions, error = parent.actions, None
+            try:
+                actions = (*actions, self.forks.action(Numbered(trial, number), parent))
+            except ValueError as refused:
+                error = refused
+            asked = self._checked(trial, Asked(number, None, actions, {}, {}, error, len(parent.actions)), FORK)
+            if asked.error is not None or asked.actions not in self._proposed:
+                return asked
+            self.forks.tell(number, None)
+        return None
 
     def _given(self, number: int) -> Asked:
         assert self.given is not None
@@ -128,13 +163,19 @@ class Sampler:
             actions = resolve_actions(config, self.study, self.num_train_tokens)
         except ValueError as refused:
             error = refused
-        distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+        return self._checked(trial, Asked(trial.number, config, actions, {}, {}, error))
+
+    def _checked(self, trial: Any, asked: Asked, prefix: str = "") -> Asked:
+        """With the trial's parameters, and without actions where they, or what was made of them, are not as they should be."""
+        distributions, error = {name: distribution_to_json(each) for name, each in trial.distributions.items()}, asked.error
         try:
             if self.proposals is not None:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
-        return Asked(trial.number, config, () if error else actions, dict(trial.params), distributions, error)
+        return asked._replace(actions=() if error else asked.actions, error=error,
+                              parameters={prefix + name: value for name, value in trial.params.items()},
+                              distributions={prefix + name: each for name, each in distributions.items()})
 
     def _prefix(self, asked: Asked, depth: int) -> FrozenTrial | None:
         """The configuration of the space whose rounds are the trial's first ones, as a running trial; None where there is none.
@@ -168,8 +209,13 @@ class Sampler:
         if candidate.depth in rounds:
             return
         rounds[candidate.depth] = values = objective_values(candidate, self.study.search.objectives)
-        if number is not None and candidate.depth < len(self._asked[number].actions):
+        actions = () if number is None else self._asked[number].actions
+        if number is not None and candidate.depth < len(actions):
             self._hear(number, candidate.depth, values, diverged=False)
+        if self.forks is not None:
+            above = self.forks.observe(candidate, actions[:candidate.depth])
+            if number is not None and candidate.depth == len(actions):
+                self.forks.tell(number, above)
 
     def _hear(self, number: int, depth: int, values: Sequence[float] | None, diverged: bool) -> None:
         prefix = self._prefix(self._asked[number], depth)
@@ -183,9 +229,15 @@ class Sampler:
         handle = optuna.Trial(self.journal, self.journal.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():
             handle.set_user_attr(name, value)
-        for study, number in ((self.journal, trial.number), (self.heard, self._number_heard[trial.number])):
-            tell(study, number, *outcome(trial, values))
+        tell(self.journal, trial.number, *outcome(trial, values))
+        if trial.forked_at is None:
+            tell(self.heard, self._number_heard[trial.number], *outcome(trial, values))
         self._hear_divergence(trial)
+        self._end_fork(trial)
+
+    def _end_fork(self, trial: TrialRecord) -> None:
+        if self.forks is not None:
+            self.forks.tell(trial.number, DIVERGED if trial.status == "failed" and not trial.crashed else None)
 
     def _hear_divergence(self, trial: TrialRecord) -> None:
         if trial.status == "failed" and not trial.crashed and len(trial.keys) + 1 < len(trial.actions):
@@ -230,18 +282,29 @@ def complete(values: Sequence[float], diverged: bool) -> Outcome:
     return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0}
 
 
+def forked(trial: TrialRecord | Asked) -> dict[str, Any]:
+    """Of Optuna's user attributes, by which a fork is known in the journal."""
+    return {} if trial.forked_at is None else {"forked_at": trial.forked_at}
+
+
 def user_attributes(trial: TrialRecord) -> dict[str, Any]:
     """What optuna-dashboard shows beside the parameters."""
-    return {"keys": list(trial.keys)} | ({"reason": trial.reason} if trial.reason else {})
+    return {"keys": list(trial.keys)} | ({"reason": trial.reason} if trial.reason else {}) | forked(trial)
+
+
+def known(trial: TrialRecord | Asked, prefix: str = "") -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """(parameters, distributions) of a trial, their names without the prefix."""
+    return ({name.removeprefix(prefix): value for name, value in trial.parameters.items()},
+            {name.removeprefix(prefix): json_to_distribution(each) for name, each in trial.distributions.items()})
 
 
 def told_again(trial: TrialRecord, values: Sequence[float] | None) -> FrozenTrial:
     """The trial as Optuna knew it, from its record and the objectives of its last candidate (the dense baseline's where it
     has none)."""
-    known = {"params": trial.parameters,
-             "distributions": {name: json_to_distribution(each) for name, each in trial.distributions.items()}}
+    params, distributions = known(trial)
     if trial.status == "running":
-        return optuna.trial.create_trial(state=TrialState.RUNNING, **known)
+        return optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions,
+                                         user_attrs=forked(trial))
     state, values, constraints = outcome(trial, values)
     return optuna.trial.create_trial(state=state, values=values, constraints=constraints, user_attrs=user_attributes(trial),
-                                     **known)
+                                     params=params, distributions=distributions)

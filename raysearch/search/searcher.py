@@ -142,7 +142,7 @@ class StudySearcher(Searcher):
                                "trials did not try")
             return None
         record = TrialRecord(number=asked.number, config=asked.config, actions=asked.actions, parameters=asked.parameters,
-                             distributions=asked.distributions, started_at=utc_now())
+                             distributions=asked.distributions, forked_at=asked.forked_at, started_at=utc_now())
         if self.ledger.trial_path(record.number).exists():
             raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
                              "another one; move it to another folder if it is not of this study")

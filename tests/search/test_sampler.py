@@ -220,8 +220,8 @@ def test_running_trials_are_pending_and_numbers_are_the_journals() -> None:
     optuna.samplers.RandomSampler(seed=0), optuna.samplers.NSGAIISampler(seed=0, population_size=4),
     optuna.samplers.TPESampler(seed=0, n_startup_trials=2)])
 def test_every_sampler_of_optuna_may_sample(sampler: optuna.samplers.BaseSampler) -> None:
-    made = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, prunes("linear", "target_sparsity", 0.9),
-                   sampler=sampler)
+    made = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY.replaced(forks=False),
+                   prunes("linear", "target_sparsity", 0.9), sampler=sampler)
     for number in range(8):
         asked = made.ask()
         for depth, action in enumerate(asked.actions, start=1):
