@@ -88,7 +88,7 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
-    if study.search.forks:
+    if study.search.sampler == "ours":
         trials = with_forks(trials, study.search.num_trials)
     study = placed(study, None, work_of(study, trials), echo)
     if study.cluster.gpus_per_rank:

@@ -172,7 +172,7 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[Table, Space, in
     warm, cold = options.start_s, options.plain_start_s
 
     def whole(table: Table) -> Table:
-        return table._replace(study=table.study.replaced(forks=False))
+        return table._replace(study=table.study.replaced(sampler="tpe"))
 
     return {
         "plain": lambda table, space, seed: Plain(table, space, seed, cold),

@@ -7,15 +7,16 @@ that is nearest to a random sparsity; the step is what Optuna's TPE has learned 
 
 import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import optuna
 from numpy.typing import NDArray
 
-from raysearch.config import Action, Study, is_maximised, parse
+from raysearch.config import SIZES, Action, Study, is_maximised, parse
 from raysearch.search.space import Space, draw, in_space
 from raysearch.study.records import RoundRecord, objective_values
 from raysearch.trial.actions import check_actions, resolve_actions
@@ -27,6 +28,7 @@ DIVERGED = 1.0
 ROUNDING = 1e-3
 """Sparsities that are this close are the same one: a model has only so many weights."""
 
+EMPTY: Mapping[str, float] = MappingProxyType({})
 RoundRule = Callable[[Any, RoundRecord], dict[str, Any]]
 
 
@@ -64,10 +66,11 @@ class Forks:
         self._number_of: dict[int, int] = {}
         """Trial -> its number in the learner's study, until it is told."""
 
-    def observe(self, record: RoundRecord, actions: tuple[Action, ...]) -> float | None:
+    def observe(self, record: RoundRecord, actions: tuple[Action, ...], missed: Mapping[str, float] = EMPTY) -> float | None:
         """A candidate and its way from the dense model; how far above the frontier of before it lies (additive epsilon
         indicator, Zitzler et al. 2003, eq. 5: by so much all its objectives must improve to be on it), negative below it.
-        None for the first one, and for one that lacks an objective. One whose scoring a race ended is not on it."""
+        None for the first one, and for one that lacks an objective. One whose scoring a race ended is not on it, nor one
+        whose quality is too low; by what it misses of its constraints (`violations`) it counts as further above."""
         objectives = self.study.search.objectives
         values = objective_values(record, objectives)
         if values is None or not np.isfinite(values).all():
@@ -76,12 +79,14 @@ class Forks:
         if self._scale is None:
             self._scale = np.where(losses == 0, 1.0, np.abs(losses))
         losses, others = losses / self._scale, self._losses
-        if record.dominated_by is None and not (others <= losses).all(axis=1).any():
+        is_useless = record.dominated_by is not None or any(by > 0 for name, by in missed.items() if name not in SIZES)
+        if not is_useless and not (others <= losses).all(axis=1).any():
             stay = ~(losses <= others).all(axis=1)
             self.frontier = [*(parent for parent, stays in zip(self.frontier, stay) if stays),
                              Parent(record, actions, sum(action.finetune_tokens for action in actions))]
             self._losses = np.vstack([others[stay], losses])
-        return float((losses - others).min(axis=1).max()) if len(others) else None
+        too_much = max(0.0, *missed.values()) if missed else 0.0
+        return float((losses - others).min(axis=1).max()) + too_much if len(others) else None
 
     def ask(self, number: int) -> tuple[optuna.Trial, Parent]:
         """What the learner is asked for trial `number`, and where it is to start: nearest to a sparsity between 0 and what the

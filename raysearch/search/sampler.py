@@ -6,7 +6,7 @@ objectives and tells a stopped trial as complete: docs/log.md), so this is a sma
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
+from raysearch.search.constraints import violations
 from raysearch.search.forks import DIVERGED, Forks
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
@@ -55,28 +56,33 @@ class Numbered:
 
 class Sampler:
     """Asks for trials and observes rounds. `journal` holds what was told before and hears one entry a trial, for people and
-    the next sweep; `given` trials are proposed in their order instead of what `sampler` (Optuna's TPE) makes of `space`;
-    `proposals`, the fingerprint of the study's space, is what each trial is checked against."""
+    the next sweep; `given` trials are proposed in their order instead of what `sampler` (the study's) makes of `space`, and
+    those of `enqueued` before it, each once; `proposals`, the fingerprint of the study's space, is what each trial is checked
+    against."""
 
     def __init__(self, journal: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
                  num_asked: int = 0, proposals: Proposals | None = None, num_train_tokens: int = 0,
-                 sampler: optuna.samplers.BaseSampler | None = None) -> None:
+                 sampler: optuna.samplers.BaseSampler | None = None, enqueued: Sequence[GivenTrial] = ()) -> None:
         self.journal, self.study, self.space, self.given = journal, study, space, given
+        self._enqueued = list(enqueued)
         self.num_asked, self.proposals, self.num_train_tokens = num_asked, proposals, num_train_tokens
         """Trials that count: those that began, in this sweep and before it."""
+        self._dense: RoundRecord | None = None
+        self._missed: dict[tuple[int | None, int], dict[str, float]] = {}
+        """By trial and depth, how far the constraints are missed."""
         self.observations: dict[int | None, dict[int, tuple[float, ...] | None]] = {}
         """By trial and depth (actions so far), the objectives' values; None is the dense baseline, the round 0 of all, and
         for values that a metric is missing."""
         seed = study.search.sampler_seed + len(journal.get_trials(deepcopy=False))
         told = [trial for trial in journal.get_trials(deepcopy=False) if "forked_at" not in trial.user_attrs]
         self.heard = optuna.create_study(directions=journal.directions,
-                                         sampler=sampler or optuna.samplers.TPESampler(seed=seed))
+                                         sampler=sampler or optuna_sampler(study.search.sampler, seed))
         """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
         self.heard.add_trials(told)
         self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         self._asked: dict[int, Asked] = {}
         self._number_heard = {trial.number: number for number, trial in enumerate(told)}
-        self.forks = Forks(study, space, num_train_tokens, seed) if study.search.forks and given is None else None
+        self.forks = Forks(study, space, num_train_tokens, seed) if study.search.sampler == "ours" and given is None else None
         self._num_whole = 0
         self._proposed: set[tuple[Action, ...]] = set()
         """With the prefixes of each: whose rounds all are known, or will be."""
@@ -102,7 +108,10 @@ class Sampler:
     def ask(self) -> Asked | None:
         """The next trial; None where the space has none that was not proposed."""
         number = len(self.journal.get_trials(deepcopy=False))
-        asked = self._given(number) if self.given is not None else self._fork(number) or self._new(number)
+        if self.given is not None:
+            asked: Asked | None = self._given(number, self.given[self.num_asked])
+        else:
+            asked = self._first(number) or self._fork(number) or self._new(number)
         if asked is not None:
             self._asked[number] = asked
             self._proposed.update(prefixes(asked.actions))
@@ -130,9 +139,15 @@ class Sampler:
             self.forks.tell(number, None)
         return None
 
-    def _given(self, number: int) -> Asked:
-        assert self.given is not None
-        trial = self.given[self.num_asked]
+    def _first(self, number: int) -> Asked | None:
+        """The next trial of the user's that was not proposed, in this sweep or before it."""
+        while self._enqueued:
+            asked = self._given(number, self._enqueued.pop(0))
+            if asked.actions not in self._proposed:
+                return asked
+        return None
+
+    def _given(self, number: int, trial: GivenTrial) -> Asked:
         self._number_heard[number] = self.heard.ask().number
         if isinstance(trial, TrialConfig):
             return Asked(number, trial, resolve_actions(trial, self.study, self.num_train_tokens), {}, {})
@@ -210,28 +225,32 @@ class Sampler:
             return
         rounds[candidate.depth] = values = objective_values(candidate, self.study.search.objectives)
         actions = () if number is None else self._asked[number].actions
+        if number is None:
+            self._dense = candidate
+        self._missed[number, candidate.depth] = missed = violations(candidate, self._dense, self.study.search)
         if number is not None and candidate.depth < len(actions):
-            self._hear(number, candidate.depth, values, diverged=False)
+            self._hear(number, candidate.depth, values, missed, diverged=False)
         if self.forks is not None:
-            above = self.forks.observe(candidate, actions[:candidate.depth])
+            above = self.forks.observe(candidate, actions[:candidate.depth], missed)
             if number is not None and candidate.depth == len(actions):
                 self.forks.tell(number, above)
 
-    def _hear(self, number: int, depth: int, values: Sequence[float] | None, diverged: bool) -> None:
+    def _hear(self, number: int, depth: int, values: Sequence[float] | None, missed: Mapping[str, float], diverged: bool
+              ) -> None:
         prefix = self._prefix(self._asked[number], depth)
         if prefix is not None and values is not None:
-            tell(self.heard, self._pending(prefix), *complete(values, diverged))
+            tell(self.heard, self._pending(prefix), *complete(values, missed, diverged))
 
     def end(self, trial: TrialRecord) -> None:
         """The trial will not go on: the journal and the sampler hear its last candidate, and of a diverged round also the
         configuration that ends with it."""
-        values = self._last_values(trial)
+        values, missed = self._last(trial)
         handle = optuna.Trial(self.journal, self.journal.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():
             handle.set_user_attr(name, value)
-        tell(self.journal, trial.number, *outcome(trial, values))
+        tell(self.journal, trial.number, *outcome(trial, values, missed))
         if trial.forked_at is None:
-            tell(self.heard, self._number_heard[trial.number], *outcome(trial, values))
+            tell(self.heard, self._number_heard[trial.number], *outcome(trial, values, missed))
         self._hear_divergence(trial)
         self._end_fork(trial)
 
@@ -241,11 +260,14 @@ class Sampler:
 
     def _hear_divergence(self, trial: TrialRecord) -> None:
         if trial.status == "failed" and not trial.crashed and len(trial.keys) + 1 < len(trial.actions):
-            self._hear(trial.number, len(trial.keys) + 1, self._last_values(trial), diverged=True)
+            self._hear(trial.number, len(trial.keys) + 1, *self._last(trial), diverged=True)
 
-    def _last_values(self, trial: TrialRecord) -> tuple[float, ...] | None:
-        rounds = self.observations.get(None, {}) | self.observations.get(trial.number, {})
-        return rounds[max(rounds)] if rounds else None
+    def _last(self, trial: TrialRecord) -> tuple[tuple[float, ...] | None, dict[str, float]]:
+        """(values, what they miss) of its last candidate, the dense baseline's where it has none."""
+        for number in (trial.number, None):
+            if rounds := self.observations.get(number):
+                return rounds[max(rounds)], self._missed[number, max(rounds)]
+        return None, {}
 
 
 Outcome = tuple[TrialState, Sequence[float] | None, dict[str, float]]
@@ -270,16 +292,26 @@ def to_9_decimals(actions: Sequence[Action]) -> list[Action]:
                                       if (cut := getattr(action, name)) is not None}) for action in actions]
 
 
-def outcome(trial: TrialRecord, values: Sequence[float] | None) -> Outcome:
+def outcome(trial: TrialRecord, values: Sequence[float] | None, missed: Mapping[str, float]) -> Outcome:
     """How a trial ended. A diverged one is complete but infeasible, so that the sampler learns from it; a crashed one fails,
     which says nothing about its configuration, and so does one whose last candidate lacks an objective."""
     if trial.crashed or values is None:
         return TrialState.FAIL, None, {}
-    return complete(values, trial.status == "failed")
+    return complete(values, missed, trial.status == "failed")
 
 
-def complete(values: Sequence[float], diverged: bool) -> Outcome:
-    return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0}
+def complete(values: Sequence[float], missed: Mapping[str, float], diverged: bool) -> Outcome:
+    return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0, **missed}
+
+
+def optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Of this setting, for whole configurations. A population of NSGA-II's is small, as studies are."""
+    samplers = optuna.samplers
+    if name == "gp":
+        return samplers.GPSampler(seed=seed)
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=seed, population_size=16)
+    return samplers.RandomSampler(seed=seed) if name == "random" else samplers.TPESampler(seed=seed)
 
 
 def forked(trial: TrialRecord | Asked) -> dict[str, Any]:
@@ -298,13 +330,13 @@ def known(trial: TrialRecord | Asked, prefix: str = "") -> tuple[dict[str, Any],
             {name.removeprefix(prefix): json_to_distribution(each) for name, each in trial.distributions.items()})
 
 
-def told_again(trial: TrialRecord, values: Sequence[float] | None) -> FrozenTrial:
+def told_again(trial: TrialRecord, values: Sequence[float] | None, missed: Mapping[str, float]) -> FrozenTrial:
     """The trial as Optuna knew it, from its record and the objectives of its last candidate (the dense baseline's where it
-    has none)."""
+    has none), and what that misses of the constraints."""
     params, distributions = known(trial)
     if trial.status == "running":
         return optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions,
                                          user_attrs=forked(trial))
-    state, values, constraints = outcome(trial, values)
+    state, values, constraints = outcome(trial, values, missed)
     return optuna.trial.create_trial(state=state, values=values, constraints=constraints, user_attrs=user_attributes(trial),
                                      params=params, distributions=distributions)

@@ -234,7 +234,7 @@ def test_the_next_sweep_knows_every_fork_and_proposes_none_of_them() -> None:
 
 
 def test_a_study_can_forbid_forks_and_given_trials_are_whole() -> None:
-    for sampler in (Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY.replaced(forks=False), rates,
+    for sampler in (Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY.replaced(sampler="tpe"), rates,
                             num_train_tokens=TOKENS),
                     Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, rates, [trained(0.5)] * 6,
                             num_train_tokens=TOKENS)):
