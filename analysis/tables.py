@@ -89,7 +89,8 @@ def _given_actions(row: pd.Series) -> str:
     """Of a trial without a configuration: what its round did."""
     sparsity, threshold, tokens = (row.get(name) for name in ("action_sparsity", "action_threshold", "finetune_tokens"))
     cut = f", to {sparsity:.3g}" if pd.notna(sparsity) else f", threshold {threshold:.3g}" if pd.notna(threshold) else ""
-    return "given as actions" + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
+    origin = "given as actions" if pd.isna(row.get("forked_from")) else f"from {row['forked_from']}"
+    return origin + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
 
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
