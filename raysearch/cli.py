@@ -185,7 +185,10 @@ def prune(
     data_dir: str | None = None,
     num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="128, or the model's own where that is less.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of one epoch; without it all.")] = None,
     batch_tokens: int = 2048,
+    weight_decay: float = 0.0,
+    warmup_fraction: Annotated[float, typer.Option(help="Of a round's steps, in which the learning rate rises.")] = 0.1,
     zero_stage: int = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for the checkpoint's own.")] = "auto",
     seed: int = 0,
@@ -343,14 +346,19 @@ def results(
 
 
 @app.command()
-def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
-    """Write one self-contained report.html."""
+def report(
+    directory: StudyDir,
+    out: Annotated[str | None, typer.Option(help="File to write.")] = None,
+    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS@95% that its answer may lose; 1 point or 1 % of the "
+                                                            "objective by default.")] = None,
+) -> None:
+    """Write one self-contained report.html: the answer first, then the frontier and everything behind it."""
     from analysis.load import load
     from analysis.page import write_page
 
     frame = load(directory)
     warn_of(frame.attrs["damage"])
-    echo(str(write_page(directory, out, frame)))
+    echo(str(write_page(directory, out, frame, max_drop or ())))
 
 
 @app.command()
@@ -362,6 +370,7 @@ def pick(
                                                             "that confidence.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
+    candidate: Annotated[str | None, typer.Option(help="This one, as TRIAL/ROUND or a key, instead of limits.")] = None,
     out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
 ) -> None:
     """Choose the smallest candidate that satisfies every constraint, on the report split."""
@@ -374,7 +383,7 @@ def pick(
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
     frame = load(directory)
     warn_of(frame.attrs["damage"])
-    picked = choose(frame, constraints)
+    picked = choose(frame, constraints, candidate)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
 
