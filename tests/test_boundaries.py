@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # from top to bottom; a module imports from its own floor and from those below
-    "cli __main__",
+    "cli decide terminal __main__",
     "demo plan status evaluate prune measure kernel_benchmark",
     "search",
     "deploy",
