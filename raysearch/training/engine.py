@@ -158,7 +158,7 @@ class Engine:
         else:
             is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank  # stage 1 would add up in bf16
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
-                                   **adamw)
+                                   compiled, **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
         self._dense = functools.cache(lambda: self._layout.frozen(
             lambda: as_teacher(load_dense(), compiled and zero_stage < 3)))
