@@ -14,9 +14,9 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
-from raysearch.search.constraints import violations
 from raysearch.search.forks import DIVERGED, Forks
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
+from raysearch.search.violations import violations
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 from raysearch.trial.actions import resolve_actions
 
