@@ -23,17 +23,13 @@ def test_sizes_go_down_accuracies_up_and_drops_are_against_dense() -> None:
     assert set(violations(candidate("a", 0.5, 1), None, search)) == {"num_nonzero", "last_word/acc", "text/bits_per_byte"}
 
 
-def test_a_fork_that_misses_one_counts_as_above_and_what_is_too_bad_is_no_parent() -> None:
+def test_a_candidate_that_is_too_large_is_a_parent_and_one_that_is_too_bad_is_none() -> None:
     made = Forks(STUDY, rates, TOKENS, seed=0)
-    made.observe(DENSE, ())
-    free = Forks(STUDY, rates, TOKENS, seed=0)
-    free.observe(DENSE, ())
-    above = free.observe(candidate("a", 0.3, 1), trained(0.3))
-    assert made.observe(candidate("a", 0.3, 1), trained(0.3), {"stored_bytes": 0.25}) == pytest.approx(above + 0.25)
-    assert [parent.record.key for parent in made.frontier] == [ROOT, "a"]  # too large still, and so to be pruned further
-    made.observe(candidate("b", 0.6, 1), trained(0.6), {"max_drop last_word/acc": 0.01})
+    made.observe(DENSE, (), {"stored_bytes": 0.5, "max_drop last_word/acc": -0.1})
+    made.observe(candidate("a", 0.3, 1), trained(0.3), {"stored_bytes": 0.25, "max_drop last_word/acc": -0.05})
+    made.observe(candidate("b", 0.6, 1), trained(0.6), {"stored_bytes": 0.1, "max_drop last_word/acc": 0.01})
     assert [parent.record.key for parent in made.frontier] == [ROOT, "a"]
-    assert made.observe(candidate("c", 0.5, 1), trained(0.5), {"stored_bytes": -0.1}) < 0
+    assert [list(target[2:]) for target in made._targets] == [[0.25, -0.05], [0.1, 0.01]]  # the model hears of all
 
 
 def test_the_journal_shows_what_a_trial_missed() -> None:
