@@ -18,7 +18,7 @@ import numpy as np
 import optuna
 
 from raysearch.config import SIZES, Action, Study, is_maximised, parse
-from raysearch.pruning.pareto import hypervolume
+from raysearch.pruning.pareto import hypervolume_gains
 from raysearch.search.round_model import Floats, RoundModel, Start, Step
 from raysearch.search.space import Space, draw, in_space
 from raysearch.study.records import RoundRecord, objective_values
@@ -153,13 +153,11 @@ class Forks:
         d = self._losses.shape[1]
         dense = self._starts[()].losses if () in self._starts else np.ones(d)
         reference = [loss + (name not in SIZES) for name, loss in zip(self.study.search.objectives, dense)]
-        front, down = np.vstack([self._losses, *self._expected.values()]), [False] * d
-        before, deviates = hypervolume(front, down, reference), self._chance.standard_normal((NUM_SAMPLES, means.shape[1]))
-        gains = np.zeros(len(means))
-        for index, (mean, deviation) in enumerate(zip(means, deviations)):
-            samples = mean + deviates * deviation
-            gains[index] = sum(hypervolume(np.vstack([front, sample[:d]]), down, reference) - before
-                               for sample in samples if (sample[d:] <= 0).all()) / NUM_SAMPLES
+        front = np.vstack([self._losses, *self._expected.values()])
+        deviates = self._chance.standard_normal((NUM_SAMPLES, means.shape[1]))
+        samples = means[:, None] + deviations[:, None] * deviates  # (m, samples, t)
+        gains = hypervolume_gains(front, samples[:, :, :d].reshape(-1, d), reference).reshape(-1, NUM_SAMPLES)
+        gains = np.where((samples[:, :, d:] <= 0).all(axis=2), gains, 0.0).mean(axis=1)
         return gains / seconds if gains.any() else -means[:, d:].clip(min=0).sum(axis=1)
 
     def _costs(self, steps: list[Step]) -> Floats:

@@ -18,6 +18,8 @@ from raysearch.config import Action
 Floats = NDArray[np.float64]
 MAX_ROUNDS = 400
 """The newest, that are fitted: O(n^3)."""
+MAX_LENGTHS = 100
+"""Of these, spread over all, the lengths and the noise are fitted to."""
 GROWTH = 1.3
 """The lengths are fitted anew when there are so many times more rounds than at the last time."""
 NOT_SEEN = {"data_start_tokens", "seed", "sparsity", "threshold"}
@@ -51,11 +53,14 @@ class RoundModel:
             self._learn_columns(steps)
             self._num_fitted = len(steps)
         columns = self._columns(steps)
-        kernels = [ConstantKernel(1.0) * RBF(2 * np.ones(columns.shape[1]), (0.2, 1e3)) + WhiteKernel(1e-2, (1e-6, 1e1))
-                   ] * targets.shape[1] if is_new else [each.kernel_ for each in self._fitted]
-        with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # a length at its bound says: no influence
-            self._fitted = [GaussianProcessRegressor(kernel, optimizer="fmin_l_bfgs_b" if is_new else None, normalize_y=True)
-                            .fit(columns, target) for kernel, target in zip(kernels, targets.T)]
+        if is_new:
+            some = np.unique(np.linspace(0, len(steps) - 1, MAX_LENGTHS).astype(int))
+            prior = ConstantKernel(1.0) * RBF(2 * np.ones(columns.shape[1]), (0.2, 1e3)) + WhiteKernel(1e-2, (1e-6, 1e1))
+            with warnings.catch_warnings(action="ignore", category=ConvergenceWarning):  # at its bound: without influence
+                self._kernels = [GaussianProcessRegressor(prior, normalize_y=True).fit(columns[some], target[some]).kernel_
+                                 for target in targets.T]
+        self._fitted = [GaussianProcessRegressor(kernel, optimizer=None, normalize_y=True).fit(columns, target)
+                        for kernel, target in zip(self._kernels, targets.T)]
 
     def __call__(self, steps: Sequence[Step]) -> tuple[Floats, Floats]:
         """m proposals -> mean (m, t), standard deviation (m, t)."""
