@@ -1,10 +1,10 @@
 """A round of the recorded table, as a function: (parent's sparsity and quality, action) -> sparsity, quality, seconds.
 
 A Gaussian process (squared exponential, one length a feature, by the marginal likelihood of some of the rounds) for
-log(quality / dense), one for
-the log density that a threshold leaves, and a line in the tokens for the seconds. A round's error is stated on rounds of trials
-that were held out; that of a chain, whose rounds start from predictions, on the last rounds of those trials. No recorded round
-diverged, so none diverges here. Whoever searches this function may also find its errors: it ranks nothing but whole methods.
+log(quality / dense), one for the log density that a threshold leaves, and a line in the tokens for the seconds. A round's error
+is stated on rounds of trials that were held out; that of a chain, whose rounds start from predictions, on the last rounds of
+those trials. No recorded round diverged, so none diverges here. Whoever searches this function may also find its errors: it
+ranks nothing but whole methods.
 """
 
 from pathlib import Path

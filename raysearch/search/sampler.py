@@ -162,8 +162,9 @@ class Sampler:
     def _checked(self, trial: Any, asked: Asked, prefix: str = "") -> Asked:
         """With the trial's parameters, and without actions where they, or what was made of them, are not as they should be."""
         distributions, error = {name: distribution_to_json(each) for name, each in trial.distributions.items()}, asked.error
+        has_rule = prefix and self.forks is not None and self.forks.rule  # whose parameters are its own
         try:
-            if self.proposals is not None:
+            if self.proposals is not None and not has_rule:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
