@@ -15,13 +15,15 @@ Reports = dict[str, dict[str, Metric]]
 HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 """Columns with what was asked of the trial."""
 SPLITS: tuple[Split, Split] = ("selection", "report")
+SPEEDS = ("scoring_tokens_per_s", "decode_ms", "served_bytes")
+"""Columns of what `raysearch measure` found; NaN where nothing was measured."""
 _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
              "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
-           "finetune_s", "evaluate_s", "seconds", "trial_seconds")
+           "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS)
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
-           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *HYPERPARAMETERS, "action_sparsity",
+           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, *HYPERPARAMETERS, "action_sparsity",
            "action_threshold", "finetune_tokens", "trained_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds",
            "trial_seconds")
 
@@ -40,6 +42,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
+    * SPEEDS are those of the form that was served, medians of one run beside the dense model (records.SpeedRecord).
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
@@ -68,6 +71,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
+    for key, speed in ledger.speeds().items():
+        frame.loc[frame["key"] == key, list(SPEEDS)] = [*speed.served.model_dump().values()]
     devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model.path, objective=search.objective,
                        size=search.size, objectives=search.objectives, device=", ".join(devices),

@@ -16,8 +16,9 @@ import pandas as pd
 from pydantic import Field
 
 from analysis.candidates import control, dense, pruned, quality, setting
-from analysis.compare import POWER
+from analysis.compare import POWER, find
 from analysis.constraints import (
+    COLUMN_OF,
     Check,
     Constraint,
     Measured,
@@ -53,6 +54,9 @@ class Candidate(Frozen):
     model_sparsity: float
     stored_bytes: int
     resident_bytes: int
+    scoring_tokens_per_s: float | None = None
+    """This and the next: as `raysearch measure` found; None where it did not look."""
+    decode_ms: float | None = None
     metrics: dict[str, Measured]
     """On the report split."""
     config: dict[str, bool | str | int | float | None]
@@ -86,22 +90,37 @@ class Pick(Candidate):
     """With a confidence: the first that was not certain, smaller than the pick."""
 
 
-def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
-    """The smallest candidate of a loaded frame that satisfies all constraints on the report split.
+def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str | None = None) -> Pick:
+    """The smallest candidate of a loaded frame that satisfies all constraints on the report split. Or the one that is named, as
+    compare.find does, without a constraint: one that was chosen by its numbers keeps a limit with no known confidence.
 
     ValueError: no constraint; an unknown metric; nothing scored on the report split; no candidate satisfies all,
     with the number that satisfies each and the nearest miss."""
-    if not constraints:
+    if candidate is not None and constraints:
+        raise ValueError(f"--candidate {candidate} and {constraints[0]} contradict each other: give one, or the other")
+    if not constraints and candidate is None:
         raise ValueError("pick needs at least one constraint, got none; without one the smallest candidate is simply "
                          "the worst model (try --max-drop METRIC=1.0)")
     objective = setting(frame, "objective")
     baseline, pool = _scored(frame)
+    if candidate is not None:
+        named = find(frame, candidate)
+        pool = pool[pool["key"] == named["key"]]
+        if pool.empty:
+            raise ValueError(f"--candidate {candidate} must be a pruned one that was scored on the report split; those of "
+                             "`raysearch results DIR --frontier` are")
     scored = set(_measured(baseline))
     known = [name for name in metric_names(pool, "report") if name in scored]
     for constraint in constraints:
         if constraint.metric is not None and constraint.metric not in known:
             raise ValueError(f"{constraint}: metric must be one of {', '.join(known)}, got {constraint.metric!r}")
     pool = pool.dropna(subset=[f"report/{constraint.metric}" for constraint in constraints if constraint.metric])
+    for constraint in constraints:
+        if (column := COLUMN_OF.get(constraint.kind)) is not None:
+            pool = pool[pool[column].notna()]
+            if pool.empty:
+                directory = setting(frame, "directory")
+                raise ValueError(f"{constraint}: no candidate's speed was measured; raysearch measure {directory}, then pick")
     pool = pool.assign(minus_quality=-quality(pool, "report"))
     pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
     rows, failed = [row for _, row in pool.iterrows()], None
@@ -157,7 +176,7 @@ def describe_pick(result: Pick) -> str:
     """The pick for a terminal, without a final newline: what it is, its metrics beside those of the dense baseline and the
     dense control, every constraint with its margin, what it loses against the control, and the runners-up."""
     text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
-            f"pruned {describe_config(pd.Series(result.config, dtype=object))}\n")
+            f"pruned {describe_config(result.config)}\n")
     others = {"dense": result.dense_metrics} | ({"control": result.control_metrics} if result.control_metrics else {})
     rows = [[name, with_stderr(*_pair(measured)), *(with_stderr(*_pair(of_other.get(name))) for of_other in others.values())]
             for name, measured in result.metrics.items()]
@@ -167,8 +186,8 @@ def describe_pick(result: Pick) -> str:
         noise = at_worst(check) + noise
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
-        number = ",.0f" if check.constraint.metric is None else ".4g"
-        text += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+        written = check.constraint.written
+        text += f"{check.constraint}: {written(check.value)}, margin {written(check.margin)}{noise}{doubt}\n"
     limited = [check.constraint.metric for check in result.checks if check.constraint.kind == "max_drop"]
     for metric in dict.fromkeys(limited or [result.objective]):
         text += _drop_against_control(result, metric)
@@ -190,8 +209,10 @@ def _drop_against_control(result: Pick, metric: str | None) -> str:
 
 
 def _sizes(candidate: Candidate) -> str:
+    speed = "" if candidate.decode_ms is None or candidate.scoring_tokens_per_s is None else (
+        f", scoring {human_count(candidate.scoring_tokens_per_s)} tokens/s, decoding {candidate.decode_ms:.3g} ms a step")
     return (f"sparsity {candidate.sparsity:.3f}, {human_count(candidate.num_nonzero)} non-zero of "
-            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored")
+            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored{speed}")
 
 
 def _pair(measured: Measured | None) -> tuple[float, float]:
@@ -287,7 +308,9 @@ def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
         key=str(row["key"]), trial=int(row["trial"]), round=int(row["round"]), num_nonzero=int(row["num_nonzero"]),
         num_parameters=int(row["num_parameters"]), sparsity=float(row["sparsity"]),
         model_sparsity=float(row["model_sparsity"]), stored_bytes=int(row["stored_bytes"]),
-        resident_bytes=int(row["resident_bytes"]), metrics=_measured(row),
+        resident_bytes=int(row["resident_bytes"]),
+        **{name: None if pd.isna(row[name]) else float(row[name]) for name in ("scoring_tokens_per_s", "decode_ms")},
+        metrics=_measured(row),
         config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS},
         checks=checks)
 

@@ -323,6 +323,15 @@ class ClusterSettings(Frozen):
     cpus_per_rank: float = Field(1.0, gt=0)
 
 
+class ServingSettings(Frozen):
+    """What `raysearch measure` times; no key hashes it."""
+
+    batch_sequences: int = Field(8, ge=1)
+    prompt_tokens: int = Field(96, ge=1)
+    """Of each sequence; with `new_tokens` at most the model's context."""
+    new_tokens: int = Field(32, ge=1)
+
+
 class Study(Frozen):
     """What is fixed for all trials of one study: `STUDY` in a search space module."""
 
@@ -332,6 +341,7 @@ class Study(Frozen):
     evaluation: EvaluationSettings = EvaluationSettings()
     search: SearchSettings = SearchSettings()
     cluster: ClusterSettings = ClusterSettings()
+    serving: ServingSettings = ServingSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -73,5 +73,5 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
             report_round(worker, ledger.candidate(inputs.root_key))
             report_round(worker, last)
         folder = export(ledger, last.key, ledger.directory / "model")
-    echo(f"{last.stored_bytes:,} bytes compressed, {last.resident_bytes:,} dense: {folder}")
+    echo(f"{last.stored_bytes:,} bytes in the smallest format, {last.resident_bytes:,} as plain matrices: {folder}")
     return folder

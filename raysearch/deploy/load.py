@@ -12,8 +12,11 @@ from raysearch.kernels import SparseWeight
 from raysearch.models.compact import cut_to
 from raysearch.models.model import from_config, load_config, load_model, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
-from raysearch.models.weights import read_sparse
+from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256
+from raysearch.study.ledger import WEIGHTS, Ledger
+from raysearch.study.records import RoundRecord
+from raysearch.study.storage import as_file
 
 COMPRESSED = "compressed.safetensors"
 
@@ -64,10 +67,27 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     return model.eval()
 
 
-def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
-    """The model of an exported folder, or of any Hugging Face one, on the GPU where there is one; on a CPU in fp32, which
-    is faster there and more exact than bf16. `backend` as in `load`."""
-    model = load(path, backend) if (Path(path) / COMPRESSED).is_file() else load_model(path, getattr(torch, stored_dtype(path)))
+def candidate_model(ledger: Ledger, record: RoundRecord) -> PreTrainedModel:
+    """A candidate in its study's dtype, on the CPU, with zeros for what is pruned. ValueError for a damaged weights file."""
+    settings = ledger.study().study.model
+    model = load_model(settings.path, getattr(torch, settings.dtype))
+    if record.action is not None:
+        with as_file(ledger.weights_path(record.key)) as file:
+            weights = read_weights(file, ledger.expected_sha256(record, WEIGHTS))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
+    return model
+
+
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """On the GPU where there is one; on a CPU in fp32, which is faster there than bf16 and more exact."""
     if torch.cuda.is_available():
         return model.to("cuda")
     return model.float() if model.dtype == torch.bfloat16 else model
+
+
+def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
+    """The model of an exported folder, or of any Hugging Face one, `on_device`. `backend` as in `load`."""
+    return on_device(load(path, backend) if (Path(path) / COMPRESSED).is_file() else
+                     load_model(path, getattr(torch, stored_dtype(path))))
