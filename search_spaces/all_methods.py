@@ -6,7 +6,7 @@ list of choices, so where the choices are fewer the name is another.
 
 from search_spaces.books_30m import STUDY as BOOKS
 
-STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 60}}
+STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 90}}
 LAYER_ORDERS = ("top", "bottom", "alternate", "symmetric", "contribution")
 
 
