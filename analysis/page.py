@@ -50,6 +50,8 @@ from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
+MAX_ROWS = 200
+"""Of a table of candidates."""
 CONFIDENCE = 95
 """Percent, of the answer where none is asked for."""
 
@@ -84,7 +86,8 @@ def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constr
         style=Markup((templates / "page.css").read_text()), script=Markup((templates / "page.js").read_text()),
         plotly=Markup(plotly.offline.get_plotlyjs()), data=Markup(_data(frame, record, figures, texts)),
         heights={name: figure.layout.height for name, figure in figures.items()},
-        answer=_answer(frame, constraints), headlines=headlines(frame), cards=_cards(frame),
+        directory=shlex.quote(setting(frame, "directory")), cards=_cards(frame),
+        answer=_answer(frame, constraints), headlines=headlines(frame),
         frontier_caption=_frontier_caption(frame), front=_frontier_table(frame), optimism=_optimism_table(frame),
         importance_caption=importance_caption, ends=_ends(frame), method=_method(frame, record))
 
@@ -194,7 +197,7 @@ def _frontier_caption(frame: pd.DataFrame) -> str:
 def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
     split, front, objective = frontier_split(frame), frontier(frame), setting(frame, "objective")
     if front.empty:
-        return {"rows": []}
+        return {"rows": [], "num_left_out": 0}
     front = front.assign(front_probability=front_probability(frame, split))
     # the other metrics of its task are the same number in another unit, or nearly, and a screen does not hold them all
     others = [name for name in metric_names(front, split) if name.partition("/")[0] != objective.partition("/")[0]]
@@ -208,7 +211,7 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
                      human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
                      human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]), *scores])
-    return {"header": header, "rows": rows}
+    return {"header": header, "rows": rows[:MAX_ROWS], "num_left_out": max(0, len(rows) - MAX_ROWS)}
 
 
 def _optimism_table(frame: pd.DataFrame) -> dict[str, Any]:
@@ -217,7 +220,7 @@ def _optimism_table(frame: pd.DataFrame) -> dict[str, Any]:
         return {"rows": [], "caption": ""}
     cells = [[f"{row['trial']}/{row['round']}", f"{row['optimism']:+.4f} ± {row['optimism_stderr']:.4f}",
               f"{row['selection_loss']:+.4f}", f"{row['report_loss']:+.4f}", f"{row['sparsity']:.3f}"]
-             for _, row in rows.iterrows()]
+             for _, row in rows.head(MAX_ROWS).iterrows()]
     return {"header": ["candidate", "optimism", "loss on selection", "loss on report", "sparsity"], "rows": cells,
             "caption": f"Candidates on the frontier of the selection split: loss of {setting(frame, 'objective')} against the "
                        f"dense baseline of the same split (positive is worse). Mean optimism: {rows['optimism'].mean():+.4f}; "

@@ -24,6 +24,8 @@ INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes"}
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
+NUM_COLOURED = 20
+"""Trajectories that can be told from each other."""
 Button = tuple[str, dict[str, object], dict[str, object]]
 """Label, what it changes in the traces, what it changes in the layout."""
 Look = dict[str, object]
@@ -71,19 +73,19 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
 
 def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = None) -> go.Figure:
     """The objective on the selection split along the rounds of every trial, from the dense baseline on: in colour (dark: early,
-    light: late) trials with a candidate on the frontier, in grey the others; a marker says how one ended that is not done.
-    Buttons: against sparsity, or rounds."""
+    light: late) the NUM_COLOURED with the most candidates on the frontier, in grey the others; a marker says how one ended that
+    is not done. Buttons: against sparsity, or rounds."""
     column, texts = setting(frame, "objective"), trial_texts(frame) if texts is None else texts
     rows = frame[quality(frame, "selection").notna() & (frame["status"] != "control")].sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
-    on_front = rows["trial"].isin(rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"])
-    numbers = sorted({int(trial) for trial in rows.loc[on_front, "trial"]})
+    on_front = rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"].value_counts(sort=False)
+    numbers = sorted(map(int, on_front.sort_values(ascending=False, kind="stable").index[:NUM_COLOURED]))
     # the last 8 % of Viridis is a yellow that white paper swallows
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
     ends = rows.groupby("trial").tail(1)
     paths = _paths(rows, baseline, column)
     groups: list[tuple[pd.DataFrame, Look]] = [(paths[~paths["trial"].isin(numbers)], {
-        "name": "not on the frontier", "mode": "lines", "line": {"color": PALE, "width": 1}, "opacity": 0.5,
+        "name": "other trials", "mode": "lines", "line": {"color": PALE, "width": 1}, "opacity": 0.5,
         "hoverinfo": "skip"})]
     groups += [(paths[paths["trial"] == number], {
         "name": f"trial {number}", "mode": "lines+markers", "line": {"color": shade, "width": 2}, "marker": {"size": 5},

@@ -72,6 +72,6 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         if study.evaluation.tasks:
             report_round(worker, ledger.candidate(inputs.root_key))
             report_round(worker, last)
-        folder = export(ledger, last.key, ledger.directory / "model")
-    echo(f"{last.stored_bytes:,} bytes compressed, {last.resident_bytes:,} dense: {folder}")
+        folder = export(ledger, last.key, ledger.directory / "model", echo=echo)
+    echo(f"{last.stored_bytes:,} bytes as sparse, {last.resident_bytes:,} as hf: {folder}")
     return folder

@@ -28,8 +28,8 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         "| number | value |", "|---|---|",
         f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
         f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
-        f"| bytes stored, compressed format | {record.stored_bytes:,} |",
-        f"| bytes resident when transformers serves it, and stored in the dense format | {record.resident_bytes:,} |",
+        f"| bytes stored, sparse format | {record.stored_bytes:,} |",
+        f"| bytes resident when transformers serves it, and stored in the hf format | {record.resident_bytes:,} |",
         *_compact_rows(compacted), "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
         "The standard errors are over the items." + (
@@ -41,7 +41,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
         "What pruning emptied is cut out." if compacted is not None else
-        "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
+        "Pruned weights are zeros: in the hf format they save neither memory nor time by themselves." if
         is_plain else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
 
 

@@ -15,13 +15,13 @@ from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse
 from raysearch.study.files import file_sha256
 
-COMPRESSED = "compressed.safetensors"
+OWN_FILE = "raysearch.safetensors"
 
 
 def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     """The model of an exported folder of any format, every file checked against its recorded sha256.
 
-    A compressed one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
+    A sparse one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
     matrices are never made. `backend="dense"` makes them, as transformers would serve the model.
     """
     if backend not in ("sparse", "dense"):
@@ -34,9 +34,9 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     for name, sha256 in described["sha256"].items():  # a model card may be edited
         if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
-    if COMPRESSED not in described["sha256"]:
+    if OWN_FILE not in described["sha256"]:
         return load_model(str(folder), getattr(torch, stored_dtype(str(folder))))
-    weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
+    weights = read_sparse(folder / OWN_FILE, described["sha256"][OWN_FILE])
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor) and weight.is_floating_point())
     model = from_config(load_config(str(folder)), dtype)
     if kept := described.get("kept"):
@@ -60,14 +60,18 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")
+        raise ValueError(f"{folder / OWN_FILE}: {missing[0]} is missing; export it again")
     return model.eval()
 
 
-def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
-    """The model of an exported folder, or of any Hugging Face one, on the GPU where there is one; on a CPU in fp32, which
-    is faster there and more exact than bf16. `backend` as in `load`."""
-    model = load(path, backend) if (Path(path) / COMPRESSED).is_file() else load_model(path, getattr(torch, stored_dtype(path)))
+def on_device(model: PreTrainedModel) -> PreTrainedModel:
+    """On the GPU where there is one; on a CPU in fp32, which is faster there than bf16 and more exact."""
     if torch.cuda.is_available():
         return model.to("cuda")
     return model.float() if model.dtype == torch.bfloat16 else model
+
+
+def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
+    """The model of an exported folder, or of any Hugging Face one, `on_device`. `backend` as in `load`."""
+    return on_device(load(path, backend) if (Path(path) / OWN_FILE).is_file() else
+                     load_model(path, getattr(torch, stored_dtype(path))))

@@ -71,9 +71,9 @@ class RoundRecord(Frozen):
     layer_sparsity: dict[str, float]
     """Sparsity of each prunable tensor."""
     stored_bytes: int
-    """Tensor bytes of the compressed export: bitmap and non-zero values where that is smaller, else dense."""
+    """Tensor bytes of the sparse export: bitmap and non-zero values where that is smaller, else dense."""
     resident_bytes: int
-    """Tensor bytes of the dense export, which transformers keeps in memory when it serves the model."""
+    """Tensor bytes of the hf export, which transformers keeps in memory when it serves the model."""
     metrics: dict[str, Metric]
     """On the selection split, by "task/metric"."""
     dominated_by: str | None = None

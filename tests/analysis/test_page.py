@@ -1,3 +1,4 @@
+import os
 import re
 import shlex
 import time
@@ -5,11 +6,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import plotly.offline
 import pytest
 from browser import browsing
 from commands import Run
-from large_study import large_study
 from synthetic_study import SyntheticStudy
 
 from analysis.constraints import parse_constraints
@@ -196,7 +197,14 @@ def test_in_a_browser(study_directory: Path, tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.slow
 def test_two_thousand_trials_are_a_page_in_seconds(tmp_path: Path) -> None:
-    large_study(tmp_path / "study", 2000)
+    study, generator = SyntheticStudy(tmp_path / "study"), np.random.default_rng(0)
+    study.dense()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        for number in range(2000):
+            end, rounds, tuning = generator.uniform(0.2, 0.97), int(generator.integers(1, 7)), float(generator.exponential(0.5))
+            study.trial(number, [end * (depth + 1) / rounds for depth in range(rounds)], report=number < 20, schedule="linear",
+                        finetune_epochs=tuning, learning_rate=float(10 ** generator.uniform(-5, -3)))
     began = time.process_time()
     page = write_page(tmp_path / "study")
     assert page.stat().st_size < 6_000_000

@@ -133,7 +133,7 @@ def test_trajectories(frame: pd.DataFrame) -> None:
     assert lines["trial 1"].x.tolist()[-6:] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert lines["trial 1"].y[-6] == 2.0
     assert len({trace.line.color for trace in lines.values()}) == len(lines)
-    (other,) = [trace for trace in figure.data if trace.name == "not on the frontier"]
+    (other,) = [trace for trace in figure.data if trace.name == "other trials"]
     assert np.isnan(other.y).sum() == 11 - len(lines)  # a gap before each; trial 8 has no finished round
     rounds = figure.layout.updatemenus[0].buttons[1].args[0]["x"][[trace.name for trace in figure.data].index("trial 1")]
     assert rounds.tolist()[-6:] == [0, 1, 2, 3, 4, 5]
