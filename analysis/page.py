@@ -36,12 +36,13 @@ from analysis.candidates import (
 )
 from analysis.compare import compare
 from analysis.constraints import Constraint, parse_constraints
-from analysis.findings import headlines, optimism
+from analysis.findings import default_limit, headlines, optimism
 from analysis.importance import importance
 from analysis.load import load, metric_names
 from analysis.pick import pick
 from analysis.plots import frontier_figure, importance_figure, trajectory_figure, trial_texts
 from analysis.reproduce import study_options
+from analysis.studies import progress_figure
 from analysis.tables import describe_config, metric_pair, with_stderr
 from raysearch.config import higher_is_better
 from raysearch.study.files import new_file
@@ -52,8 +53,6 @@ from raysearch.units import human_bytes, human_count
 
 MAX_ROWS = 200
 """Of a table of candidates."""
-CONFIDENCE = 95
-"""Percent, of the answer where none is asked for."""
 
 
 def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None,
@@ -78,7 +77,8 @@ def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constr
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     ranked, importance_caption = _importance(frame)
     texts = trial_texts(frame)
-    figures = {"frontier": frontier_figure(frame, None, texts), "trajectories": trajectory_figure(frame, texts), **ranked}
+    figures = {"frontier": frontier_figure(frame, None, texts), "trajectories": trajectory_figure(frame, texts), **ranked,
+               "progress": progress_figure({"hypervolume": frame})}
     if frontier_split(frame) == "report":
         figures["selection"] = frontier_figure(frame, "selection", texts)
     return environment.from_string((templates / "page.html").read_text()).render(
@@ -103,7 +103,7 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
             packed = [b64encode(np.asarray(x, np.float32).tobytes()).decode() for x in points["x"]]
             points["x"] = [{"dtype": "f4", "bdata": each} for each in packed]
         for trace in plain[name]["data"]:
-            if name != "importance" and trace.get("text") is not None:
+            if name not in ("importance", "progress") and trace.get("text") is not None:
                 trace["text"] = [number_of.get(text) for text in trace["text"]]
     reported = pruned(frame)[lambda rows: quality(rows, "report").notna()][["trial", "round"]]
     return json.dumps({
@@ -114,20 +114,18 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
 
 def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str, Any]:
     """The smallest candidate within the limits, or why there is none."""
-    baseline, objective = dense(frame), setting(frame, "objective")
-    if baseline is None or pd.isna(baseline[f"report/{objective}"]):
-        return {"lead": "Nothing can be chosen before the report split is scored: run the sweep to its end.", "sizes": []}
-    words = ""
-    if not constraints:
-        limit = 1.0 if higher_is_better(objective) else float(f"{0.01 * abs(baseline[f'report/{objective}']):.3g}")
-        words = f" ({'1 point' if higher_is_better(objective) else '1 %'} of dense)"
-        constraints = parse_constraints(max_drop=[f"{objective}={limit:g}@{CONFIDENCE}%"])
-    asked = " ".join(map(str, constraints))
+    asked = words = ""
     try:
-        picked = pick(frame, constraints)
+        if not constraints:
+            words = f" ({'1 point' if higher_is_better(setting(frame, 'objective')) else '1 %'} of dense)"
+            constraints = parse_constraints(max_drop=[default_limit(frame)])
+        asked = f"Within {' '.join(map(str, constraints))}{words}: "
+        picked, baseline = pick(frame, constraints), dense(frame)
     except ValueError as error:
-        return {"lead": f"Within {asked}{words}: {error}", "sizes": []}
+        return {"lead": f"{asked}{error}", "sizes": []}
+    assert baseline is not None
     table = compare(frame, "dense", picked.key)
+    limits = " ".join(map(str, constraints))
     where = shlex.quote(setting(frame, "directory"))
     sizes = {"non-zero parameters": (human_count, picked.num_nonzero, picked.dense_num_nonzero),
              "stored": (human_bytes, picked.stored_bytes, picked.dense_stored_bytes),
@@ -137,14 +135,14 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
     bounds = "; ".join(f"{check.constraint.metric} {check.value:.3g}, at most {check.bound:.3g}" for check in picked.checks
                        if check.bound is not None and check.constraint.kind == "max_drop")
     return {
-        "lead": f"Trial {picked.trial} round {picked.round} is the smallest candidate within {asked}{words}. Its drop: "
+        "lead": f"Trial {picked.trial} round {picked.round} is the smallest candidate within {limits}{words}. Its drop: "
                 f"{bounds or 'as below'}. It was pruned {describe_config(picked.config)}.",
         "sizes": [(form(value), f"{name}, {value / of_dense:.0%} of dense") for name, (form, value, of_dense) in sizes.items()],
         "header": ("metric", "change", "95 % interval", "this", "dense", "items"), "costs": costs,
         "caption": f"On the {table.attrs['split']} split, item by item against the dense baseline; an interval that holds 0 is "
                    "no change that these items can tell."
                    + "".join(f" Left out: {reason}." for reason in table.attrs["left_out"]),
-        "deploy": [("choose it", f"raysearch pick {where} {asked.replace(',', '')} --out pick.json"),
+        "deploy": [("choose it", f"raysearch pick {where} {limits.replace(',', '')} --out pick.json"),
                    ("write the folder, which is opened and scored again", "raysearch export pick.json --out deploy"),
                    ("score it on other data", "raysearch evaluate deploy --tasks lambada")]}
 

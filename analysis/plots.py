@@ -61,7 +61,7 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     figure.update_layout({"shapes": [*_lines(baseline[f"{split}/{column}"], INK), *_lines(trained[f"{split}/{column}"], AMBER)],
                           "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
                           **_limited_y(frame, split)})
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat="~s")
     own = [trace.x for trace in figure.data[len(fixed):]]
     _add_buttons(figure, [
@@ -96,7 +96,7 @@ def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = Non
         for status, symbol in END_SYMBOLS.items() if (ends["status"] == status).any()]
     figure = go.Figure([_trace(path, "selection", column, "sparsity", texts, look) for path, look in groups])
     figure.update_layout(_limited_y(frame, "selection"))
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_xaxes(title_text="sparsity")
     figure.update_yaxes(title_text=f"{html.escape(column)}, selection split")
     _add_buttons(figure, [(axis, {"x": [_numbers(path[axis]) for path, _ in groups]}, {"xaxis.title.text": axis})
@@ -117,7 +117,7 @@ def importance_figure(table: pd.DataFrame, frame: pd.DataFrame) -> go.Figure:
                marker={"color": [BLUE if shown else "#cbd5e1" for shown in clear]}),
         go.Scatter(x=table["chance"], y=table["hyperparameter"], mode="markers", name="95 % of chance lies below",
                    marker={"symbol": "line-ns", "size": 16, "line": {"width": 2.5, "color": AMBER}}, hoverinfo="skip")])
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_layout(height=150 + 34 * len(table), bargap=0.4, margin_t=36)
     figure.update_xaxes(title_text="share of variance explained", tickformat=".0%",
                         range=[0, max(0.05, 1.08 * float(table[["share", "chance"]].to_numpy().max()))])
@@ -223,7 +223,8 @@ def _add_buttons(figure: go.Figure, buttons: Sequence[Button]) -> None:
         "buttons": [{"label": label, "method": "update", "args": [traces, layout]} for label, traces, layout in buttons]}])
 
 
-def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
+def style(figure: go.Figure, frame: pd.DataFrame) -> None:
+    """The house's look, with the model, hardware and day of the frame above the axes."""
     axis = {"gridcolor": GRID, "linecolor": "#9ca3af", "zeroline": False, "ticks": "outside", "tickcolor": "#9ca3af",
             "ticklen": 4, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
     figure.update_layout(

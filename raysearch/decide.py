@@ -51,6 +51,17 @@ def report(
 
 
 @app.command()
+def notebook(
+    directories: Annotated[list[str], typer.Argument(help="One study: its report; several: their comparison.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="File to write; in the current folder by default.")] = None,
+) -> None:
+    """Write a notebook that is bound to a study, or to several."""
+    from analysis.notebook import write_notebook
+
+    echo(str(write_notebook(directories, out)))
+
+
+@app.command()
 def pick(
     directory: StudyDir,
     max_bytes: Annotated[str | None, typer.Option(help="Stored bytes: 300MB, 1.2GB.")] = None,

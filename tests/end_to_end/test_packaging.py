@@ -40,7 +40,7 @@ def test_the_readmes_own_model_from_the_wheel(tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     install = ("install", "--quiet", "--no-deps", "--target", str(site), str(built))
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
-    assert (site / "analysis" / "notebooks" / "pareto.ipynb").is_file()
+    assert (site / "analysis" / "notebooks" / "pareto_report.ipynb").is_file()
     folder_with_foreign_modules(folder)
     steps = [
         ["pretrain", "--preset", "tiny", "--steps", "120", "--out", "models/mine"],
