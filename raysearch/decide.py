@@ -40,13 +40,20 @@ def report(
     out: Annotated[str | None, typer.Option(help="File to write.")] = None,
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS@95% that its answer may lose; 1 point or 1 % of the "
                                                             "objective by default.")] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="Print the tables of arXiv 2310.04573 with ours instead.")] = False,
 ) -> None:
     """Write one self-contained report.html: the answer first, then the frontier and everything behind it."""
     from analysis.load import load
-    from analysis.page import write_page
 
     frame = load(directory)
     warn_of(frame.attrs["damage"])
+    if paper:
+        from analysis.paper import paper_tables
+
+        print(paper_tables(frame), end="")
+        return
+    from analysis.page import write_page
+
     echo(str(write_page(directory, out, frame, max_drop or ())))
 
 
