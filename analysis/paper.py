@@ -50,8 +50,8 @@ def paper_tables(frame: pd.DataFrame) -> str:
         table = {row["metric"]: row for row in compared}
         for name, drops in DROPS.items():
             paper = " or ".join(f"{drop:g}" for drop in drops[rate])
-            ours = ["-", "-"] if best is None else [
-                f"{best['trial']}/{best['round']}", f"{human_count(best['num_nonzero'])} of {human_count(best['num_parameters'])}"]
+            sizes = [] if best is None else [human_count(best[column]) for column in ("num_nonzero", "num_parameters")]
+            ours = ["-", "-"] if best is None else [f"{best['trial']}/{best['round']}", " of ".join(sizes)]
             rows.append([f"{rate:g}", *ours, PAPER_SIZES[rate], name, *_ours(name, table),
                          f"{paper}{' %' if 'perplexity' in name else ''}"])
     header = ["rate", "candidate", "size", "size in the paper", "metric", "dense", "pruned", "drop", "drop in the paper"]
