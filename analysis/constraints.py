@@ -13,24 +13,38 @@ from analysis.uncertainty import Draws, paired
 from raysearch.config import Frozen, higher_is_better, parse
 from raysearch.units import parse_bytes, parse_count
 
+COLUMN_OF = {"max_bytes": "stored_bytes", "max_nonzero": "num_nonzero", "max_resident": "resident_bytes",
+             "max_ms": "decode_ms", "min_tokens_per_s": "scoring_tokens_per_s"}
+"""Of constraints without a metric."""
+UNITS = {"max_bytes": "bytes too many", "max_nonzero": "parameters too many", "max_resident": "bytes too many",
+         "max_ms": "ms too many", "min_tokens_per_s": "tokens/s too few"}
+
 
 class Constraint(Frozen):
     """One limit. The value that is compared with it:
 
-    * max_bytes: `stored_bytes`; max_nonzero: `num_nonzero`; min, max: the metric in its own unit;
+    * what COLUMN_OF names, exactly; min, max: the metric in its own unit;
     * max_drop: the loss against the dense baseline, positive when worse: for accuracies in points (1 point = 0.01),
       for metrics where lower is better (perplexity, bits per byte) the rise in the metric's own unit."""
 
-    kind: Literal["max_bytes", "max_nonzero", "max_drop", "min", "max"]
+    kind: Literal["max_bytes", "max_nonzero", "max_resident", "max_ms", "min_tokens_per_s", "max_drop", "min", "max"]
     metric: str | None
     limit: float
     confidence: float | None = Field(None, ge=0.5, le=0.995)
     """That the limit holds on other items; None: on those that were scored."""
 
     def __str__(self) -> str:
-        limit = f"{self.limit:,.0f}" if self.metric is None else f"{self.metric}={self.limit:g}"
+        limit = self.written(self.limit) if self.metric is None else f"{self.metric}={self.limit:g}"
         limit += "" if self.confidence is None else f"@{100 * self.confidence:g}%"
         return f"--{self.kind.replace('_', '-')} {limit}"
+
+    @property
+    def is_least(self) -> bool:
+        return self.kind in ("min", "min_tokens_per_s")
+
+    def written(self, number: float) -> str:
+        """A value as people read it."""
+        return f"{number:.4g}" if self.metric is not None or self.kind == "max_ms" else f"{number:,.0f}"
 
 
 class Check(Frozen):
@@ -61,13 +75,13 @@ class Measured(Frozen):
 
 
 def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
-                      minimum: Sequence[str] = (), maximum: Sequence[str] = ()) -> tuple[Constraint, ...]:
-    """Constraints from the command line's strings: METRIC=NUMBER for the last three."""
-    constraints = []
-    if max_bytes is not None:
-        constraints.append(Constraint(kind="max_bytes", metric=None, limit=float(parse_bytes(max_bytes))))
-    if max_nonzero is not None:
-        constraints.append(Constraint(kind="max_nonzero", metric=None, limit=float(parse_count(max_nonzero))))
+                      minimum: Sequence[str] = (), maximum: Sequence[str] = (), max_resident: str | None = None,
+                      max_ms: float | None = None, min_tokens_per_s: float | None = None) -> tuple[Constraint, ...]:
+    """Constraints from the command line's strings: METRIC=NUMBER for those of metrics."""
+    exact = {"max_bytes": max_bytes and parse_bytes(max_bytes), "max_nonzero": max_nonzero and parse_count(max_nonzero),
+             "max_resident": max_resident and parse_bytes(max_resident), "max_ms": max_ms, "min_tokens_per_s": min_tokens_per_s}
+    constraints = [parse(Constraint, {"kind": kind, "metric": None, "limit": float(limit)}, "constraint")
+                   for kind, limit in exact.items() if limit is not None]
     for text in max_drop:
         constraints.append(_parse_metric_constraint("max_drop", text))
     for text in minimum:
@@ -80,14 +94,14 @@ def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = No
 def check_scores(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check:
     stderr: float | None = None
     if constraint.metric is None:
-        value = float(row["stored_bytes" if constraint.kind == "max_bytes" else "num_nonzero"])
+        value = float(row[COLUMN_OF[constraint.kind]])
     else:
         measured = measure(row, constraint.metric)
         value, stderr = measured.value, measured.stderr
         if constraint.kind == "max_drop":
             value, stderr = drop(constraint.metric, measured, measure(baseline, constraint.metric))
     value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
-    margin = round(value - constraint.limit if constraint.kind == "min" else constraint.limit - value, 9)
+    margin = round(value - constraint.limit if constraint.is_least else constraint.limit - value, 9)
     return Check(constraint=constraint, value=value, margin=margin, stderr=None, within_1_stderr=False, within_2_stderr=False
                  ).with_stderr(stderr)
 
@@ -137,7 +151,7 @@ def at_worst(check: Check) -> str:
 
 def miss(check: Check) -> str:
     if check.constraint.metric is None:
-        return f"{-check.margin:,.0f} {'bytes' if check.constraint.kind == 'max_bytes' else 'parameters'} too many"
+        return f"{check.constraint.written(-check.margin)} {UNITS[check.constraint.kind]}"
     points = check.constraint.kind == "max_drop" and higher_is_better(check.constraint.metric)
     noise = "" if check.stderr is None else f", standard error {check.stderr:.2g}"
     return f"by {-check.margin:.4g}{' points' if points else ''}{noise}"

@@ -199,8 +199,10 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
     front = front.assign(front_probability=front_probability(frame, split))
     # the other metrics of its task are the same number in another unit, or nearly, and a screen does not hold them all
     others = [name for name in metric_names(front, split) if name.partition("/")[0] != objective.partition("/")[0]]
+    speeds = [name for name in ("decode_ms", "scoring_tokens_per_s") if front[name].notna().any()]
     header = ["candidate", objective.replace("/", "/ "), "P(front)", "stored", "sparsity", "how it was pruned", "non-zero",
-              "resident", *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
+              "resident", *(name.replace("_", " ") for name in speeds),
+              *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
     baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
     rows = []
     for _, row in pd.concat([front, baseline, control_rows(frame)]).iterrows():
@@ -208,7 +210,8 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
         rows.append([str(row["status"]) if pd.isna(row["trial"]) else f"{row['trial']}/{row['round']}", score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
                      human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
-                     human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]), *scores])
+                     human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]),
+                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" for name in speeds), *scores])
     return {"header": header, "rows": rows[:MAX_ROWS], "num_left_out": max(0, len(rows) - MAX_ROWS)}
 
 
@@ -256,10 +259,9 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
     return [
         ("non-zero parameters", "parameters of the whole model that are not zero; tied weights count once. Sparsity is "
          "the share of zeros among the prunable weights."),
-        ("stored bytes", "tensor bytes of the sparse export: a bitmap and the non-zero values where that is "
-         "smaller, dense otherwise."),
-        ("resident bytes", "tensor bytes of the hf export, which is what transformers keeps in memory when it "
-         "serves the model: unstructured zeros do not lower it."),
+        ("stored bytes", "tensor bytes of the smallest export, its file's header apart: bitmaps and kept values where those "
+         "are smaller than dense matrices (sparse), or what is left when dead parts are cut out (compact)."),
+        ("resident bytes", "tensor bytes in memory when it is served as plain matrices: unstructured zeros do not lower them."),
         ("selection split", f"what the search saw and optimised ({study.search.objective})."),
         ("report split", "other documents, scored only for the candidates that the search chose, and for the dense "
          "baseline."),
@@ -270,7 +272,8 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
          "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains
          else "off (dense_control): part of what a candidate gains is its fine-tuning." if trains
          else "none, since nothing was fine-tuned."),
-        ("not measured", "latency and throughput: fewer non-zero parameters do not by themselves make a model faster."),
+        ("speed", "as `raysearch measure` found on its machine, dense beside it." if frame["decode_ms"].notna().any() else
+         "not measured: fewer non-zero parameters do not by themselves make a model faster (raysearch measure)."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "
          f"{study.cluster.zero_stage}, {study.cluster.num_ranks} rank(s), seed {study.data.seed}"),

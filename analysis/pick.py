@@ -20,6 +20,7 @@ from pydantic import Field
 from analysis.candidates import control, dense, pruned, quality, setting
 from analysis.compare import POWER, find
 from analysis.constraints import (
+    COLUMN_OF,
     Check,
     Constraint,
     Measured,
@@ -55,6 +56,9 @@ class Candidate(Frozen):
     model_sparsity: float
     stored_bytes: int
     resident_bytes: int
+    scoring_tokens_per_s: float | None = None
+    """This and the next: as `raysearch measure` found; None where it did not look."""
+    decode_ms: float | None = None
     metrics: dict[str, Measured]
     """On the report split."""
     config: dict[str, bool | str | int | float | None]
@@ -123,6 +127,12 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str 
         if constraint.metric is not None and constraint.metric not in known:
             raise ValueError(f"{constraint}: metric must be one of {', '.join(known)}, got {constraint.metric!r}")
     pool = pool.dropna(subset=[f"report/{constraint.metric}" for constraint in constraints if constraint.metric])
+    for constraint in constraints:
+        if (column := COLUMN_OF.get(constraint.kind)) is not None:
+            pool = pool[pool[column].notna()]
+            if pool.empty:
+                directory = setting(frame, "directory")
+                raise ValueError(f"{constraint}: no candidate's speed was measured; raysearch measure {directory}, then pick")
     pool = pool.assign(minus_quality=-quality(pool, "report"))
     pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
     rows, failed = [row for _, row in pool.iterrows()], None
@@ -220,8 +230,8 @@ def describe_pick(result: Pick) -> str:
         noise = at_worst(check) + noise
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
-        number = ",.0f" if check.constraint.metric is None else ".4g"
-        text += f"{check.constraint}: {check.value:{number}}, margin {check.margin:{number}}{noise}{doubt}\n"
+        written = check.constraint.written
+        text += f"{check.constraint}: {written(check.value)}, margin {written(check.margin)}{noise}{doubt}\n"
     for check in result.against_control:
         noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
         text += ("drop against the dense control, which was fine-tuned as long without pruning: "
@@ -235,8 +245,10 @@ def describe_pick(result: Pick) -> str:
 
 
 def _sizes(candidate: Candidate) -> str:
+    speed = "" if candidate.decode_ms is None or candidate.scoring_tokens_per_s is None else (
+        f", scoring {human_count(candidate.scoring_tokens_per_s)} tokens/s, decoding {candidate.decode_ms:.3g} ms a step")
     return (f"sparsity {candidate.sparsity:.3f}, {human_count(candidate.num_nonzero)} non-zero of "
-            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored")
+            f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored{speed}")
 
 
 def _pair(measured: Measured | None) -> tuple[float, float]:
@@ -344,7 +356,9 @@ def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
         key=str(row["key"]), trial=int(row["trial"]), round=int(row["round"]), num_nonzero=int(row["num_nonzero"]),
         num_parameters=int(row["num_parameters"]), sparsity=float(row["sparsity"]),
         model_sparsity=float(row["model_sparsity"]), stored_bytes=int(row["stored_bytes"]),
-        resident_bytes=int(row["resident_bytes"]), metrics=_measured(row),
+        resident_bytes=int(row["resident_bytes"]),
+        **{name: None if pd.isna(row[name]) else float(row[name]) for name in ("scoring_tokens_per_s", "decode_ms")},
+        metrics=_measured(row),
         config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS},
         checks=checks)
 

@@ -164,11 +164,15 @@ def _numbers(column: pd.Series) -> Floats32:
 
 
 def _paths(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -> pd.DataFrame:
-    """What `_trace` needs of the rounds of each trial, behind the dense baseline and a gap that parts it from another trial."""
+    """What `_trace` needs of the rounds of each trial, behind the dense baseline or the candidate that a fork goes on from, and
+    a gap that parts it from another trial."""
     needed = ["round", "sparsity", f"selection/{column}"]
-    starts = rows.drop_duplicates("trial")[["trial"]]
-    begun = starts.merge(baseline[needed], how="cross").assign(round=-1)
-    path = pd.concat([starts.assign(round=-2), begun, rows[["trial", *needed]]]).sort_values(["trial", "round"])
+    starts = rows.drop_duplicates("trial")[["trial", "forked_from"]].astype({"forked_from": "object"})
+    names = "trial " + rows["trial"].astype(str) + " round " + rows["round"].astype(str)
+    parents = rows[needed].assign(forked_from=names.astype("object"))
+    forks = starts.merge(parents, on="forked_from")
+    begun = pd.concat([starts[~starts["trial"].isin(forks["trial"])].merge(baseline[needed], how="cross"), forks])
+    path = pd.concat([starts.assign(round=-1), begun, rows[["trial", *needed]]]).sort_values(["trial", "round"])
     return path.assign(round=path["round"].clip(lower=0))
 
 

@@ -92,14 +92,16 @@ def _given_actions(row: Row) -> str:
     """Of a trial without a configuration: what its round did."""
     sparsity, threshold, tokens = (row.get(name) for name in ("action_sparsity", "action_threshold", "finetune_tokens"))
     cut = f", to {sparsity:.3g}" if pd.notna(sparsity) else f", threshold {threshold:.3g}" if pd.notna(threshold) else ""
-    return "given as actions" + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
+    origin = "given as actions" if pd.isna(row.get("forked_from")) else f"from {row['forked_from']}"
+    return origin + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
 
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     objective = setting(frame, "objective")
-    header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", "selection", "report",
+    speed = ["tokens/s", "decode ms"] if rows["decode_ms"].notna().any() else []
+    header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", *speed, "selection", "report",
               "seconds", "how"]
-    cells = [_terminal_row(row, objective) for _, row in rows.iterrows()]
+    cells = [_terminal_row(row, objective, len(speed)) for _, row in rows.iterrows()]
     num_models = len(pruned(frame))
     legend = (f"* on the frontier of the {frontier_split(frame)} split; = same model as an earlier row; selection and "
               f"report: {objective} ± stderr\n{num_models} candidates, {len(rows)} rows shown\n")
@@ -113,17 +115,19 @@ def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     return "".join(f"{line if len(line) <= MAX_WIDTH else line[:MAX_WIDTH - 1] + '…'}\n" for line in lines)
 
 
-def _terminal_row(row: pd.Series, objective: str) -> list[str]:
+def _terminal_row(row: pd.Series, objective: str, num_speeds: int) -> list[str]:
     mark = "*" if row["on_frontier"] else ""
     mark += "=" if row["is_alias"] else ""
     mark += "~" if pd.notna(row["dominated_by"]) else ""
     trial = "-" if pd.isna(row["trial"]) else str(row["trial"])
     how = describe_config(row)
     if pd.isna(row["key"]):
-        return [mark, trial, "-", str(row["status"]), *[""] * 7, how]
+        return [mark, trial, "-", str(row["status"]), *[""] * (7 + num_speeds), how]
+    speed = ["", ""] if pd.isna(row["decode_ms"]) else [human_count(row["scoring_tokens_per_s"]), f"{row['decode_ms']:.3g}"]
     scores = [with_stderr(*metric_pair(row, objective, split)) for split in ("selection", "report")]
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
-            f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]), *scores,
+            f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
+            *speed[:num_speeds], *scores,
             f"{row['seconds']:.1f}", how]
 
 

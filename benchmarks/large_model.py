@@ -123,7 +123,7 @@ def main() -> None:
     load_candidate(worker, candidate)
     moment("candidate loaded")
     if rank == 0:
-        size, micro_batch = model_size(study.model.path), worker.micro_batch(distils=False)
+        size, micro_batch = model_size(study.model.path), worker.micro_batch()
         planned = rank_bytes(size, num_ranks=num_ranks, zero_stage=3, dtype="bfloat16", micro_batch=micro_batch)
         print(json.dumps({
             "benchmark": "large_model", "shape": options.shape, "num_parameters": size.num_parameters, "num_ranks": num_ranks,

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,9 @@ def file_name(name: str, seed: int) -> str:
     return f"{name}, seed {seed}".replace(" ", "_").replace("/", "of") + ".npz"
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace, all_groups: dict[str, Callable[[], Iterator[Case]]],
+        look: Callable[[Worker, str, int], dict[str, Any]] = lambda worker, name, seed: {}) -> None:
+    """`look` adds to a case's line what it finds in the worker, which holds the candidate."""
     started, data = time.perf_counter(), options.root / "data"
     study = study_of(
         path=str(options.root / "models" / "books-30m"), dtype="bfloat16", corpus=str(data / "books" / "train.txt"),
@@ -136,7 +138,9 @@ def run(options: argparse.Namespace) -> None:
                               provenance=provenance(device_name("cpu"))))
     worker = Worker(study, ledger, inputs)
     part, num_parts = map(int, options.part.split("/"))
-    cases = [("dense", {}, 0), *(case for group in options.groups.split(",") for case in GROUPS[group]())]
+    seeds = set(map(int, options.seeds.split(",")))
+    cases = [("dense", {}, 0),
+             *(case for group in options.groups.split(",") for case in all_groups[group]() if case[2] in seeds)]
     for number, (name, config_fields, seed) in enumerate(cases):
         if (number and number % num_parts != part) or time.perf_counter() - started > options.limit_s:
             continue
@@ -149,6 +153,7 @@ def run(options: argparse.Namespace) -> None:
             line |= {"sparsity": record.sparsity, "prune_s": sum(each[0] for each in seconds),
                      "finetune_s": sum(each[1] for each in seconds), "train_loss": record.train_loss,
                      **{metric: record.metrics[metric].value for metric in METRICS}}
+            line |= look(worker, name, seed)
             stored = ledger.items(record.key, "selection")
             assert stored is not None
             write_items(options.out / file_name(name, seed), {metric: stored[metric] for metric in METRICS})
@@ -157,7 +162,8 @@ def run(options: argparse.Namespace) -> None:
         with open(options.out / "cases.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), file=sys.stderr, flush=True)
-    print(json.dumps({"benchmark": "methods", "part": options.part, "seconds": round(time.perf_counter() - started, 1)}))
+    print(json.dumps({"benchmark": Path(sys.argv[0]).stem, "part": options.part,
+                      "seconds": round(time.perf_counter() - started, 1)}))
 
 
 def actions(fields: dict[str, Any], study: Any, inputs: Any, seed: int) -> list[Action]:
@@ -213,23 +219,26 @@ def table(options: argparse.Namespace) -> None:
               + "".join(f" | {np.mean([line[key] for line in lines]):.1f}" for key in ("prune_s", "finetune_s")) + " |")
 
 
+def add_arguments(run_parser: argparse.ArgumentParser, groups: Iterable[str], limit_s: float) -> None:
+    run_parser.add_argument("out", type=Path)
+    run_parser.add_argument("--root", type=Path, default=Path("../shared"))
+    run_parser.add_argument("--part", default="0/1")
+    run_parser.add_argument("--groups", default=",".join(groups))
+    run_parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    run_parser.add_argument("--limit-s", type=float, default=limit_s)
+    run_parser.add_argument("--cpu", action="store_true")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("run")
-    one.add_argument("out", type=Path)
-    one.add_argument("--root", type=Path, default=Path("../shared"))
-    one.add_argument("--part", default="0/1")
-    one.add_argument("--groups", default=",".join(GROUPS))
-    one.add_argument("--limit-s", type=float, default=600.0)
-    one.add_argument("--cpu", action="store_true")
-    other = commands.add_parser("table")
-    other.add_argument("out", type=Path, nargs="+")
+    add_arguments(commands.add_parser("run"), GROUPS, 600.0)
+    commands.add_parser("table").add_argument("out", type=Path, nargs="+")
     options = parser.parse_args()
     if options.command == "run":
         if options.cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        run(options)
+        run(options, GROUPS)
     else:
         table(options)
 

@@ -29,7 +29,7 @@ from raysearch.terminal import (
     echo,
     fail,
 )
-from raysearch.units import parse_seconds
+from raysearch.units import parse_bytes, parse_seconds
 
 __all__ = ["app", "decide", "main"]
 
@@ -160,9 +160,14 @@ def sweep(
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total; a larger number extends.")] = None,
     trials_from: Annotated[Path | None, typer.Option(help="Run these trials, JSON lines of settings, instead of sampling.",
                                                      metavar="FILE")] = None,
+    enqueue: Annotated[Path | None, typer.Option(help="Run these trials first, then those that are sampled.",
+                                                 metavar="FILE")] = None,
+    warm_start: Annotated[list[str] | None, typer.Option(help="Study of the same model to learn from; may be given again.",
+                                                         metavar="DIR")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
+    max_disk: Annotated[str | None, typer.Option(help="Delete weights above this, such as 20GB; the frontier's last.")] = None,
     autoscaling: Annotated[bool, typer.Option("--autoscaling", help="Wait for nodes that the cluster adds.")] = False,
     mlflow: Annotated[str | None, typer.Option(help="Tracking URI to log to as well.", metavar="URI")] = None,
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
@@ -176,7 +181,12 @@ def sweep(
     if trials is not None and trials_from is not None:
         raise ValueError(f"--trials {trials} and --trials-from {trials_from} contradict each other: the file says how many; "
                          "give one of them")
+    if trials_from is not None and (enqueue is not None or warm_start):
+        raise ValueError(f"--trials-from {trials_from} runs its trials and no others, so --enqueue and --warm-start contradict "
+                         "it; leave them out")
     given = read_trials(trials_from) if trials_from else None
+    enqueued = read_trials(enqueue, "--enqueue") if enqueue else []
+    max_disk_bytes = parse_bytes(max_disk) if max_disk else None
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
@@ -189,8 +199,8 @@ def sweep(
     from raysearch.search.sweep import sweep as run
 
     try:
-        result = run(space, directory, study, sample, echo, given=given, keep=keep,
-                     autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
+        result = run(space, directory, study, sample, echo, given=given, enqueued=enqueued, warm_starts=warm_start or (),
+                     keep=keep, max_disk_bytes=max_disk_bytes, autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     except GivenUp:
         end_within(10.0, code=2)  # Ray's own end waits for actors that no node can run
         raise

@@ -1,5 +1,6 @@
 """The commands on a study: how it goes, what it found, which candidate to ship, and the folder that ships."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -75,6 +76,9 @@ def pick(
     max_nonzero: Annotated[str | None, typer.Option(help="Non-zero parameters: 24M.")] = None,
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
                                                             "that confidence.")] = None,
+    max_resident: Annotated[str | None, typer.Option(help="Bytes in memory when it is served, as --max-bytes.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="Decoding of a step, as `raysearch measure` found.")] = None,
+    min_tokens_per_s: Annotated[float | None, typer.Option(help="Scoring, as `raysearch measure` found.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
     candidate: Annotated[str | None, typer.Option(help="This one, as TRIAL/ROUND or a key, instead of limits.")] = None,
@@ -88,7 +92,8 @@ def pick(
     from analysis.pick import pick as choose
     from raysearch.study.storage import location
 
-    constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or ())
+    constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or (), max_resident, max_ms,
+                                    min_tokens_per_s)
     frame = load(directory)
     warn_of(frame.attrs["damage"])
     if representatives is not None:
@@ -100,6 +105,22 @@ def pick(
     picked = choose(frame, constraints, candidate)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
+
+
+@app.command()
+def measure(
+    directory: StudyDir,
+    batch_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences at a time; the study's by default.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each sequence.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="That each sequence gets, one at a time.")] = None,
+) -> None:
+    """Time the frontier as it would be served, dense beside it, on this machine, which nothing else should use meanwhile."""
+    doing("timing")
+    from raysearch.measure import measure as run
+
+    given = {"batch_sequences": batch_sequences, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    num_timed = run(directory, {name: value for name, value in given.items() if value is not None}, echo)
+    echo(f"{num_timed} candidates timed; raysearch results {shlex.quote(directory)} shows them")
 
 
 @app.command()

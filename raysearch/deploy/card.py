@@ -28,8 +28,8 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         "| number | value |", "|---|---|",
         f"| non-zero parameters | {record.num_nonzero:,} of {record.num_parameters:,} |",
         f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
-        f"| bytes stored, sparse format | {record.stored_bytes:,} |",
-        f"| bytes resident when transformers serves it, and stored in the hf format | {record.resident_bytes:,} |",
+        f"| bytes stored, in the smallest format | {record.stored_bytes:,} |",
+        f"| bytes in memory as plain matrices, without what can be cut out | {record.resident_bytes:,} |",
         *_compact_rows(compacted), "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
         "The standard errors are over the items." + (

@@ -17,25 +17,23 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from raysearch.deploy.card import model_card
-from raysearch.deploy.load import OWN_FILE, load
+from raysearch.deploy.load import OWN_FILE, candidate_model, load
 from raysearch.deploy.verify import ITEMS, check, rescore
 from raysearch.evaluation import Task, tasks_fingerprint
 from raysearch.models.compact import Kept, are_close, compact, few_logits, plain_config
-from raysearch.models.model import load_model, prunable_parameters
-from raysearch.models.weights import read_weights, saving, to_store, write_weights
+from raysearch.models.model import prunable_parameters
+from raysearch.models.weights import saving, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.items import write_items
-from raysearch.study.ledger import WEIGHTS, Ledger, Split
-from raysearch.study.storage import as_file, location
+from raysearch.study.ledger import Ledger, Split
+from raysearch.study.storage import location
 from raysearch.training.corpus import quiet
 from raysearch.trial.inputs import read_inputs
 
-SPLITS: tuple[Split, Split] = ("report", "selection")
 KEPT = ("*token*.json", "*vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja",
         "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
 """What belongs to a model beside its weights and config.json: tokenizer, chat templates, settings of generation, terms."""
-
-
+SPLITS: tuple[Split, Split] = ("report", "selection")
 NUM_RESCORED = 32
 """Items of each task on which what was written is scored again; `raysearch verify` takes all."""
 
@@ -53,14 +51,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "hf", echo: Callab
     if out.exists() and not (out / "raysearch.json").is_file():
         raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
     record, study = ledger.candidate(key), ledger.study()
-    model = load_model(study.study.model.path, getattr(torch, study.study.model.dtype))
+    model = candidate_model(ledger, record)
     prunable = {p.name for p in prunable_parameters(model, study.study.model.prunable)}
-    if record.action is not None:
-        with as_file(ledger.weights_path(key)) as file:
-            weights = read_weights(file, ledger.expected_sha256(record, WEIGHTS))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
     num_nonzero, recovered = sum(int(p.count_nonzero()) for p in model.parameters()), ledger.recovered(key)
     expected = recovered.num_nonzero if recovered else record.num_nonzero
     if num_nonzero != expected:

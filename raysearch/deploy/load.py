@@ -12,8 +12,11 @@ from raysearch.kernels import SparseWeight
 from raysearch.models.compact import cut_to
 from raysearch.models.model import from_config, load_config, load_model, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
-from raysearch.models.weights import read_sparse
+from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256
+from raysearch.study.ledger import WEIGHTS, Ledger
+from raysearch.study.records import RoundRecord
+from raysearch.study.storage import as_file
 
 OWN_FILE = "raysearch.safetensors"
 
@@ -62,6 +65,19 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise ValueError(f"{folder / OWN_FILE}: {missing[0]} is missing; export it again")
     return model.eval()
+
+
+def candidate_model(ledger: Ledger, record: RoundRecord) -> PreTrainedModel:
+    """A candidate in its study's dtype, on the CPU, with zeros for what is pruned. ValueError for a damaged weights file."""
+    settings = ledger.study().study.model
+    model = load_model(settings.path, getattr(torch, settings.dtype))
+    if record.action is not None:
+        with as_file(ledger.weights_path(record.key)) as file:
+            weights = read_weights(file, ledger.expected_sha256(record, WEIGHTS))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
+    return model
 
 
 def on_device(model: PreTrainedModel) -> PreTrainedModel:

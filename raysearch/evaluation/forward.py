@@ -16,6 +16,13 @@ def last_hidden(model: Any, tokens: Tensor, positions: Tensor) -> Tensor:
     return cast(Tensor, output.last_hidden_state)
 
 
+def following(model: Any, tokens: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
+    """The argmax after each row, as generation.Following says."""
+    hidden = last_hidden(model, tokens, positions)
+    ends = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
+    return cast(Tensor, model.get_output_embeddings()(ends).argmax(dim=-1))
+
+
 def last_mlp(model: Any) -> nn.Module | None:
     """The MLP of the last block; None where it is not a module of its own."""
     blocks = next((child for child in model.base_model.children() if isinstance(child, nn.ModuleList)), None)

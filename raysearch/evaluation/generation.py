@@ -135,12 +135,12 @@ class Slots:
                     continue
             if refill:
                 chosen = [queue.popleft() for _ in range(min(len(queue), self.num_slots - active))]
-                unread.append(self._read(chosen, self._fill(chosen, [prompts[index] for index in chosen])))
+                unread.append(self._read(chosen, self.fill(chosen, [prompts[index] for index in chosen])))
             elif unfinished := any(owner >= 0 and planned < self.max_new for owner, planned in zip(self.owner, self.planned)):
                 if not queue:
                     self._compact(active)
                 used = self._used()
-                unread.append(self._read(self.owner[:used], self._advance(used)))
+                unread.append(self._read(self.owner[:used], self.advance(used)))
             while len(unread) > (1 if self.graphs and (refill or unfinished) else 0):  # one is read while the next runs
                 owners, tokens, event = unread.popleft()
                 if event is not None:
@@ -174,7 +174,7 @@ class Slots:
                 touched.append(owner)
         return touched
 
-    def _fill(self, owners: list[int], prompts: list[Tokens]) -> Tensor:
+    def fill(self, owners: list[int], prompts: list[Tokens]) -> Tensor:
         """Computes prompts in free slots; their first new tokens [b, 1]."""
         free = [slot for slot, owner in enumerate(self.owner) if owner < 0][:len(owners)]
         start = len(self.prefix)
@@ -199,7 +199,7 @@ class Slots:
         self.token[slots], self.position[slots] = first, lengths
         return first[:, None]
 
-    def _advance(self, used: int) -> Tensor:
+    def advance(self, used: int) -> Tensor:
         """`steps` new tokens of the first `used` slots, [used, steps]."""
         longest = self.length if self.graphs else min(self.length, self._round(max(self.filled[:used]) + 1))
         self.filled = [min(filled + self.steps, self.limit - 1) for filled in self.filled]

@@ -7,6 +7,7 @@ results stay on the device until the last batch. lm-eval keeps tasks, prompts, m
 Legend: B rows, S padded tokens per row, N scored positions, D hidden size, V vocabulary.
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,11 +24,11 @@ from tqdm import tqdm
 
 from raysearch.evaluation.attention import attending, own_attention, tree_mask
 from raysearch.evaluation.encoding import Tokens, encode, encode_pairs
-from raysearch.evaluation.forward import fused_gelu, last_hidden, last_mlp, only_at
+from raysearch.evaluation.forward import following, fused_gelu, last_hidden, last_mlp, only_at
 from raysearch.evaluation.generation import Slots, by_settings, generate_plain, shared_prefix, stop_check, stop_ids
 from raysearch.evaluation.graphs import Graphs, bucket
 from raysearch.evaluation.packing import Layout, Request, Row, build_rows, lay_out, split_batches
-from raysearch.models.architectures import architecture
+from raysearch.models.architectures import shares_prefixes
 from raysearch.models.model import context_limit, vocab_size
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32768}
@@ -115,10 +116,7 @@ class Scorer(TemplateLM):  # type: ignore[misc]
 
     @property
     def shares_prefixes(self) -> bool:
-        """False for a family that the table of architectures does not say it of, or with windowed attention: plain batches,
-        full logits."""
-        known = architecture(self.model)
-        return known is not None and known.shares_prefixes and not getattr(self.config, "sliding_window", None)
+        return shares_prefixes(self.model)
 
     # ---- tokens ------------------------------------------------------------------------------------------------------
 
@@ -318,19 +316,13 @@ class Scorer(TemplateLM):  # type: ignore[misc]
                            num_slots: int) -> list[list[int]]:
         """New tokens of the prompts at `indices`. The shared prefix is that of all prompts, because in lockstep every
         rank must run its forward."""
-        slots = Slots(self._following, num_slots=num_slots, prefix=prompts[0][:shared_prefix(prompts)],
+        slots = Slots(functools.partial(following, self.model), num_slots=num_slots, prefix=prompts[0][:shared_prefix(prompts)],
                       longest=max(map(len, prompts)), max_new=max_new, device=self.device, dtype=self._dtype,
                       graphs=self._graphs is not None)
         with self._progress(len(indices), "Generating") as bar:
             return slots.run([prompts[index] for index in indices], stop_check(self.tokenizer, until, slots.steps),
                              stop_ids(self.model, self.tokenizer), agree=self._gather, lockstep=self._lockstep,
                              on_done=lambda _: bar.update())
-
-    def _following(self, tokens: Tensor, positions: Tensor, last: Tensor | None) -> Tensor:
-        """The argmax after each row, as generation.Following says."""
-        hidden = last_hidden(self.model, tokens, positions)
-        ends = hidden[:, -1] if last is None else hidden[torch.arange(len(last), device=last.device), last]
-        return cast(Tensor, self.model.get_output_embeddings()(ends).argmax(dim=-1))
 
     def _generate_plain(self, prompts: list[Tokens], indices: list[int], until: tuple[str, ...], max_new: int,
                         num_rows: int) -> list[list[int]]:

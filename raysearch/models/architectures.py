@@ -102,6 +102,12 @@ def architecture(model: Any) -> Architecture | None:
     return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
+def shares_prefixes(model: Any) -> bool:
+    """False for a family that the table does not say it of, or with windowed attention: plain batches, full logits."""
+    known = architecture(model)
+    return known is not None and known.shares_prefixes and not getattr(model.config, "sliding_window", None)
+
+
 class Rows(NamedTuple):
     """Outputs of one matrix that belong to heads."""
 

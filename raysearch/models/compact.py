@@ -57,6 +57,26 @@ class Compaction(NamedTuple):
     """Of each module that became smaller; paths are those of the blocks that stay."""
 
 
+class Zeros(NamedTuple):
+    """Where a linear layer [O, K] holds nothing but zeros."""
+
+    outputs: Tensor
+    """bool [O]."""
+    inputs: Tensor
+    """bool [K]."""
+    bias: Tensor | None
+    """[O]."""
+
+
+ZerosOf = Callable[[Any], Zeros]
+"""Of a linear layer of the model."""
+
+
+def zeros_of(linear: Any) -> Zeros:
+    is_zero = dense_weight(linear) == 0
+    return Zeros(is_zero.all(dim=1), is_zero.all(dim=0), None if linear.bias is None else linear.bias.detach())
+
+
 @torch.no_grad()
 def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) -> Compaction:
     """Cuts dead blocks, MLP units and attention heads out of `model`, in place; its outputs stay equal up to rounding.
@@ -68,18 +88,45 @@ def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) 
         name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         say(f"left dense: dead heads and neurons stay in, for those of {name} are not known")
         return Compaction(0, 0, 0)
-    before, whole = sum(parameter.numel() for parameter in model.parameters()), _state(model)
-    num_layers, num_units, num_heads = _drop_blocks(model, known), 0, 0
-    kept: dict[str, int | list[int]] = {}
-    for path, mlp in plain_mlps(model, known):
-        if gone := _compact_mlp(mlp, known.mlp):
-            num_units, kept[path] = num_units + gone, shape(getattr(mlp, known.mlp.last))[1]
-    for heads in attention_heads(model, known):
-        if stays := _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes):
-            num_heads, kept[heads.path] = num_heads + heads.num_heads - len(stays), stays
-    if num_layers + num_units + num_heads and not _gives_equal_logits(model, whole):
+    whole = _state(model)
+    done = _cut_dead(model, known, zeros_of)
+    if done.num_layers + done.num_units + done.num_heads and not _gives_equal_logits(model, whole):
         say("left dense: dead heads and neurons stay in, for without them the model gives other logits")
         return Compaction(0, 0, 0)
+    return done
+
+
+def compact_size(config: PretrainedConfig, zeros: Mapping[str, Zeros], itemsize: int) -> tuple[int, int] | None:
+    """(parameters, bytes) of what `compact` leaves of a model of this configuration whose matrices, by path, hold these zeros;
+    None where it cuts out nothing. No weight is needed. Where `compact` finds other logits, which this cannot know, it leaves
+    the whole."""
+    model = from_config(copy.deepcopy(config), torch.float32)
+    model.tie_weights()
+    if (known := architecture(model)) is None:
+        return None
+    of_module = {id(model.get_submodule(path)): each for path, each in zeros.items()}
+    if not _cut_dead(model, known, lambda linear: of_module[id(linear)]).num_parameters:
+        return None
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return num_parameters, num_parameters * itemsize + buffer_bytes(model)
+
+
+def buffer_bytes(model: nn.Module) -> int:
+    """Of the buffers that a file of the model holds."""
+    stored = model.state_dict().keys()
+    return sum(buffer.nbytes for name, buffer in model.named_buffers() if name in stored)
+
+
+def _cut_dead(model: nn.Module, known: Architecture, zeros: ZerosOf) -> Compaction:
+    before = sum(parameter.numel() for parameter in model.parameters())
+    num_layers, num_units, num_heads = _drop_blocks(model, known, zeros), 0, 0
+    kept: dict[str, int | list[int]] = {}
+    for path, mlp in plain_mlps(model, known):
+        if gone := _compact_mlp(mlp, known.mlp, zeros):
+            num_units, kept[path] = num_units + gone, shape(getattr(mlp, known.mlp.last))[1]
+    for heads in attention_heads(model, known):
+        if stays := _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes, zeros):
+            num_heads, kept[heads.path] = num_heads + heads.num_heads - len(stays), stays
     num_gone = before - sum(parameter.numel() for parameter in model.parameters())
     return Compaction(num_units, num_heads, num_gone, num_layers, kept)
 
@@ -122,13 +169,13 @@ def plain_config(model: Any) -> PretrainedConfig | None:
     return config if shapes[0] == shapes[1] else None
 
 
-def _drop_blocks(model: Any, known: Architecture) -> int:
+def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
     """Takes out blocks whose two outputs are 0, which hand on what they get; the number of them."""
     blocks, lasts = model.get_submodule(known.blocks), (known.attention.output, known.mlp.last)
     stay = []
     for index, block in enumerate(blocks):
         outputs = [getattr(block.get_submodule(part.module), last) for part, last in zip((known.attention, known.mlp), lasts)]
-        if not all(map(is_linear, outputs)) or any(part.any() for output in outputs for part in output.parameters()):
+        if not all(map(is_linear, outputs)) or not all(map(_is_dead, map(zeros, outputs))):
             stay.append(index)
     stay, num_before = stay or [0], len(blocks)
     if len(stay) == num_before:
@@ -147,6 +194,10 @@ def _drop_blocks(model: Any, known: Architecture) -> int:
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     config.num_hidden_layers = len(stay)
     return num_before - len(stay)
+
+
+def _is_dead(zeros: Zeros) -> bool:
+    return bool(zeros.outputs.all()) and (zeros.bias is None or not zeros.bias.any())
 
 
 State = list[tuple[Any, dict[str, Any]]]
@@ -191,17 +242,17 @@ def are_close(logits: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
     return bool((logits - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max())
 
 
-def _compact_mlp(mlp: Any, names: MLP) -> int:
+def _compact_mlp(mlp: Any, names: MLP, zeros: ZerosOf) -> int:
     """The number of units that were cut out."""
-    firsts, last = [getattr(mlp, name) for name in names.first], getattr(mlp, names.last)
+    firsts, last = [zeros(getattr(mlp, name)) for name in names.first], getattr(mlp, names.last)
     activation = getattr(mlp, names.activation)
-    unread = (dense_weight(last) == 0).all(dim=0)  # [U]
-    rows_dead = [(dense_weight(first) == 0).all(dim=1) for first in firsts]
-    constants = torch.zeros_like(dense_weight(last)[0])
+    unread = zeros(last).inputs  # [U]
+    rows_dead = [first.outputs for first in firsts]
+    constants = torch.zeros(len(unread), device=unread.device)
     if len(firsts) == 1:
         constant = rows_dead[0]
-        bias = firsts[0].bias if firsts[0].bias is not None else constants
-        constants = torch.where(constant & ~unread, activation(bias.detach()), 0)
+        bias = constants if firsts[0].bias is None else firsts[0].bias
+        constants = torch.where(constant & ~unread, activation(bias), 0)
     else:  # up * act(gate): zero where either is
         biases = [torch.zeros_like(dead) if first.bias is None else first.bias != 0 for first, dead in zip(firsts, rows_dead)]
         constant = (rows_dead[0] & ~biases[0]) | (rows_dead[1] & ~biases[1] & (activation(torch.zeros(1)) == 0).item())
@@ -218,15 +269,15 @@ def _cut_mlp(mlp: Any, names: MLP, keep: Tensor) -> None:
     _cut(getattr(mlp, names.last), keep, 1)
 
 
-def _compact_attention(module: Any, heads: Heads, has_slopes: bool) -> list[int]:
+def _compact_attention(module: Any, heads: Heads, has_slopes: bool, zeros: ZerosOf) -> list[int]:
     """The heads that stay; empty where all do."""
-    last, values = getattr(module, heads.output), getattr(module, heads.values.path)
-    unread = (dense_weight(last) == 0).all(dim=0)[heads.read_by].all(dim=1)  # [H]
-    constant = (dense_weight(values) == 0).all(dim=1)[heads.values.of_head].all(dim=1)
+    last, values = getattr(module, heads.output), zeros(getattr(module, heads.values.path))
+    unread = zeros(last).inputs[heads.read_by].all(dim=1)  # [H]
+    constant = values.outputs[heads.values.of_head].all(dim=1)
     keep = _kept(unread | constant, 1)
-    constants = torch.zeros(heads.read_by.numel(), dtype=last.weight.dtype, device=last.weight.device)
+    constants = torch.zeros(heads.read_by.numel(), dtype=torch.float64, device=unread.device)
     if values.bias is not None:  # constant values give the attention's output their bias, whatever it attends to
-        each = torch.where((constant & ~unread & ~keep)[:, None], values.bias[heads.values.of_head], 0)  # [H, E]
+        each = torch.where((constant & ~unread & ~keep)[:, None], values.bias[heads.values.of_head].double(), 0)  # [H, E]
         groups = heads.read_by.shape[1] // heads.size
         constants[heads.read_by] = each[:, None].expand(-1, groups, -1).reshape(heads.num_heads, -1)
     if keep.all() or not _fold(last, constants):
@@ -281,6 +332,8 @@ def _fold(last: Any, constants: Tensor) -> bool:
         return True
     if last.bias is None:
         return False
+    if last.bias.is_meta:
+        return True
     folded = (dense_weight(last).double() @ constants.double()).to(last.bias.dtype)
     last.bias = nn.Parameter(last.bias.detach() + folded, requires_grad=last.bias.requires_grad)
     return True

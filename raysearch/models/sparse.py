@@ -134,7 +134,7 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
     for name, parent, attribute, module in linear_layers(model):
         if not is_sparse(module):
             continue
-        sparse = module.sparse if isinstance(module, SparseLinear) else _compressed(module)
+        sparse = _compressed(module)
         choices = {token_bucket(count): best_backend(sparse, count, cache) for count in counts}
         pattern = sparse.pattern if sparse.block == 1 else f"{sparse.pattern} {sparse.block}"
         layers.append(Layer(name, sparse.shape, pattern, 1 - sparse.density, choices))
@@ -165,8 +165,10 @@ def is_sparse(layer: Any) -> bool:
 
 
 def _compressed(module: Any) -> SparseWeight:
-    mask = dense_weight(module) != 0
-    return compress(dense_weight(module), mask, *detect_pattern(mask))
+    """In the most useful pattern, which no file of weights says."""
+    weight = module.sparse.to_dense() if isinstance(module, SparseLinear) else dense_weight(module)
+    mask = module.sparse.mask() if isinstance(module, SparseLinear) else weight != 0
+    return compress(weight, mask, *detect_pattern(mask))
 
 
 def _dense(layer: SparseLinear) -> nn.Linear:

@@ -2,8 +2,8 @@
 of the same names on a store (storage.py), where a round exists once its record.json, which is uploaded last, does.
 
     study.json               StudyRecord: settings and versions
-    copies/                  all records but the recovered ones once more, read where those are damaged or missing: study.json,
-                             NUMBER.json, KEY.record.json, KEY.report.json, pick.json
+    copies/                  all records but recovered ones and speeds once more, read where those are damaged or missing:
+                             study.json, NUMBER.json, KEY.record.json, KEY.report.json, pick.json
     journal.log              Optuna's journal (search/journal.py)
     journal.json             JournalSeal: what the journal held
     rounds/KEY/record.json   RoundRecord: one candidate on the selection split
@@ -12,6 +12,7 @@ of the same names on a store (storage.py), where a round exists once its record.
                              a race ended, on the items that were scored
     rounds/KEY/report.json   its metrics on the report split, once they are scored
     rounds/KEY/items.report.npz   what it scored on each item of that split; written before report.json
+    rounds/KEY/speed.json    SpeedRecord: how fast it was served, of a frontier candidate that `raysearch measure` timed
     rounds/KEY/recovered.json  Recovered: files that were lost and came out with other bits when they were computed again
     rounds/KEY/deleted       says that `--keep` deleted the weights, which are not lost then
     trials/NUMBER.json       TrialRecord: which rounds a trial ran, and how it ended
@@ -52,6 +53,7 @@ from raysearch.study.records import (
     Recovered,
     ReportRecord,
     RoundRecord,
+    SpeedRecord,
     StudyRecord,
     TrialRecord,
     settings_that_decide_numbers,
@@ -318,6 +320,15 @@ class Ledger:
     def recovered(self, key: str) -> Recovered | None:
         path = self.round_directory(key) / "recovered.json"
         return self._readable([path], lambda path: self._read(path, Recovered)).get(path) if path.is_file() else None
+
+    def speed_path(self, key: str) -> AnyPath:
+        return self.round_directory(key) / "speed.json"
+
+    def speeds(self) -> dict[str, SpeedRecord]:
+        """Of the candidates that were measured, by key; one whose file is damaged is to be measured again."""
+        paths = self._matching("rounds", "[!.]*/speed.json")
+        return {path.parent.name: speed for path, speed in self._readable(
+            paths, lambda path: self._read(path, SpeedRecord)).items()}
 
     def items_path(self, key: str, split: Split) -> AnyPath:
         return self.round_directory(key) / f"items.{split}.npz"

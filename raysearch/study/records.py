@@ -11,9 +11,9 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, Study, TrialConfig, Unhashed
+from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
 
-FORMAT = 2
+FORMAT = 3
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
 
 
@@ -71,9 +71,13 @@ class RoundRecord(Frozen):
     layer_sparsity: dict[str, float]
     """Sparsity of each prunable tensor."""
     stored_bytes: int
-    """Tensor bytes of the sparse export: bitmap and non-zero values where that is smaller, else dense."""
+    """Tensor bytes of the smallest export, its file's header apart: bitmaps and kept values where those are smaller than dense
+    matrices, or the compact form."""
     resident_bytes: int
-    """Tensor bytes of the hf export, which transformers keeps in memory when it serves the model."""
+    """Tensor bytes in memory when it is served as plain matrices: those of the compact form where something can be cut out,
+    else those of the dense model."""
+    compact_parameters: int | None = None
+    """Of the compact form; None where pruning emptied no layer, head or neuron."""
     metrics: dict[str, Metric]
     """On the selection split, by "task/metric"."""
     dominated_by: str | None = None
@@ -99,6 +103,30 @@ class ReportRecord(Frozen):
     metrics: dict[str, Metric]
     items_sha256: str | None = None
     """Of items.report.npz."""
+
+
+class Served(Frozen):
+    """How fast one model was served."""
+
+    scoring_tokens_per_s: float
+    """Prompt tokens, of all sequences together."""
+    decode_ms: float
+    """Of a step, which gives every sequence a new token."""
+    resident_bytes: int
+    """Of its weights in memory, in whatever form they were served."""
+
+
+class SpeedRecord(Frozen):
+    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
+
+    key: str
+    serving: ServingSettings
+    served: Served
+    dense: Served
+    dtype: str
+    form: str
+    """What was served, in words."""
+    provenance: Provenance
 
 
 class Recovered(Frozen):
@@ -133,9 +161,11 @@ class TrialRecord(Frozen):
     number: int
     """From 0; a control's from -2 downwards, since -1 is that of the other jobs' logs."""
     config: TrialConfig | None
-    """None for a control, and where the trial was given as a list of actions."""
+    """None for a control, for a fork, and where the trial was given as a list of actions."""
     actions: tuple[Action, ...]
-    """Resolved before the trial ran."""
+    """Resolved before the trial ran, from the dense model on."""
+    forked_at: int | None = None
+    """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
     distributions: dict[str, str] = Field(default_factory=dict)

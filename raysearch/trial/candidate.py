@@ -17,7 +17,7 @@ import torch
 from raysearch.config import Action
 from raysearch.evaluation import Evaluation
 from raysearch.kernels.device import device_name
-from raysearch.models.weights import Extent, WeightsFile, extent, stored_bytes, to_store
+from raysearch.models.weights import Extent, WeightsFile, extent, to_store
 from raysearch.study.files import (
     file_sha256,
     folder_aside,
@@ -35,9 +35,9 @@ from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import Provenance, Recovered, RoundRecord
 from raysearch.study.storage import AnyPath, as_file
+from raysearch.trial.sizes import sizes
 from raysearch.trial.worker import Worker
 
-EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 Written = Future[tuple[Path, str]]
 
 
@@ -117,14 +117,12 @@ class Weighed:
     num_nonzero: int
     stored_bytes: int
     resident_bytes: int
+    compact_parameters: int | None
 
 
 def weigh(worker: Worker) -> Weighed:
-    engine, itemsize = worker.engine, EXPORT_ITEMSIZE[worker.study.model.dtype]
-    nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
-    total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
-    return Weighed(nonzero, kept, sum(nonzero.values()),
-                   sum(stored_bytes(total[name], kept[name], itemsize) for name in total), sum(total.values()) * itemsize)
+    nonzero, kept = worker.engine.nonzero_counts(), worker.engine.kept_counts()
+    return Weighed(nonzero, kept, sum(nonzero.values()), *sizes(worker.engine, kept, worker.study.model.dtype))
 
 
 @contextlib.contextmanager
@@ -191,6 +189,7 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
                 stored_bytes=weighed.stored_bytes, resident_bytes=weighed.resident_bytes,
+                compact_parameters=weighed.compact_parameters,
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, items_sha256=file_sha256(items_file) if evaluation else None,

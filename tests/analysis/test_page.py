@@ -56,7 +56,7 @@ def test_one_file_that_loads_nothing(study_directory: Path, tmp_path: Path) -> N
 def test_what_it_says(study_directory: Path, tmp_path: Path) -> None:
     text = Page(write_page(study_directory, tmp_path / "r.html").read_text()).text
     for words in ("tiny-gpt: spaces.demo", "CPU, 2 cores", "trials: 7 done, 2 stopped, 2 failed, 1 running",
-                  "worker died: out of memory", "0123456789abcdef", "torch 2.13.0", "not measured", "2.352 ± 0.020",
+                  "worker died: out of memory", "0123456789abcdef", "torch 2.13.0", "not measured: fewer", "2.352 ± 0.020",
                   "cubic to 0.7 in 3, global, 3 ep, lr 0.0003, l1 0.0001", "time budget is spent"):
         assert words in text, words
 

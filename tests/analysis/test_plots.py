@@ -141,6 +141,15 @@ def test_trajectories(frame: pd.DataFrame) -> None:
         "ended stopped", "ended failed", "still running"}
 
 
+def test_a_fork_goes_on_from_its_candidate(frame: pd.DataFrame) -> None:
+    frame["forked_from"] = frame["forked_from"].astype("object")
+    frame.loc[frame["trial"] == 3, "forked_from"] = "trial 5 round 1"
+    (line,) = [trace for trace in trajectory_figure(frame).data if trace.name == "trial 3"]
+    assert line.x.tolist()[-4:] == pytest.approx([0.4, 0.3, 0.55, 0.7])
+    assert line.y[-4] == pytest.approx(frame.loc[(frame["trial"] == 5) & (frame["round"] == 1),
+                                                 "selection/text/bits_per_byte"].item())
+
+
 def test_importance_figure_greys_what_chance_gives(frame: pd.DataFrame) -> None:
     table = importance(frame)
     bars = importance_figure(table, frame).data[0]

@@ -83,12 +83,23 @@ def compact_is_what_was_masked(family: str, pattern: str, tiny_model: Path, tmp_
     folder = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5, "pattern": pattern},
                        tmp_path / "out", lambda _: None)
     ledger = Ledger(tmp_path / "out")
-    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compact")
+    record = ledger.candidate(ledger.trials()[0].keys[-1])
+    small = export(ledger, record.key, tmp_path / "small", "compact")
     cut, whole, tokens = raysearch.load(small), raysearch.load(folder), torch.arange(24).view(2, 12)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
+    assert record.compact_parameters == sum(p.numel() for p in cut.parameters())
+    assert record.resident_bytes == tensor_bytes(small)
+    bits = export(ledger, record.key, tmp_path / "bits", "sparse")
+    assert record.stored_bytes == min(tensor_bytes(bits), tensor_bytes(small))
     cut.generate(tokens[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     wanted = whole(tokens).logits.detach()
     assert torch.allclose(cut(tokens).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+def tensor_bytes(folder: Path) -> int:
+    """Of an export's weights, without the header."""
+    (file,) = folder.glob("*.safetensors")
+    return file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little")
 
 
 @pytest.mark.slow

@@ -54,6 +54,20 @@ def test_a_model_runs_on_the_chosen_backend(monkeypatch: pytest.MonkeyPatch, tmp
     assert model.generate(tokens, max_new_tokens=3, do_sample=False, pad_token_id=0).shape == (2, 33)
 
 
+@pytest.mark.parametrize(("pattern", "block"), [("2:4", 1), ("block", 32)])
+def test_a_loaded_layer_is_tried_by_its_pattern(pattern: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of weights says which are kept, and no pattern."""
+    model, tried = pruned_model(0.0), []
+    mask = mask_of(pattern, block, (384, 128), 0.5)
+    weight = model.transformer.h[0].attn.c_attn.weight.detach().T * mask
+    model.transformer.h[0].attn.c_attn = SparseLinear(compress(weight, mask), None)
+    monkeypatch.setattr(sparse, "best_backend", lambda weight, *_: tried.append(weight) or Choice(backend="dense"))
+    monkeypatch.setattr(sparse, "_model_ratio", lambda *_: 1.0)
+    sparsify_for_inference(model, num_tokens=60)
+    assert [(each.pattern, each.block) for each in tried] == [(pattern, block)]
+    assert torch.equal(tried[0].to_dense(), weight)
+
+
 def test_the_model_goes_back_to_dense_when_the_sum_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, "csr", 1.0)
     model = pruned_model()

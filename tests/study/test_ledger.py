@@ -48,7 +48,7 @@ def test_a_study_of_format_1_is_refused_with_the_way_on(tmp_path: Path) -> None:
     del told["format"]
     told["provenance"]["versions"] = {"raysearch-llm": "0.1.0"}
     (tmp_path / "study.json").write_text(json.dumps(told))
-    sentence = (r"its records are of format 1, and this raysearch reads and writes format 2 only; open it with the "
+    sentence = (r"its records are of format 1, and this raysearch reads and writes format 3 only; open it with the "
                 r"raysearch-llm that made it \(0.1.0\), or start anew with another --out")
     for refused in (lambda: Ledger.open(tmp_path), lambda: ledger.attach(study_record())):
         with pytest.raises(ValueError, match=sentence):

@@ -17,19 +17,19 @@ from raysearch.study.records import (
 )
 
 STUDIES: dict[str, dict[str, Any]] = {
-    "c18e6501": {}, "e99ec819": {"dtype": "bfloat16"}, "fb998e83": {"prunable": "all"}, "f49ed724": {"context_tokens": 64},
-    "53dc405f": {"epoch_tokens": 4096}, "d4b3a752": {"seed": 1}, "fc71bc54": {"batch_tokens": 2048},
-    "05c7741d": {"weight_decay": 0.1},
-    "a7ca3824": {"tasks": ("text", "lambada")}, "d14f548a": {"num_items": 60, "racing_level": 0.05},
+    "aadf4bec": {}, "c7202d77": {"dtype": "bfloat16"}, "fd699f71": {"prunable": "all"}, "1fa63ae2": {"context_tokens": 64},
+    "fa78d942": {"epoch_tokens": 4096}, "22e04736": {"seed": 1}, "c04d5ebd": {"batch_tokens": 2048},
+    "1fb76197": {"weight_decay": 0.1},
+    "29238ec5": {"tasks": ("text", "lambada")}, "8a845124": {"num_items": 60, "racing_level": 0.05},
 }
 ACTIONS: dict[str, Action] = {
-    "98a45cd8": Action(sparsity=0.5), "5e09e780": Action(sparsity=0.0), "6de12e20": Action(sparsity=0.5, scope="layer"),
-    "6a3cf170": Action(threshold=0.02), "30c2af38": Action(threshold=0.7, threshold_unit="std"),
-    "30436fe9": Action(sparsity=0.5, pattern="head"),
-    "81032cb2": Action(sparsity=0.5, criterion="movement", mask_interval_steps=10),
-    "c03e6f67": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3),
-    "7e807a0e": Action(sparsity=0.5, finetune_tokens=8192, data_start_tokens=8192, learning_rate=1e-3, l1_lambda=1e-4),
-    "4df2653f": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3, seed=3),
+    "b9ef8176": Action(sparsity=0.5), "5cdb8722": Action(sparsity=0.0), "ac072420": Action(sparsity=0.5, scope="layer"),
+    "725a7495": Action(threshold=0.02), "745fdf02": Action(threshold=0.7, threshold_unit="std"),
+    "696d13e1": Action(sparsity=0.5, pattern="head"),
+    "64f562a6": Action(sparsity=0.5, criterion="movement", mask_interval_steps=10),
+    "93e9b5d1": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3),
+    "65a55363": Action(sparsity=0.5, finetune_tokens=8192, data_start_tokens=8192, learning_rate=1e-3, l1_lambda=1e-4),
+    "cdd258bf": Action(sparsity=0.5, finetune_tokens=8192, learning_rate=1e-3, seed=3),
 }
 CONTENTS = ["model", "blocks", "selection", "report"]
 
@@ -38,7 +38,7 @@ def test_twenty_keys_are_what_they_were() -> None:
     """One that changes names other numbers: FORMAT must rise, and old studies are refused."""
     keys = [*(root_key(study_of(path="m", **settings), CONTENTS)[:8] for settings in STUDIES.values()),
             *(round_key("root", action)[:8] for action in ACTIONS.values())]
-    assert FORMAT == 2
+    assert FORMAT == 3
     assert keys == [*STUDIES, *ACTIONS]
     assert len(set(keys)) == 20
 

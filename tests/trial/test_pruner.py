@@ -224,6 +224,10 @@ def test_masked_heads_are_heads_that_were_cut_by_hand(measured: dict, tiny_model
             attention.c_proj.weight[head * size:(head + 1) * size] = 0
     assert torch.allclose(torch.tensor(case["logits"]), model(tokens).logits[:, -1, :20], atol=1e-5)
     assert all(case["heads"]["shrunk"] for by_stage in measured.values() for case in by_stage.values())  # L1: no bias, no norm
+    gone = 4 * 2 * (4 * 32 * 16 + 3 * 16)  # bytes of one head's matrices and biases in each of two layers
+    whole = 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert {tuple(case["heads"]["sizes"]) for by_stage in measured.values() for case in by_stage.values()} == {
+        (whole - gone, whole - gone, (whole - gone) // 4)}
     assert len(case["pruned"]) == 2  # half of two heads in each of two layers
 
 
@@ -302,6 +306,9 @@ def test_a_head_that_comes_back_has_its_weights_and_its_biases(worker: Worker, c
 
 @pytest.mark.parametrize("fields", [
     {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
+    {"criterion": "taylor", "calibration_sequences": 2}, {"criterion": "gradual_magnitude", "pattern": "2:4"},
+    {"criterion": "magnitude", "distill_alpha": 0.5, "distill_hidden": 0.5},
+    {"criterion": "sparsegpt", "calibration_sequences": 2},
     {"criterion": "set", "drop_fraction": 0.3, "scope": "layer", "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0,
      "calibration_sequences": 2},
     {"criterion": "soft_movement", "sparsity": None, "threshold": 0.45, "score_rate": 0.05, "score_penalty": 300.0},
@@ -695,6 +702,7 @@ def come_back(engine: Any) -> dict[str, bool]:
 def head_logits(engine: Any) -> dict[str, Any]:
     from raysearch.config import Action
     from raysearch.trial.pruner import Pruner
+    from raysearch.trial.sizes import sizes
 
     engine.load_base()
     Pruner(engine, Action(pattern="head", scope="layer", sparsity=0.5), 0).begin()
@@ -708,12 +716,13 @@ def head_logits(engine: Any) -> dict[str, Any]:
         bias = engine.gather(f"transformer.h.{layer}.attn.c_attn.bias").view(3, -1, size)
         assert not bias[:, head].any()
         assert engine.gather_mask(f"transformer.h.{layer}.attn.c_attn.bias") is not None
+    counted = list(sizes(engine, engine.kept_counts(), "float32"))
     before = {name: engine.gather(name).clone() for name in engine.shapes}
     engine.restart(1e3)
     engine.train_step(next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], 1e-4)
     moved = {name: float((engine.gather(name) - weights).abs().max()) for name, weights in before.items()}
     engine.restart(0.0)
-    return {"pruned": pruned, "logits": logits.tolist(),
+    return {"pruned": pruned, "logits": logits.tolist(), "sizes": counted,
             "shrunk": sorted(name for name, most in moved.items() if most > 0.01) == sorted(engine.prunable_names)}
 
 
