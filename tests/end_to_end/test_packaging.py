@@ -50,8 +50,11 @@ def test_the_readmes_own_model_from_the_wheel(tmp_path: Path) -> None:
         ["sweep", "search_spaces.mine", "--out", "studies/mine", "--trials", "2"],
         ["results", "studies/mine", "--frontier"],
         ["report", "studies/mine"],
+        ["notebook", "studies/mine"],
         ["pick", "studies/mine", "--max-drop", "text/bits_per_byte=9", "--max-bytes", "40MB"],
         ["export", "studies/mine/pick.json", "--out", "deploy"],
+        ["verify", "deploy", "--limit", "5"],
+        ["generate", "deploy", "Once upon a time", "--max-new-tokens", "5"],
         ["evaluate", "deploy", "--tasks", "text, last_word", "--limit", "5"],
     ]
     for step in steps:
