@@ -7,6 +7,7 @@ and page.js.
 import json
 import math
 import shlex
+import time
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.resources import files
@@ -51,14 +52,26 @@ from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
+WATCH_S = 20.0
 MAX_ROWS = 200
 """Of a table of candidates."""
 
 
+def watch_page(directory: str | AnyPath, out: str | AnyPath | None = None, max_drop: Sequence[str] = ()) -> None:
+    """Writes the page now and every WATCH_S seconds while a driver runs, for a browser that reads it again as often; the last
+    one is as `write_page` leaves it."""
+    ledger, goes_on = Ledger.open(directory), True
+    while goes_on:
+        goes_on, _ = ledger.driver()  # before what it wrote last is read
+        write_page(directory, out, max_drop=max_drop, again_s=WATCH_S if goes_on else None)
+        time.sleep(WATCH_S * goes_on)
+
+
 def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None,
-               max_drop: Sequence[str] = ()) -> AnyPath:
+               max_drop: Sequence[str] = (), again_s: float | None = None) -> AnyPath:
     """Writes `out` (default: report.html in the study directory) and returns its absolute path. `frame`: the study, where it
-    was loaded already; `max_drop`: METRIC=NUMBER@95%, what the answer may lose, 1 point or 1 % of the objective by default.
+    was loaded already; `max_drop`: METRIC=NUMBER@95%, what the answer may lose, 1 point or 1 % of the objective by default;
+    `again_s`: the browser reads the file again after so many seconds.
 
     Works at any moment of a study, with no candidate too. ValueError when there is no study or `out` is a folder."""
     frame = load(directory) if frame is None else frame
@@ -66,13 +79,13 @@ def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
         raise ValueError(f"the page must be a file, got the folder {path}; name the file, such as {path}/report.html")
-    page = _page(frame, ledger.study(), parse_constraints(max_drop=max_drop))
+    page = _page(frame, ledger.study(), parse_constraints(max_drop=max_drop), again_s)
     with new_file(path) as file:
         file.write_text(page, encoding="utf-8")
     return path
 
 
-def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constraint]) -> str:
+def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constraint], again_s: float | None) -> str:
     templates = files("analysis") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     ranked, importance_caption = _importance(frame)
@@ -82,7 +95,7 @@ def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constr
     if frontier_split(frame) == "report":
         figures["selection"] = frontier_figure(frame, "selection", texts)
     return environment.from_string((templates / "page.html").read_text()).render(
-        title=f"{PurePath(record.study.model.path).name}: {record.space}", meta=_meta(frame, record),
+        again_s=again_s, title=f"{PurePath(record.study.model.path).name}: {record.space}", meta=_meta(frame, record),
         style=Markup((templates / "page.css").read_text()), script=Markup((templates / "page.js").read_text()),
         plotly=Markup(plotly.offline.get_plotlyjs()), data=Markup(_data(frame, record, figures, texts)),
         heights={name: figure.layout.height for name, figure in figures.items()},

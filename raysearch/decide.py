@@ -41,6 +41,8 @@ def report(
     out: Annotated[str | None, typer.Option(help="File to write.")] = None,
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS@95% that its answer may lose; 1 point or 1 % of the "
                                                             "objective by default.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while a driver runs; an open page follows.")
+                     ] = False,
     paper: Annotated[bool, typer.Option("--paper", help="Print the tables of arXiv 2310.04573 with ours instead.")] = False,
 ) -> None:
     """Write one self-contained report.html: the answer first, then the frontier and everything behind it."""
@@ -53,9 +55,11 @@ def report(
 
         print(paper_tables(frame), end="")
         return
-    from analysis.page import write_page
+    from analysis.page import watch_page, write_page
 
     echo(str(write_page(directory, out, frame, max_drop or ())))
+    if watch:
+        watch_page(directory, out, max_drop or ())
 
 
 @app.command()

@@ -1,6 +1,7 @@
 import os
 import re
 import shlex
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +16,7 @@ from synthetic_study import SyntheticStudy
 
 from analysis.constraints import parse_constraints
 from analysis.load import load
-from analysis.page import write_page
+from analysis.page import watch_page, write_page
 from analysis.pick import pick
 
 
@@ -119,6 +120,24 @@ def test_any_moment_of_a_study(tmp_path: Path) -> None:
     study.dense()
     study.trial(2, [0.3], report=True)
     assert "1 of 1 candidates scored on the report split" in Page(write_page(tmp_path / "study").read_text()).text
+
+
+def test_a_page_follows_a_study_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.page.WATCH_S", 0.2)
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    page = tmp_path / "study" / "report.html"
+    with study.ledger.lock():
+        watching = threading.Thread(target=watch_page, args=(tmp_path / "study",))
+        watching.start()
+        while not page.exists() or 'http-equiv="refresh" content="0.2"' not in page.read_text():
+            time.sleep(0.05)
+        study.trial(0, [0.5], report=True)
+        assert watching.is_alive()
+    watching.join(20)
+    assert not watching.is_alive()
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert "1 of 1 candidates scored on the report split" in page.read_text()
 
 
 def test_a_folder_is_not_a_page(study_directory: Path, tmp_path: Path) -> None:
