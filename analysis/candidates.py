@@ -23,9 +23,9 @@ def setting(frame: pd.DataFrame, name: str) -> str:
 
 
 def candidates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round, and no
-    dense control, which is a baseline too and the same size."""
-    return frame[frame["key"].notna() & ~frame["is_alias"] & (frame["status"] != "control")]
+    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round, no
+    dense control, which is a baseline too and the same size, and no model of another origin."""
+    return frame[frame["key"].notna() & ~frame["is_alias"] & ~frame["status"].isin(["control", "other"])]
 
 
 def pruned(frame: pd.DataFrame) -> pd.DataFrame:

@@ -218,7 +218,7 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
               *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
     baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
     rows = []
-    for _, row in pd.concat([front, baseline, control_rows(frame)]).iterrows():
+    for _, row in pd.concat([front, baseline, control_rows(frame), frame[frame["status"] == "other"]]).iterrows():
         score, *scores = [with_stderr(*metric_pair(row, name, split)) for name in (objective, *others)]
         rows.append([str(row["status"]) if pd.isna(row["trial"]) else f"{row['trial']}/{row['round']}", score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",

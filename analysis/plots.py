@@ -19,8 +19,9 @@ from analysis.reproduce import trial_options
 from analysis.tables import describe_config
 from raysearch.config import higher_is_better
 from raysearch.study.ledger import Split
+from raysearch.study.records import OTHER
 
-INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706"
+INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes"}
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
@@ -52,6 +53,9 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     fixed: list[tuple[pd.DataFrame, Look]] = [
         (made, {"name": "candidates", **dots}), (baseline, {"name": "dense baseline", **_diamond(INK)}),
         (trained, {"name": "dense control, trained as long", **_diamond(AMBER)})]
+    added = frame[(frame["status"] == "other") & frame[f"{split}/{column}"].notna()]
+    fixed += [(added[added["key"] == key], {"name": str(key).removeprefix(OTHER), **_diamond(PINK, "square")})
+              for key in added["key"]]
     figure = go.Figure([_trace(rows, split, column, sizes[0], texts, look) for rows, look in fixed])
     for size in sizes:
         look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == sizes[0], **staircase}
@@ -76,7 +80,8 @@ def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = Non
     light: late) the NUM_COLOURED with the most candidates on the frontier, in grey the others; a marker says how one ended that
     is not done. Buttons: against sparsity, or rounds."""
     column, texts = setting(frame, "objective"), trial_texts(frame) if texts is None else texts
-    rows = frame[quality(frame, "selection").notna() & (frame["status"] != "control")].sort_values(["trial", "round"])
+    rows = frame[quality(frame, "selection").notna() & ~frame["status"].isin(["control", "other"])]
+    rows = rows.sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
     on_front = rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"].value_counts(sort=False)
     numbers = sorted(map(int, on_front.sort_values(ascending=False, kind="stable").index[:NUM_COLOURED]))
@@ -191,8 +196,8 @@ def _lines(values: pd.Series, colour: str) -> list[dict[str, object]]:
              "x0": 0, "x1": 1, "layer": "below"} for value in values]
 
 
-def _diamond(colour: str) -> Look:
-    return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": "diamond"}}
+def _diamond(colour: str, symbol: str = "diamond") -> Look:
+    return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": symbol}}
 
 
 def _size_title(size: str) -> str:

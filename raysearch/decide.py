@@ -189,6 +189,20 @@ def verify(
 
 
 @app.command()
+def add(
+    directory: StudyDir,
+    folder: Annotated[Path, typer.Argument(help="A model that transformers or raysearch.load opens.")],
+    name: Annotated[str, typer.Option(help="What it is called beside the frontier.")],
+) -> None:
+    """Score a quantised, smaller or otherwise made model on a study's items, to stand beside its frontier."""
+    doing("scoring")
+    from raysearch.add import add as run
+
+    record = run(directory, folder, name, echo)
+    echo(f"{record.key}: raysearch compare {shlex.quote(directory)} dense {record.key}")
+
+
+@app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Deployment folder, or any model's.")],
     prompt: str,

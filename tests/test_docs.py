@@ -222,6 +222,7 @@ ELSEWHERE = {  # how a command of a document begins -> the test that runs one li
     "raysearch sweep": "test_killed_and_started_again_with_more_trials",
     "raysearch sweep search_spaces.gpt2_small --out s3": "test_a_sweep_and_all_that_reads_it",
     "raysearch export": "test_prune_with_fine_tuning_is_found_again",
+    "raysearch add": "test_a_model_is_scored_as_the_studys_own",
     "raysearch verify": "test_the_command_verifies_a_folder_and_a_pick",
     "raysearch measure": "test_the_frontier_is_measured_once_and_shown",
     "raysearch doctor": "test_doctor_asks_every_node",

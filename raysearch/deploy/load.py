@@ -5,18 +5,19 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.kernels import SparseWeight
 from raysearch.models.compact import cut_to
-from raysearch.models.model import from_config, load_config, load_model, stored_dtype
+from raysearch.models.model import from_config, load_config, load_model, model_folder, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256
 from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.records import RoundRecord
 from raysearch.study.storage import as_file
+from raysearch.study.text import first_line
 
 OWN_FILE = "raysearch.safetensors"
 
@@ -91,3 +92,15 @@ def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
     """The model of an exported folder, or of any Hugging Face one, `on_device`. `backend` as in `load`."""
     return on_device(load(path, backend) if (Path(path) / OWN_FILE).is_file() else
                      load_model(path, getattr(torch, stored_dtype(path))))
+
+
+def open_other(folder: Path) -> PreTrainedModel:
+    """An export, a Hugging Face folder, or one that brings its own quantisation, which transformers alone understands."""
+    if (folder / "raysearch.json").is_file():
+        return on_device(load(folder))
+    if "quantization_config" not in json.loads((model_folder(str(folder)) / "config.json").read_text()):
+        return open_model(str(folder))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="cuda" if torch.cuda.is_available() else "cpu").eval()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model {folder}: its quantised weights cannot be opened here ({first_line(error)})") from error
