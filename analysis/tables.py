@@ -129,7 +129,7 @@ def _terminal_row(row: pd.Series, objective: str, num_speeds: int) -> list[str]:
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
             *speed[:num_speeds], *scores,
-            f"{row['seconds']:.1f}", how]
+            "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}", how]
 
 
 def _plain_number(value: object) -> object:
