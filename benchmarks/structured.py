@@ -30,7 +30,7 @@ import torch
 from methods import SEEDS, Case, control, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.deploy.load import COMPRESSED, load
+from raysearch.deploy.load import OWN_FILE, load
 from raysearch.deploy.speed import speeds
 from raysearch.kernels.device import device_name
 from raysearch.models.compact import compact
@@ -162,9 +162,9 @@ def exported(model: Any) -> Any:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model.config.save_pretrained(folder)
-        write_weights(folder / COMPRESSED, {name: to_store(parameter, parameter != 0 if name in matrices else None)
+        write_weights(folder / OWN_FILE, {name: to_store(parameter, parameter != 0 if name in matrices else None)
                                             for name, parameter in model.named_parameters()})
-        (folder / "raysearch.json").write_text(json.dumps({"sha256": {COMPRESSED: file_sha256(folder / COMPRESSED)}}))
+        (folder / "raysearch.json").write_text(json.dumps({"sha256": {OWN_FILE: file_sha256(folder / OWN_FILE)}}))
         return load(folder).to(model.device)
 
 

@@ -27,7 +27,7 @@ def zeros(model: torch.nn.Module, worker: Worker) -> int:
 
 def test_both_formats_hold_the_candidate(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
     dense = export(worker.ledger, candidate.key, tmp_path / "dense")
-    small = export(worker.ledger, candidate.key, tmp_path / "small", "compressed")
+    small = export(worker.ledger, candidate.key, tmp_path / "small", "sparse")
     plain = AutoModelForCausalLM.from_pretrained(dense)  # no raysearch needed
     models = [plain, raysearch.load(dense), raysearch.load(small, backend="dense")]
     tokens = AutoTokenizer.from_pretrained(dense)("The red dog of house 7 saw", return_tensors="pt")["input_ids"]
@@ -39,7 +39,7 @@ def test_both_formats_hold_the_candidate(worker: Worker, candidate: RoundRecord,
     weights = dict(plain.named_parameters())
     assert all(torch.equal(worker.engine.gather(name), weights[name]) for name in weights)
 
-    file = small / "compressed.safetensors"
+    file = small / "raysearch.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert file.stat().st_size - header == candidate.stored_bytes
     assert (dense / "model.safetensors").stat().st_size > candidate.resident_bytes > candidate.stored_bytes
@@ -70,7 +70,7 @@ def test_a_compact_export_is_what_is_left(worker: Worker, candidate: RoundRecord
 
 
 def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format compressed"):
+    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format sparse"):
         export(worker.ledger, candidate.key, tmp_path / "out", "compact")
     assert not (tmp_path / "out").exists()
 
@@ -80,11 +80,11 @@ def test_a_family_that_is_not_known_is_not_exported_as_compact(family: str, tmp_
     random_model(STRANGERS[family]()).save_pretrained(tmp_path / "base")
     run_prune({"model": str(tmp_path / "base"), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    with pytest.raises(ValueError, match=f"heads and neurons stay in, for those of {family} are not known; give format compr"):
+    with pytest.raises(ValueError, match=f"heads and neurons stay in, for those of {family} are not known; give format spar"):
         export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compact")
 
 
-@pytest.mark.parametrize("format", ["dense", "compressed", "compact"])
+@pytest.mark.parametrize("format", ["hf", "sparse", "compact"])
 def test_an_export_that_does_not_open_as_the_candidate_is_not_left(
         worker: Worker, candidate: RoundRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     """A loader that loses one weight, as of a family whose names are mapped otherwise."""
@@ -111,7 +111,7 @@ def test_an_export_is_replaced_and_nothing_else(worker: Worker, candidate: Round
     assert {p.name for p in tmp_path.iterdir()} == {"out", "mine"}
 
 
-@pytest.mark.parametrize("format", ["dense", "compressed"])
+@pytest.mark.parametrize("format", ["hf", "sparse"])
 def test_a_disk_that_is_full_is_named_and_keeps_nothing(format: str, worker: Worker, candidate: RoundRecord,
                                                         tmp_path: Path) -> None:
     with refusing(), pytest.raises(OSError, match=r"out.*: cannot be written \(.*File too large|File too large: '.*out'"):
@@ -152,7 +152,7 @@ def test_an_export_keeps_what_belongs_to_a_model(tiny_model: Path, tmp_path: Pat
         (model / name).write_text(content)
     dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "sparse")
     for folder in (dense, small):
         assert {name: (folder / name).read_text() for name in kept} == kept
         assert not {"optimizer.pt", "notes.md"} & {file.name for file in folder.iterdir()}
@@ -186,7 +186,7 @@ def test_a_head_that_is_not_the_embedding_stays_apart(tiny_model: Path, tmp_path
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "sparse")
     tokens = torch.arange(24)[None]
     plain = AutoModelForCausalLM.from_pretrained(dense)
     assert torch.equal(plain.lm_head.weight, weights["lm_head.weight"])
