@@ -69,6 +69,8 @@ class Part(NamedTuple):
     """int64 [C]; [1] for a vector."""
     goes_along: bool = False
     """Masked with its unit, but neither scored nor counted: a bias."""
+    reads: bool = False
+    """Inputs of a matrix that the units' outputs flow into: what scales them scales the unit."""
 
 
 class Units(NamedTuple):
@@ -88,7 +90,7 @@ def by_output(matrix: Matrix, unit: Tensor) -> list[Part]:
 def by_input(matrix: Matrix, unit: Tensor) -> Part:
     """The part of a matrix whose inputs belong to the units `unit` int64 [K]."""
     others = torch.zeros(matrix.num_outputs, dtype=torch.int64)
-    return Part(matrix.name, *((unit, others) if matrix.transposed else (others, unit)))
+    return Part(matrix.name, *((unit, others) if matrix.transposed else (others, unit)), reads=True)
 
 
 def heads(layout: Layout) -> Units:

@@ -53,12 +53,16 @@ class SparseAdamW(torch.optim.AdamW):
         self.latent_decay = 0.0
         """Added to the gradient of a trained latent, times the latent: SR-STE, Zhou et al. 2021 (arXiv 2102.04010).
         Differs in that AdamW takes the sum, and that the masks follow a path and settle."""
+        self.units: Any = None
+        """What acts on whole units (trial.gates, trial.group_lasso): `before(master)`, `behind(master, learning_rate)` it."""
         self.clip_factor: float | Tensor = 1.0
         """What this step's gradients were multiplied with to clip them."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for master in [master for group in self.param_groups for master in group["params"]]:
+            if self.units is not None:
+                self.units.before(master)
             if master in self.gathered:
                 self._look(master)
             if master in self.trained:
@@ -79,6 +83,8 @@ class SparseAdamW(torch.optim.AdamW):
                 if master in self.trained:
                     torch.sub(master, master * self.masks[master], out=self.latents[master])
                 soft_threshold_(master, amount).mul_(self.masks[master])
+                if self.units is not None:
+                    self.units.behind(master, learning_rate)
 
     def restart(self) -> None:
         """Forgets the moments, the step count, and what was gathered for the round before."""
@@ -95,6 +101,7 @@ class SparseAdamW(torch.optim.AdamW):
     def hold_masks(self) -> None:
         """Masks move no more: what was gathered, and what lies behind them, is gone."""
         self.gather, self.gathered, self.latents, self.trained, self.latent_decay = None, {}, {}, {}, 0.0
+        self.units = None
 
     def forget_moments(self, master: Tensor, where: Tensor) -> None:
         """Sets Adam's moments to 0 where the mask changed: those of another weight would move it."""

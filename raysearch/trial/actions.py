@@ -24,7 +24,7 @@ def looks_at_text(method: TrialConfig | Action) -> bool:
 def changes_masks(method: TrialConfig | Action) -> bool:
     """Whether masks change while it fine-tunes."""
     criterion = CRITERIA[method.criterion]
-    return criterion.is_gradual or criterion.moves or criterion.is_soft
+    return criterion.is_gradual or criterion.moves or criterion.is_soft or criterion.has_gates
 
 
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
@@ -45,6 +45,13 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
         raise ValueError(f"criterion {criterion} with pattern {pattern}: layers are compared with each other, so pattern layer "
                          f"needs scope global, and top, bottom, alternate, symmetric and contribution need pattern layer and "
                          f"no threshold, got scope {scope} and threshold {method.threshold}")
+    of_units = group is None and pattern != "unstructured"
+    if CRITERIA[criterion].has_gates and pattern not in ("head", "neuron"):
+        raise ValueError(f"criterion {criterion} learns gates of heads or neurons, so it needs pattern head or neuron, got "
+                         f"{pattern}")
+    if method.group_lambda and (not of_units or CRITERIA[criterion].has_gates):
+        raise ValueError(f"group_lambda shrinks whole units, so it needs pattern head, neuron or layer and another criterion "
+                         f"than l0, whose gates shrink them, got pattern {pattern} and criterion {criterion}")
     if method.uniform and (pattern not in ("head", "neuron") or scope != "layer"):
         raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
                          f"layer, got {pattern} and {scope}")
@@ -114,10 +121,13 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
             (not criterion.is_soft or (action.score_rate > 0 and action.score_penalty >= 0),
              f"criterion {action.criterion} needs a score_rate above 0 and a score_penalty of at least 0, got "
              f"{action.score_rate} and {action.score_penalty}"),
+            (not criterion.has_gates or (action.score_rate > 0 and action.gate_penalty >= 0),
+             f"criterion {action.criterion} needs a score_rate above 0 and a gate_penalty of at least 0, got "
+             f"{action.score_rate} and {action.gate_penalty}"),
             (not criterion.moves or 0 < action.drop_fraction <= 1,
              f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
-            (min(action.l1_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
-             "l1_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
+            (min(action.l1_lambda, action.group_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
+             "l1_lambda, group_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
              f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
@@ -142,7 +152,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    for field in ("l1_lambda", "distill_alpha", "distill_hidden"):
+    for field in ("l1_lambda", "group_lambda", "distill_alpha", "distill_hidden"):
         if (value := getattr(config, field)) and not num_steps:
             raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
                              f"{value:g} and finetune_epochs 0")
@@ -172,12 +182,15 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         fixed |= {"drop_fraction": config.drop_fraction}
     if CRITERIA[config.criterion].is_soft:
         fixed |= {"score_rate": config.score_rate, "score_penalty": config.score_penalty}
+    if CRITERIA[config.criterion].has_gates:
+        fixed |= {"score_rate": config.score_rate, "gate_penalty": config.gate_penalty}
     if config.budget == "owl":
         fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
     if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
-        fixed |= config.model_dump(include={"l1_lambda", "distill_alpha", "distill_hidden", "learning_rate", "lr_schedule"})
+        fixed |= config.model_dump(include={"l1_lambda", "group_lambda", "distill_alpha", "distill_hidden", "learning_rate",
+                                            "lr_schedule"})
         fixed |= {"seed": study.data.seed}
     if config.distill_alpha:
         fixed |= {"temperature": config.temperature}

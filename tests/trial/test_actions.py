@@ -56,6 +56,14 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"target_sparsity": 0.5, "budget": "erdos_renyi", "scope": "layer", "pattern": "head"}, "budget erdos_renyi .*got head"),
     ({"target_sparsity": 0.5, "budget": "owl"}, "budget owl shares single weights out among .*and global"),
     ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
+    ({"target_sparsity": 0.5, "criterion": "l0"}, "criterion l0 learns gates of heads or neurons, .*got unstructured"),
+    ({"target_sparsity": 0.5, "criterion": "l0", "pattern": "layer"}, "criterion l0 learns gates .*got layer"),
+    ({"target_sparsity": 0.5, "criterion": "l0", "pattern": "head"}, "criterion l0 prunes during fine-tuning, so finetune_epo"),
+    ({"threshold": 0.5, "criterion": "l0", "pattern": "head", "finetune_epochs": 1.0}, "criterion l0 ranks, and has no scale"),
+    ({"target_sparsity": 0.5, "group_lambda": 0.1}, "group_lambda shrinks whole units, .*got pattern unstructured"),
+    ({"pattern": "2:4", "group_lambda": 0.1}, "group_lambda shrinks whole units, .*got pattern 2:4"),
+    ({"target_sparsity": 0.5, "group_lambda": 0.1, "pattern": "head", "criterion": "l0"}, "than l0, whose gates shrink them"),
+    ({"target_sparsity": 0.5, "group_lambda": 0.1, "pattern": "head"}, "group_lambda acts during fine-tuning"),
     ({"target_sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning, so finetune_epochs"),
     ({"threshold": 0.5, "criterion": "movement", "finetune_epochs": 1.0}, "criterion movement ranks, and has no scale"),
     ({"threshold": 0.5, "criterion": "taylor"}, "criterion taylor ranks, and has no scale for a cut"),
@@ -114,6 +122,8 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.5, "budget": "erdos_renyi"}, "budget erdos_renyi shares single weights out among layers, so it needs"),
     ({"threshold": 0.6, "pattern": "2:4"}, "pattern 2:4 compares the weights of each 4"),
     ({"threshold": 0.1, "criterion": "soft_movement", "finetune_tokens": 256, "mask_interval_steps": 1}, ".*a score_rate"),
+    ({"sparsity": 0.5, "criterion": "l0", "pattern": "head", "finetune_tokens": 256, "mask_interval_steps": 1},
+     "criterion l0 needs a score_rate"),
     ({"sparsity": 0.5, "criterion": "taylor"}, "criterion taylor needs calibration_sequences, got 0"),
     ({"sparsity": 0.5, "budget": "owl", "scope": "layer"}, "budget owl needs calibration_sequences, got 0"),
     ({"sparsity": 0.5, "budget": "owl", "scope": "layer", "calibration_sequences": 2, "owl_lambda": 0.1},
@@ -126,7 +136,7 @@ def test_masks_move_only_where_the_criterion_is_gradual(study: Study) -> None:
     ({"sparsity": 0.5, "criterion": "movement"}, "criterion movement prunes during fine-tuning: it needs finetune_to"),
     ({"sparsity": 0.5, "criterion": "rigl", "finetune_tokens": 256, "mask_interval_steps": 1}, "criterion rigl needs a drop"),
     ({"sparsity": 0.5, "finetune_tokens": 256, "learning_rate": -1.0},
-     "l1_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
+     "l1_lambda, group_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
 ])
 def test_actions_that_were_written_by_hand_are_checked(study: Study, fields: dict, sentence: str) -> None:
     good = Action(sparsity=0.3)

@@ -1,0 +1,61 @@
+"""Rows and columns of shards that belong to units: summed and multiplied in every step, where `units.py` would be too slow.
+
+A sum is taken line by line in fp32, and over lines and ranks as integers, in which no order of adding shows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from raysearch.pruning.patterns import Units
+from raysearch.training.engine import Engine, Shard
+
+SCALE = 2.0**40
+
+
+class Lines(NamedTuple):
+    """Of one shard: its weights as a table of `height` rows, the first and the last of which may lie on other ranks too."""
+
+    shard: Shard
+    unit: Tensor
+    """int64 [rows or columns of the table]; the number of units where a line belongs to none."""
+    are_rows: bool
+    column: int
+    """Of the shard's first weight."""
+    num_columns: int
+
+    def table(self, flat: Tensor) -> Tensor:
+        """[height, columns] of a tensor [n] in the shard's order; a view where the shard is made of whole rows."""
+        missing = -(self.column + len(flat)) % self.num_columns
+        whole = torch.nn.functional.pad(flat, (self.column, missing)) if self.column or missing else flat
+        return whole.view(-1, self.num_columns)
+
+    def scale_(self, flat: Tensor, factors: Tensor) -> None:
+        """Multiplies a tensor [n] in the shard's order, in place, by the factor of each weight's unit; factors [U + 1]."""
+        of_line = factors[self.unit]
+        table = self.table(flat).mul_(of_line[:, None] if self.are_rows else of_line)
+        if self.column or table.numel() > len(flat):
+            flat.copy_(table.view(-1)[self.column:self.column + len(flat)])
+
+    def add_to(self, sums: Tensor, flat: Tensor) -> None:
+        """Adds a tensor [n] in the shard's order, summed over each unit, to int64 [U + 1] in units of 1 / SCALE."""
+        of_line = self.table(flat).sum(1 if self.are_rows else 0)
+        sums.index_add_(0, self.unit, (of_line.double() * SCALE).round().long())
+
+
+def unit_lines(engine: Engine, units: Units, reading: bool) -> dict[Tensor, list[Lines]]:
+    """By master, of the parts that are scored; of those alone that read the units where `reading`."""
+    found: dict[Tensor, list[Lines]] = {}
+    for shard in engine.prunable_shards:
+        for part in units.parts:
+            num = shard.values.numel()
+            if part.name != shard.name or part.goes_along or (reading and not part.reads) or not num:
+                continue
+            row, column = divmod(shard.start, len(part.columns))
+            are_rows = not part.columns.any()
+            unit = part.rows[row:-(-(shard.start + num) // len(part.columns))] if are_rows else part.columns
+            assert are_rows or not part.rows.any(), "a part's units lie in its rows or in its columns"
+            unit = torch.where(unit < 0, len(units.group), unit).to(engine.device)
+            found.setdefault(shard.master, []).append(Lines(shard, unit, are_rows, column, len(part.columns)))
+    return found
