@@ -152,7 +152,8 @@ def prune(
     model: Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")],
     out: Out,
     criterion: str = "magnitude",
-    pattern: Annotated[str, typer.Option(help="unstructured, head, neuron, layer, or N:M such as 2:4.")] = "unstructured",
+    pattern: Annotated[str, typer.Option(help="unstructured, head, neuron, layer, block, block64, hybrid, or N:M (2:4)."
+                                          )] = "unstructured",
     scope: Annotated[str, typer.Option(help="global, layer or row.")] = "global",
     uniform: Annotated[bool, typer.Option("--uniform", help="As many heads or neurons in every layer.")] = False,
     budget: Annotated[str, typer.Option(help="Under scope layer or row: uniform, erdos_renyi or owl.")] = "uniform",

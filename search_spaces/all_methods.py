@@ -48,9 +48,12 @@ def space(trial):
                    "score_rate": trial.suggest_float("l0/score_rate", 3e-3, 0.3, log=True),
                    "gate_penalty": trial.suggest_float("gate_penalty", 0.01, 10.0, log=True)}
     elif criterion == "l2":
-        fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer")
+        fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer", "block", "hybrid")
+    elif criterion == "taylor":
+        fields["pattern"] = choice("taylor/pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer")
     else:
-        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer")
+        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer", "block",
+                                   "block64", "hybrid")
     is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement", "l0")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
@@ -62,6 +65,9 @@ def space(trial):
         fields["group_lambda"] = choice("group_lambda", 0.0, 0.1, 1.0)
     if fields["pattern"] == "layer":
         return fields | {"target_sparsity": trial.suggest_float("layer/target_sparsity", 0.1, 0.5)}
+    if fields["pattern"] in ("block", "block64", "hybrid"):
+        return fields | {"target_sparsity": trial.suggest_float("block/target_sparsity", 0.3, 0.9),
+                         "scope": choice("block/scope", "global", "layer")}
     if fields["pattern"] in ("head", "neuron"):
         fields |= {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
                    "scope": choice("unit/scope", "global", "layer")}

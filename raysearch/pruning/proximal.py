@@ -20,14 +20,14 @@ def soft_threshold_(weight: Tensor, amount: float) -> Tensor:
     return weight
 
 
-def group_factors(squares: Tensor, sizes: Tensor, amount: float) -> Tensor:
+def group_factors(mean_squares: Tensor, amount: float) -> Tensor:
     """fp32 [G]: what each group's weights are multiplied by, max(0, 1 - amount sqrt(n) / ||w||), so that a whole group becomes
     exactly 0: the proximal operator of amount * sum of sqrt(n) ||w||, Yuan & Lin 2006 eq. 2.3 and Parikh & Boyd 2014 eq. 6.15.
 
-    squares [G]: ||w||^2; sizes [G]: n. A group goes when the root of its mean square is at most `amount`, which has the same
-    unit as that of `soft_threshold_`.
+    mean_squares [G]: ||w||^2 / n. A group goes when the root of its mean square is at most `amount`, which has the same unit as
+    that of `soft_threshold_`.
     """
     if not 0 <= amount < math.inf:
         raise ValueError(f"the amount of group shrinkage must be finite and at least 0, got {amount:g}")
-    rms = (squares.double() / sizes.clamp(min=1)).sqrt()
+    rms = mean_squares.double().sqrt()
     return (1 - amount / rms.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=0).float()

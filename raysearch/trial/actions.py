@@ -38,7 +38,7 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
         raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
     if criterion == "l2" and (group is not None or pattern == "unstructured"):
-        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head, neuron or layer, got "
+        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head, neuron or another of units, got "
                          f"{pattern}; magnitude ranks single weights alike")
     ranks_layers = CRITERIA[criterion].order is not None or CRITERIA[criterion].by_contribution
     if (ranks_layers and (pattern != "layer" or method.threshold is not None)) or (pattern == "layer" and scope != "global"):
@@ -49,6 +49,10 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if CRITERIA[criterion].has_gates and pattern not in ("head", "neuron"):
         raise ValueError(f"criterion {criterion} learns gates of heads or neurons, so it needs pattern head or neuron, got "
                          f"{pattern}")
+    lies_across = pattern in ("block", "block64", "hybrid")
+    if lies_across and (CRITERIA[criterion].by_sequence or method.group_lambda):
+        raise ValueError(f"pattern {pattern} has units that are parts of rows, which criterion taylor and group_lambda do not "
+                         f"take; give another pattern, got criterion {criterion} and group_lambda {method.group_lambda:g}")
     if method.group_lambda and (not of_units or CRITERIA[criterion].has_gates):
         raise ValueError(f"group_lambda shrinks whole units, so it needs pattern head, neuron or layer and another criterion "
                          f"than l0, whose gates shrink them, got pattern {pattern} and criterion {criterion}")

@@ -20,7 +20,8 @@ class GroupLasso:
     def __init__(self, engine: Engine, units: Units, strength: float) -> None:
         self.engine, self.strength = engine, strength
         self.lines = unit_lines(engine, units, reading=False)
-        self.sizes = unit_counts(engine, units, lambda shard: shard.values != 0)[0].to(engine.device)
+        sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
+        self.sizes = torch.nn.functional.pad(sizes, (0, 1), value=1).to(engine.device)
         self.masters = {shard.master: None for shard in engine.prunable_shards}  # also those without a unit: it is collective
         self.done: set[Tensor] = set()
         self.factors = torch.ones(len(units.group) + 1, device=engine.device)
@@ -37,9 +38,9 @@ class GroupLasso:
             sums = torch.zeros(len(self.factors), dtype=torch.int64, device=self.engine.device)
             for each in self.lines.values():
                 for lines in each:
-                    lines.add_to(sums, lines.shard.values.square())
-            squares = self.engine.all_reduce(sums)[:-1].double() / SCALE
-            self.factors[:-1] = group_factors(squares, self.sizes, learning_rate * self.strength)
+                    lines.add_to(sums, lines.shard.values.square(), self.sizes)
+            mean_squares = self.engine.all_reduce(sums)[:-1].double() / SCALE
+            self.factors[:-1] = group_factors(mean_squares, learning_rate * self.strength)
         self.done.add(master)
         for lines in self.lines.get(master, ()):
             lines.scale_(lines.shard.values, self.factors)

@@ -38,10 +38,12 @@ class Lines(NamedTuple):
         if self.column or table.numel() > len(flat):
             flat.copy_(table.view(-1)[self.column:self.column + len(flat)])
 
-    def add_to(self, sums: Tensor, flat: Tensor) -> None:
-        """Adds a tensor [n] in the shard's order, summed over each unit, to int64 [U + 1] in units of 1 / SCALE."""
-        of_line = self.table(flat).sum(1 if self.are_rows else 0)
-        sums.index_add_(0, self.unit, (of_line.double() * SCALE).round().long())
+    def add_to(self, sums: Tensor, flat: Tensor, sizes: Tensor | None = None) -> None:
+        """Adds a tensor [n] in the shard's order, summed over each unit, to int64 [U + 1] in units of 1 / SCALE; with `sizes`
+        [U + 1] over them, each unit's."""
+        of_line = self.table(flat).sum(1 if self.are_rows else 0).double()
+        of_line = of_line if sizes is None else of_line / sizes[self.unit]
+        sums.index_add_(0, self.unit, (of_line * SCALE).round().long())
 
 
 def unit_lines(engine: Engine, units: Units, reading: bool) -> dict[Tensor, list[Lines]]:

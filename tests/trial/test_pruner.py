@@ -32,6 +32,9 @@ COMBINATIONS = [(criterion, pattern, scope)
 COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
                  (("magnitude", "neuron"), ("l2", "neuron"), ("movement", "neuron"), ("sr_ste", "neuron"), ("l2", "head"))
                  for scope in ("global", "layer")]
+COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
+                 (("magnitude", "block"), ("movement", "block"), ("l2", "block"), ("movement", "hybrid"), ("sr_ste", "hybrid"))
+                 for scope in ("global", "layer")]
 COMBINATIONS += [(criterion, "layer", "global") for criterion in ("magnitude", "movement", "top", "symmetric")]
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
