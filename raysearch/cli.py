@@ -174,6 +174,8 @@ def prune(
     threshold: Annotated[float | None, typer.Option(help="Magnitude below which weights are pruned.")] = None,
     threshold_unit: Annotated[str, typer.Option(help="absolute or std.")] = "absolute",
     l1_lambda: float = 0.0,
+    layer_drop: Annotated[float, typer.Option(help="Chance that a layer is left out of a step of fine-tuning.")] = 0.0,
+    trainable: Annotated[str, typer.Option(help="all, or vectors: biases and norms alone.")] = "all",
     group_lambda: Annotated[float, typer.Option(help="Of group lasso, on whole heads, neurons or layers.")] = 0.0,
     distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,

@@ -12,6 +12,7 @@ Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "co
 Scope = Literal["global", "layer", "row"]
 Budget = Literal["uniform", "erdos_renyi", "owl"]
 LrSchedule = Literal["cosine", "constant", "one_cycle"]
+Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -140,6 +141,10 @@ class TrialConfig(Frozen):
     `owl` look at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
+    layer_drop: float = Field(0.0, ge=0, lt=1)
+    """Chance that a layer is left out of a step of fine-tuning (LayerDrop), for masks that do not move meanwhile."""
+    trainable: Trainable = "all"
+    """What fine-tuning changes: `vectors` are biases and norms alone (PERP, Zimmer et al. 2023)."""
     group_lambda: float = Field(0.0, ge=0)
     """Strength of group lasso on whole units (pattern head, neuron or layer) during fine-tuning, in the same unit: a unit goes
     when the root of its mean square falls to the learning rate times this."""
@@ -200,6 +205,8 @@ class Action(Frozen):
     calibration_sequences: int = 0
     """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0
+    layer_drop: float = 0.0
+    trainable: Trainable = "all"
     group_lambda: float = 0.0
     distill_alpha: float = 0.0
     temperature: float = 1.0

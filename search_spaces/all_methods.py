@@ -23,6 +23,10 @@ def space(trial):
                   "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0),
                   "distill_hidden": choice("distill_hidden", 0.0, 0.1, 1.0)}
+        if criterion in ("magnitude", "taylor", "l2", "wanda", "ria", "sparsegpt", *LAYER_ORDERS):
+            fields["layer_drop"] = choice("layer_drop", 0.0, 0.1, 0.2)
+            if not fields["l1_lambda"]:
+                fields["trainable"] = choice("trainable", "all", "vectors")
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
@@ -61,7 +65,8 @@ def space(trial):
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
-    if epochs and fields["pattern"] in ("head", "neuron", "layer") and criterion != "l0":
+    if epochs and fields["pattern"] in ("head", "neuron", "layer") and criterion != "l0" and not (
+            fields.get("layer_drop") or fields.get("trainable") == "vectors"):
         fields["group_lambda"] = choice("group_lambda", 0.0, 0.1, 1.0)
     if fields["pattern"] == "layer":
         return fields | {"target_sparsity": trial.suggest_float("layer/target_sparsity", 0.1, 0.5)}

@@ -118,6 +118,18 @@ def layers(layout: Layout) -> Units:
     return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
 
 
+def layer_outputs(layout: Layout) -> Units:
+    """Of each layer the last matrices of attention and MLP with their biases, without which it hands on what it gets. No
+    pattern: what is left behind would still be computed."""
+    last = {part.matrix.name for module in (*layout.attentions, *layout.mlps) for part in module if part.are_inputs}
+    if not layout.blocks or len(last) != 2 * len(layout.blocks):
+        raise ValueError("layer_drop needs a model whose blocks are known and add to what they get, and this one's are not; "
+                         "give layer_drop 0, or add its family to raysearch/models/architectures.py")
+    parts = [part for number, block in enumerate(layout.blocks) for matrix in block if matrix.name in last
+             for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
+    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+
+
 def blocks(layout: Layout, side: int = 32) -> Units:
     """A block: `side` x `side` weights of a matrix, fewer at its ends, Lagunas et al. 2021 (arXiv 2109.04838) section 3.2.
     Layers are matrices."""

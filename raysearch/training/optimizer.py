@@ -54,7 +54,7 @@ class SparseAdamW(torch.optim.AdamW):
         """Added to the gradient of a trained latent, times the latent: SR-STE, Zhou et al. 2021 (arXiv 2102.04010).
         Differs in that AdamW takes the sum, and that the masks follow a path and settle."""
         self.units: Any = None
-        """What acts on whole units (trial.gates, trial.group_lasso): `before(master)`, `behind(master, learning_rate)` it."""
+        """What acts on whole units (unit_lines.py, group_lasso.py): `before(master)` and `behind(master, learning_rate)` it."""
         self.clip_factor: float | Tensor = 1.0
         """What this step's gradients were multiplied with to clip them."""
 
@@ -79,10 +79,11 @@ class SparseAdamW(torch.optim.AdamW):
         """The L1 step on what is prunable, and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
         for group in self.param_groups:
             amount = learning_rate * self.l1_lambda * (group.get("name") not in SPARED)
-            for master in filter(self.masks.__contains__, group["params"]):
+            for master in group["params"]:
                 if master in self.trained:
                     torch.sub(master, master * self.masks[master], out=self.latents[master])
-                soft_threshold_(master, amount).mul_(self.masks[master])
+                if master in self.masks:
+                    soft_threshold_(master, amount).mul_(self.masks[master])
                 if self.units is not None:
                     self.units.behind(master, learning_rate)
 

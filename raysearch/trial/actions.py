@@ -56,6 +56,12 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if method.group_lambda and (not of_units or CRITERIA[criterion].has_gates):
         raise ValueError(f"group_lambda shrinks whole units, so it needs pattern head, neuron or layer and another criterion "
                          f"than l0, whose gates shrink them, got pattern {pattern} and criterion {criterion}")
+    if method.layer_drop and (changes_masks(method) or method.group_lambda):
+        raise ValueError(f"layer_drop leaves layers out whose masks stay, so it needs a criterion that prunes at once and no "
+                         f"group_lambda, got criterion {criterion} and group_lambda {method.group_lambda:g}")
+    if method.trainable == "vectors" and (changes_masks(method) or method.group_lambda or method.l1_lambda):
+        raise ValueError(f"trainable vectors leaves matrices as they are, so it needs a criterion that prunes at once, "
+                         f"l1_lambda 0 and group_lambda 0, got criterion {criterion}, {method.l1_lambda:g} and {method.group_lambda:g}")
     if method.uniform and (pattern not in ("head", "neuron") or scope != "layer"):
         raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
                          f"layer, got {pattern} and {scope}")
@@ -130,6 +136,8 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
              f"{action.score_rate} and {action.gate_penalty}"),
             (not criterion.moves or 0 < action.drop_fraction <= 1,
              f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
+            (0 <= action.layer_drop < 1 and (not action.layer_drop or action.finetune_tokens > 0),
+             f"layer_drop must be at least 0 and below 1, and needs finetune_tokens, got {action.layer_drop}"),
             (min(action.l1_lambda, action.group_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
              "l1_lambda, group_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
@@ -156,7 +164,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    for field in ("l1_lambda", "group_lambda", "distill_alpha", "distill_hidden"):
+    for field in ("l1_lambda", "group_lambda", "layer_drop", "distill_alpha", "distill_hidden"):
         if (value := getattr(config, field)) and not num_steps:
             raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
                              f"{value:g} and finetune_epochs 0")
@@ -193,8 +201,8 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
-        fixed |= config.model_dump(include={"l1_lambda", "group_lambda", "distill_alpha", "distill_hidden", "learning_rate",
-                                            "lr_schedule"})
+        fixed |= config.model_dump(include={"l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha",
+                                            "distill_hidden", "learning_rate", "lr_schedule"})
         fixed |= {"seed": study.data.seed}
     if config.distill_alpha:
         fixed |= {"temperature": config.temperature}

@@ -42,7 +42,8 @@ def _of_units(engine: Engine, action: Action, text: Blocks, units: Units) -> Ten
     """|dL / d gate|, where a gate of 1 scales what each unit gives to the matrix that reads it: the sum of w dL/dw over the
     columns that do; divided by the norm of its layer's scores, as in their section 2.2. Of heads those are the scores of
     Michel et al. 2019 (arXiv 1905.10650) eq. 2. A layer is read by no matrix: its gate scales all of its own weights."""
-    lines = unit_lines(engine, units, reading=any(part.reads for part in units.parts))
+    are_read = any(part.reads for part in units.parts)
+    lines = unit_lines(engine, units, lambda part: part.reads or not (are_read or part.goes_along))
     scores = torch.zeros(len(units.group), dtype=torch.float64)
     for gathered in _sequences(engine, action, text):
         sums = torch.zeros(len(units.group) + 1, dtype=torch.int64, device=engine.device)

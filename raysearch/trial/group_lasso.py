@@ -19,7 +19,7 @@ class GroupLasso:
 
     def __init__(self, engine: Engine, units: Units, strength: float) -> None:
         self.engine, self.strength = engine, strength
-        self.lines = unit_lines(engine, units, reading=False)
+        self.lines = unit_lines(engine, units, lambda part: not part.goes_along)
         sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
         self.sizes = torch.nn.functional.pad(sizes, (0, 1), value=1).to(engine.device)
         self.masters = {shard.master: None for shard in engine.prunable_shards}  # also those without a unit: it is collective

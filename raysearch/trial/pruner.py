@@ -26,6 +26,7 @@ from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.first_order import first_order
 from raysearch.trial.gates import Gates
 from raysearch.trial.group_lasso import GroupLasso
+from raysearch.trial.layer_drop import LayerDrop
 from raysearch.trial.matrices import LayerSparsities, budget_of, masks_by_row, prune_block_by_block, thresholds
 from raysearch.trial.soft_movement import SoftMovement
 from raysearch.trial.units import unit_counts, unit_masks, unit_sums
@@ -47,10 +48,15 @@ class Pruner:
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
         self._before: Masks
-        self._by_itself: DropAndGrow | Gates | SoftMovement | None = None
+        self._by_itself: DropAndGrow | Gates | LayerDrop | SoftMovement | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        self._begin()
+        if self.action.layer_drop:
+            self._by_itself = LayerDrop(self.engine, self.action)
+
+    def _begin(self) -> None:
         self._of_layer = budget_of(self.engine, self.action, self.text)
         self._before = self.engine.masks() if self.units else []
         if self.criterion.statistic is not None:
@@ -95,6 +101,8 @@ class Pruner:
 
     def end(self) -> None:
         """What the round's training brought to exactly 0 is pruned from now on."""
+        if isinstance(self._by_itself, LayerDrop):
+            self._by_itself.end()
         self.engine.settle_masks()
 
     # ---- masks ----

@@ -3,12 +3,13 @@
 A sum is taken line by line in fp32, and over lines and ranks as integers, in which no order of adding shows.
 """
 
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from raysearch.pruning.patterns import Units
+from raysearch.pruning.patterns import Part, Units
 from raysearch.training.engine import Engine, Shard
 
 SCALE = 2.0**40
@@ -46,13 +47,13 @@ class Lines(NamedTuple):
         sums.index_add_(0, self.unit, (of_line * SCALE).round().long())
 
 
-def unit_lines(engine: Engine, units: Units, reading: bool) -> dict[Tensor, list[Lines]]:
-    """By master, of the parts that are scored; of those alone that read the units where `reading`."""
+def unit_lines(engine: Engine, units: Units, is_wanted: Callable[[Part], bool]) -> dict[Tensor, list[Lines]]:
+    """By master, of the parts that are wanted."""
     found: dict[Tensor, list[Lines]] = {}
-    for shard in engine.prunable_shards:
+    for shard in engine.shards:
         for part in units.parts:
             num = shard.values.numel()
-            if part.name != shard.name or part.goes_along or (reading and not part.reads) or not num:
+            if part.name != shard.name or not is_wanted(part) or not num:
                 continue
             row, column = divmod(shard.start, len(part.columns))
             are_rows = not part.columns.any()
@@ -61,3 +62,56 @@ def unit_lines(engine: Engine, units: Units, reading: bool) -> dict[Tensor, list
             unit = torch.where(unit < 0, len(units.group), unit).to(engine.device)
             found.setdefault(shard.master, []).append(Lines(shard, unit, are_rows, column, len(part.columns)))
     return found
+
+
+class Scaled:
+    """Weights w that are multiplied by a factor z of their unit between steps, when masters and module hold w z; inside the
+    step w comes back, with z times the gradient. No graph changes. 4 bytes a weight."""
+
+    def __init__(self, engine: Engine, lines: dict[Tensor, list[Lines]], factors: Tensor, following: Tensor) -> None:
+        """`factors` [U]: z now; `following` [U]: behind the step to come."""
+        self.engine, self.lines, self.factors, self.following = engine, lines, factors, following
+        self.sums = torch.zeros(len(factors) + 1, dtype=torch.int64, device=engine.device)
+        """Of w dL/d(w z) over each unit since `slopes`: of z the gradient."""
+        self.weights = {lines.shard.name: lines.shard.values.clone() for lines in self._all()}
+        self.scale(factors)
+        engine.optimizer.units = self
+
+    def before(self, master: Tensor) -> None:
+        assert master.grad is not None
+        for lines in self.lines.get(master, ()):
+            weights, gradients = self.weights[lines.shard.name], lines.shard.part(master.grad)
+            lines.shard.values.copy_(weights)
+            lines.add_to(self.sums, weights * gradients / self.engine.optimizer.clip_factor)
+            lines.scale_(gradients, _with_rest(self.factors))
+
+    def behind(self, master: Tensor, learning_rate: float) -> None:
+        for lines in self.lines.get(master, ()):
+            self.weights[lines.shard.name].copy_(lines.shard.values)
+            lines.scale_(lines.shard.values, _with_rest(self.following))
+
+    def slopes(self) -> Tensor:
+        """fp64 [U], dL/dz of the steps since the last call. Collective."""
+        slopes = self.engine.all_reduce(self.sums)[:-1].double() / SCALE
+        self.sums.zero_()
+        return slopes
+
+    def bring_back(self) -> None:
+        """Masters hold w, until `scale`; `sync` is the caller's."""
+        for lines in self._all():
+            lines.shard.values.copy_(self.weights[lines.shard.name])
+
+    def scale(self, factors: Tensor) -> None:
+        """From w as masters hold it to w z, in the module too."""
+        for lines in self._all():
+            self.weights[lines.shard.name].copy_(lines.shard.values)
+            lines.scale_(lines.shard.values, _with_rest(factors))
+        self.engine.sync()
+
+    def _all(self) -> Iterator[Lines]:
+        return (lines for of_master in self.lines.values() for lines in of_master)
+
+
+def _with_rest(factors: Tensor) -> Tensor:
+    """And 1 for lines of no unit."""
+    return torch.nn.functional.pad(factors, (0, 1), value=1.0)

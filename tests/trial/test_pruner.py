@@ -207,6 +207,18 @@ def test_soft_movement_keeps_as_many_for_every_stage_and_world_size(measured: di
     assert max(kept) - min(kept) <= 0.002 * 24576
 
 
+def test_layer_drop_and_vectors_alone_are_the_same_for_every_stage_and_world_size(measured: dict) -> None:
+    cases = [case["at_layers"] for by_stage in measured.values() for case in by_stage.values()]
+    for case in cases:
+        assert case["losses"] == pytest.approx(cases[0]["losses"], rel=1e-3)
+        assert case["weights"] == pytest.approx(cases[0]["weights"], abs=5e-4)
+        assert case["num_zeros"] == 0  # all layers are back
+        assert case["changed"] == cases[0]["changed"]
+        assert not any(name.endswith(("attn.weight", "proj.weight", "fc.weight", "te.weight")) for name in case["changed"])
+        assert len(case["changed"]) == 2 * 8 + 2
+    assert len({round(loss, 3) for loss in cases[0]["losses"]}) == len(cases[0]["losses"])
+
+
 def test_gates_and_group_lasso_are_the_same_for_every_stage_and_world_size(measured: dict) -> None:
     """Draws and sums over units are; a near tie is one neuron for another."""
     cases = [case["at_units"] for by_stage in measured.values() for case in by_stage.values()]
@@ -729,6 +741,32 @@ def at_units(engine: Any) -> dict[str, Any]:
     return found
 
 
+def at_layers(engine: Any) -> dict[str, Any]:
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    def mine(tokens: Tensor) -> Tensor:
+        return tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+
+    engine.load_base()
+    engine.restart(0.0)
+    pruner, losses = Pruner(engine, Action(sparsity=0.0, layer_drop=0.5, finetune_tokens=128, seed=7), STEPS), []
+    pruner.begin()
+    for step, tokens in enumerate(batches(), start=1):
+        losses.append(engine.mean(engine.train_step(mine(tokens), RATE)))
+        pruner.after_step(step)
+    pruner.end()
+    names = [f"transformer.h.{layer}.{part}.c_proj.weight" for layer in range(2) for part in ("attn", "mlp")]
+    whole = torch.cat([engine.gather(name).flatten() for name in names])
+    engine.load_base()
+    engine.restart(0.0, trainable="vectors")
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    engine.train_step(mine(next(batches())), RATE)
+    changed = [name for name, weights in before.items() if not torch.equal(engine.gather(name), weights)]
+    engine.restart(0.0)
+    return {"losses": losses, "weights": whole[::500].tolist(), "num_zeros": int((whole == 0).sum()), "changed": changed}
+
+
 def come_back(engine: Any) -> dict[str, bool]:
     """A weight that is pruned while masks move leaves its value behind, and takes it up again without moments."""
     engine.load_base()
@@ -793,7 +831,8 @@ def main(model: str) -> dict[str, Any]:
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
                            **{each: gradual_round(engine, each) for each in IN_THE_ROUND},
                            "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")},
-                           "taylor": taylor_masks(engine), "soft": soft_round(engine), "at_units": at_units(engine)}
+                           "taylor": taylor_masks(engine), "soft": soft_round(engine), "at_units": at_units(engine),
+                           "at_layers": at_layers(engine)}
     return measured
 
 
