@@ -60,8 +60,9 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
         raise ValueError(f"layer_drop leaves layers out whose masks stay, so it needs a criterion that prunes at once and no "
                          f"group_lambda, got criterion {criterion} and group_lambda {method.group_lambda:g}")
     if method.trainable == "vectors" and (changes_masks(method) or method.group_lambda or method.l1_lambda):
-        raise ValueError(f"trainable vectors leaves matrices as they are, so it needs a criterion that prunes at once, "
-                         f"l1_lambda 0 and group_lambda 0, got criterion {criterion}, {method.l1_lambda:g} and {method.group_lambda:g}")
+        raise ValueError(f"trainable vectors leaves matrices as they are, so it needs a criterion that prunes at once, and "
+                         f"l1_lambda and group_lambda 0, got criterion {criterion}, {method.l1_lambda:g} and "
+                         f"{method.group_lambda:g}")
     if method.uniform and (pattern not in ("head", "neuron") or scope != "layer"):
         raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
                          f"layer, got {pattern} and {scope}")
