@@ -4,14 +4,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
-from analysis.uncertainty import NUM_DRAWS, front_share, hypervolume_interval, resample, whole_items
+from analysis.uncertainty import NUM_DRAWS, front_share, frontier_band, hypervolume_interval, paired, resample, whole_items
 from raysearch import config
 from raysearch.config import higher_is_better, is_maximised
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
 from raysearch.study.ledger import Split
 
-SIZES = ("num_nonzero", "stored_bytes")
-"""That figures show."""
 FAR = 5.0
 """Standard errors, of each of two candidates, behind which no resample brings the one before the other."""
 
@@ -105,6 +103,32 @@ def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
     share = front_share(drawn, [is_maximised(str(name)) for name in near])
     return pd.Series(share, index=near.index).where(known).reindex(scored.union(near.index)).fillna(
         pd.Series(0.0, index=scored.difference(near.index)))
+
+
+def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame]:
+    """By size: columns size, low and high, sorted by size: between these, all at once at 95 %, is the true best of candidates
+    that are no larger, if dense is worth what it scored (uncertainty.frontier_band of paired differences, better known than
+    values). Of dense and of what is not far behind the frontier by some size; {} where items are not known."""
+    pool, objective = candidates(frame), setting(frame, "objective")
+    near = pd.Series(False, index=pool.index)
+    for size in config.SIZES:
+        values = _objectives(frame, pool, split, size).dropna()
+        near[values.index] |= _within_reach(pool.loc[values.index], values, split)
+    rows = pool[near | (pool["status"] == "dense")].set_index("key")
+    recorded = rows[[f"{split}/{objective}"]].dropna().set_axis([objective], axis=1)
+    items = whole_items(setting(frame, "directory"), recorded, split)[objective]
+    roots = [i for i, key in enumerate(items) if rows.loc[key, "status"] == "dense"]
+    try:
+        draws = resample(objective, list(items.values()) if roots else [])
+    except ValueError:  # no items, or those of few documents: no error is known
+        return {}
+    differences = np.column_stack([paired(draws, i, roots[0])[1] for i in range(len(items))])
+    draws = draws._replace(drawn=draws.value[roots[0]] + differences)
+    bounds, sign = {}, 1 if higher_is_better(objective) else -1
+    for size in config.SIZES:
+        ends = np.column_stack(frontier_band(sizes := rows.loc[list(items), size].astype(float), draws)) * sign
+        bounds[size] = pd.DataFrame({size: sizes, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
+    return bounds
 
 
 def _resampled(frame: pd.DataFrame, split: Split) -> tuple[pd.DataFrame, Floats, Bools]:

@@ -70,11 +70,11 @@ def quality_at_equal_size(size: npt.ArrayLike, quality: npt.ArrayLike) -> Floats
 
 def explained_share(values: Floats, levels: Ints) -> float:
     """Adjusted eta squared, 1 - (SS_within / (n - k)) / (SS_total / (n - 1)), cut off at 0; k = number of levels."""
-    n, k = len(values), len(np.unique(levels))
+    counts = np.bincount(levels)
+    n, k = len(values), np.count_nonzero(counts)
     total = float(np.sum((values - values.mean()) ** 2))
     if n <= k or total == 0:
         return 0.0
-    counts = np.bincount(levels)
     means = np.bincount(levels, weights=values) / np.maximum(counts, 1)
     within = float(np.sum((values - means[levels]) ** 2))
     return max(0.0, 1 - (within / (n - k)) / (total / (n - 1)))

@@ -22,7 +22,7 @@ _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "s
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
            "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS)
-COLUMNS = ("trial", "round", "key", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
+COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
            "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, *HYPERPARAMETERS, "action_sparsity",
            "action_threshold", "finetune_tokens", "trained_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds",
            "trial_seconds")
@@ -37,6 +37,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
 
     * `status` and `reason` are those of the trial; a finished round of a failed trial is a valid candidate.
     * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
+    * `forked_from` says of a fork which candidate it goes on from ("trial 3 round 2"); its rounds are counted from the dense
+      baseline on, and those before it are rows of the trials that made them.
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
@@ -56,8 +58,10 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     rows: list[dict[str, Cell]] = []
     if record.root_key in rounds:
         rows.append({"round": 0, "status": "dense", "trained_tokens": 0, **_round_cells(rounds[record.root_key], reports)})
+    makers: dict[str, str] = {}
     for trial in trials:
-        rows.extend(_trial_rows(trial, rounds, reports))
+        makers |= {key: f"{trial.name} round {number}" for number, key in enumerate(trial.keys, start=1) if key not in makers}
+        rows.extend(_trial_rows(trial, rounds, reports, makers))
     search = record.study.search
     columns = {f"{split}/{name}{end}" for name in search.objectives if name not in SIZES for split in SPLITS
                for end in ("", "_stderr")}
@@ -83,15 +87,18 @@ def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
     return [name.partition("/")[2] for name in columns if frame[name].notna().any()]
 
 
-def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports) -> list[dict[str, Cell]]:
+def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports, makers: dict[str, str]
+                ) -> list[dict[str, Cell]]:
     common: dict[str, Cell] = {"trial": None if trial.is_control else trial.number,
                                "status": "control" if trial.is_control else trial.status, "reason": trial.reason,
                                "trial_seconds": trial.seconds, **(trial.config.model_dump() if trial.config else {})}
+    if trial.forked_at is not None and len(trial.keys) >= trial.forked_at:
+        common["forked_from"] = makers[trial.keys[trial.forked_at - 1]] if trial.forked_at else "the dense model"
     rows: list[dict[str, Cell]] = []
     trained_tokens = 0
     for number, (key, action) in enumerate(zip(trial.keys, trial.actions), start=1):
         trained_tokens += action.finetune_tokens
-        if key in rounds:
+        if key in rounds and number > (trial.forked_at or 0):
             rows.append({**common, "round": number, "trained_tokens": trained_tokens, **_round_cells(rounds[key], reports)})
     return rows or [common]
 

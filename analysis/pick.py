@@ -16,7 +16,7 @@ import pandas as pd
 from pydantic import Field
 
 from analysis.candidates import control, dense, pruned, quality, setting
-from analysis.compare import POWER
+from analysis.compare import POWER, find
 from analysis.constraints import (
     COLUMN_OF,
     Check,
@@ -90,16 +90,25 @@ class Pick(Candidate):
     """With a confidence: the first that was not certain, smaller than the pick."""
 
 
-def pick(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> Pick:
-    """The smallest candidate of a loaded frame that satisfies all constraints on the report split.
+def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str | None = None) -> Pick:
+    """The smallest candidate of a loaded frame that satisfies all constraints on the report split. Or the one that is named, as
+    compare.find does, without a constraint: one that was chosen by its numbers keeps a limit with no known confidence.
 
     ValueError: no constraint; an unknown metric; nothing scored on the report split; no candidate satisfies all,
     with the number that satisfies each and the nearest miss."""
-    if not constraints:
+    if candidate is not None and constraints:
+        raise ValueError(f"--candidate {candidate} and {constraints[0]} contradict each other: give one, or the other")
+    if not constraints and candidate is None:
         raise ValueError("pick needs at least one constraint, got none; without one the smallest candidate is simply "
                          "the worst model (try --max-drop METRIC=1.0)")
     objective = setting(frame, "objective")
     baseline, pool = _scored(frame)
+    if candidate is not None:
+        named = find(frame, candidate)
+        pool = pool[pool["key"] == named["key"]]
+        if pool.empty:
+            raise ValueError(f"--candidate {candidate} must be a pruned one that was scored on the report split; those of "
+                             "`raysearch results DIR --frontier` are")
     scored = set(_measured(baseline))
     known = [name for name in metric_names(pool, "report") if name in scored]
     for constraint in constraints:
@@ -167,7 +176,7 @@ def describe_pick(result: Pick) -> str:
     """The pick for a terminal, without a final newline: what it is, its metrics beside those of the dense baseline and the
     dense control, every constraint with its margin, what it loses against the control, and the runners-up."""
     text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
-            f"pruned {describe_config(pd.Series(result.config, dtype=object))}\n")
+            f"pruned {describe_config(result.config)}\n")
     others = {"dense": result.dense_metrics} | ({"control": result.control_metrics} if result.control_metrics else {})
     rows = [[name, with_stderr(*_pair(measured)), *(with_stderr(*_pair(of_other.get(name))) for of_other in others.values())]
             for name, measured in result.metrics.items()]

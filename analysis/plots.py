@@ -6,87 +6,99 @@ Every figure says above its axes on which model and hardware, and when, its numb
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from textwrap import shorten, wrap
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from analysis.candidates import SIZES, candidates, control_rows, frontier, frontier_split, quality, quality_stderr, setting
-from analysis.tables import describe_config, with_stderr
+from analysis.candidates import candidates, control_rows, frontier, frontier_bounds, frontier_split, quality, setting
+from analysis.reproduce import trial_options
+from analysis.tables import describe_config
 from raysearch.config import higher_is_better
-from raysearch.units import human_bytes
+from raysearch.study.ledger import Split
 
 INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706"
-SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes"}
-SPLIT_LABELS = {"report": "report split", "selection": "selection split (what the search saw)"}
-STATUS_SYMBOLS = {"done": "circle", "stopped": "square", "failed": "x", "running": "triangle-right"}
-BUTTON_ROW_PX, LEFT_PX = 36, 84
+SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes"}
+END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
+LEFT_PX = 84
 Button = tuple[str, dict[str, object], dict[str, object]]
 """Label, what it changes in the traces, what it changes in the layout."""
+Look = dict[str, object]
+Floats32 = npt.NDArray[np.float32]
 
 
-def frontier_figure(frame: pd.DataFrame) -> go.Figure:
-    """Size against the objective on one split at a time, with buttons for the size and, where both were scored, the split.
+def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapping[int, str] | None = None) -> go.Figure:
+    """Size against the objective on one split (None: `frontier_split`), with a button for each size.
 
-    It opens on the report split once a candidate is scored there; the selection split holds all candidates. Each has its
-    own frontier (a staircase, error bars of one standard error), its own dense baseline and dense control (dotted lines, each
-    with a band of one standard error) and its own range of y; all other candidates are grey. The splits never share a picture:
-    they hold different items, and one may be easier by more than the candidates differ."""
-    splits = ["report", "selection"] if frontier_split(frame) == "report" else ["selection"]
-    sizes = sorted(SIZES, key=lambda size: size != setting(frame, "size"))
-    drawn = {(split, size): _frontier_traces(frame, split, size) for split in splits for size in sizes}
-    views = {split: _view(frame, split) for split in splits}
-    figure = go.Figure([go.Scatter(trace, visible=split == splits[0], meta=split)
-                        for split in splits for trace in drawn[split, sizes[0]]])
-    figure.update_layout(views[splits[0]])
+    Blue is the frontier, a staircase, in its simultaneous 95 % band, which the selection split loses once there is a report
+    split, for it says nothing of values that were chosen by. Grey are all candidates that were scored; dense baseline and dense
+    control are diamonds on dotted lines. The splits never share a picture: they hold different items, and one may be easier by
+    more than the candidates differ. `customdata` of a point begins with trial and round; `texts`: of trial_texts."""
+    split, column = split or frontier_split(frame), setting(frame, "objective")
+    sizes = sorted(SIZE_NAMES, key=lambda size: size != setting(frame, "size"))
+    pool, trained = candidates(frame), control_rows(frame)
+    pool, trained = pool[quality(pool, split).notna()], trained[quality(trained, split).notna()]
+    made, baseline = pool[pool["status"] != "dense"], pool[pool["status"] == "dense"]
+    bounds = frontier_bounds(frame, split) if split == frontier_split(frame) else {}
+    texts = trial_texts(frame) if texts is None else texts
+    dots = {"mode": "markers", "marker": {"color": PALE, "size": 8 if len(made) <= 150 else 5}}
+    staircase = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2, "shape": "hv"},
+                 "marker": {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1.2}}}
+    fixed: list[tuple[pd.DataFrame, Look]] = [
+        (made, {"name": "candidates", **dots}), (baseline, {"name": "dense baseline", **_diamond(INK)}),
+        (trained, {"name": "dense control, trained as long", **_diamond(AMBER)})]
+    figure = go.Figure([_trace(rows, split, column, sizes[0], texts, look) for rows, look in fixed])
+    for size in sizes:
+        look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == sizes[0], **staircase}
+        figure.add_traces([*_band(bounds.get(size), size, size == sizes[0]),
+                           _trace(frontier(frame, split, size), split, column, size, texts, look)])
+    direction = "higher" if higher_is_better(column) else "lower"
+    figure.update_layout({"shapes": [*_lines(baseline[f"{split}/{column}"], INK), *_lines(trained[f"{split}/{column}"], AMBER)],
+                          "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
+                          **_limited_y(frame, split)})
     _style(figure, frame)
     figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat="~s")
-    # the size buttons change the points of both splits and the split buttons what is visible, so any two combine
-    of_size: list[Button] = [
-        (SIZE_NAMES[size], _points([trace for split in splits for trace in drawn[split, size]]),
-         {"xaxis.title.text": _size_title(size)}) for size in sizes]
-    of_split: list[Button] = [(SPLIT_LABELS[split], {"visible": [trace.meta == split for trace in figure.data]}, views[split])
-                              for split in splits]
-    _add_buttons(figure, [of_split, of_size] if len(splits) > 1 else [of_size])
+    own = [trace.x for trace in figure.data[len(fixed):]]
+    _add_buttons(figure, [
+        (SIZE_NAMES[size], {"x": [*(_numbers(rows[size]) for rows, _ in fixed), *own],
+                            "visible": [trace.meta in (None, size) for trace in figure.data]},
+         {"xaxis.title.text": _size_title(size), "xaxis.autorange": True}) for size in sizes])
     return figure
 
 
-def trajectory_figure(frame: pd.DataFrame) -> go.Figure:
-    """The objective on the selection split along the rounds of every trial, from the dense baseline on; one colour
-    per trial, and at its last finished round a marker for its status. Buttons: against sparsity, or rounds."""
-    objective = setting(frame, "objective")
+def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = None) -> go.Figure:
+    """The objective on the selection split along the rounds of every trial, from the dense baseline on: in colour (dark: early,
+    light: late) trials with a candidate on the frontier, in grey the others; a marker says how one ended that is not done.
+    Buttons: against sparsity, or rounds."""
+    column, texts = setting(frame, "objective"), trial_texts(frame) if texts is None else texts
     rows = frame[quality(frame, "selection").notna() & (frame["status"] != "control")].sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
-    start = [(0.0, float(value)) for value in baseline[f"selection/{objective}"]]  # of every path; empty without one
-    numbers = sorted({int(trial) for trial in rows["trial"]})
+    on_front = rows["trial"].isin(rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"])
+    numbers = sorted({int(trial) for trial in rows.loc[on_front, "trial"]})
     # the last 8 % of Viridis is a yellow that white paper swallows
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
-    figure = go.Figure()
-    paths: dict[str, list[list[float]]] = {"sparsity": [], "round": []}
-    for number, shade in zip(numbers, shades):
-        path = rows[rows["trial"] == number]
-        for axis, of_trials in paths.items():
-            of_trials.append([x for x, _ in start] + path[axis].astype(float).tolist())
-        status = str(path["status"].iloc[-1])
-        hover = [f"trial {number}: dense baseline" for _ in start]
-        hover += [_hover(row, f"selection/{objective}", f"trial {number}, round {row['round']} ({status})")
-                  for _, row in path.iterrows()]
-        figure.add_trace(go.Scatter(
-            x=paths["sparsity"][-1], y=[y for _, y in start] + path[f"selection/{objective}"].tolist(),
-            mode="lines+markers", line={"color": shade, "width": 1.6}, hovertext=hover, hoverinfo="text",
-            showlegend=False, marker={"color": shade, "opacity": 1, "size": [5] * (len(hover) - 1) + [10],
-                                      "symbol": ["circle"] * (len(hover) - 1) + [STATUS_SYMBOLS[status]]}))
-    present = [status for status in STATUS_SYMBOLS if (rows["status"] == status).any()]
-    for status in present:
-        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", name=f"ended {status}".replace(
-            "ended running", "still running"), marker={"symbol": STATUS_SYMBOLS[status], "size": 10, "color": MUTED}))
+    ends = rows.groupby("trial").tail(1)
+    paths = _paths(rows, baseline, column)
+    groups: list[tuple[pd.DataFrame, Look]] = [(paths[~paths["trial"].isin(numbers)], {
+        "name": "not on the frontier", "mode": "lines", "line": {"color": PALE, "width": 1}, "opacity": 0.5,
+        "hoverinfo": "skip"})]
+    groups += [(paths[paths["trial"] == number], {
+        "name": f"trial {number}", "mode": "lines+markers", "line": {"color": shade, "width": 2}, "marker": {"size": 5},
+        "showlegend": False}) for number, shade in zip(numbers, shades)]
+    groups += [(ends[ends["status"] == status], {
+        "name": f"ended {status}".replace("ended running", "still running"), "mode": "markers",
+        "marker": {"symbol": symbol, "size": 8, "color": INK, "opacity": 0.6}})
+        for status, symbol in END_SYMBOLS.items() if (ends["status"] == status).any()]
+    figure = go.Figure([_trace(path, "selection", column, "sparsity", texts, look) for path, look in groups])
     figure.update_layout(_limited_y(frame, "selection"))
     _style(figure, frame)
     figure.update_xaxes(title_text="sparsity")
-    figure.update_yaxes(title_text=f"{html.escape(objective)}, selection split")
-    legend_only: list[list[float | None]] = [[None] for _ in present]
-    _add_buttons(figure, [[(axis, {"x": [*paths[axis], *legend_only]}, {"xaxis.title.text": axis}) for axis in paths]])
+    figure.update_yaxes(title_text=f"{html.escape(column)}, selection split")
+    _add_buttons(figure, [(axis, {"x": [_numbers(path[axis]) for path, _ in groups]}, {"xaxis.title.text": axis})
+                          for axis in ("sparsity", "round")])
     return figure
 
 
@@ -117,87 +129,64 @@ def made_with(frame: pd.DataFrame) -> str:
     return f"{model} · {setting(frame, 'device')} · {setting(frame, 'created_at')[:10]}"
 
 
-def _frontier_traces(frame: pd.DataFrame, split: str, size: str) -> list[go.Scatter]:
-    """Candidates beside the frontier, frontier, dense baseline, dense control: always these four, so that the traces of one
-    size can take the place of another's. Only what was scored on `split`; plotly leaves an empty one out of the legend."""
-    pool = candidates(frame)
-    pool = pool[quality(pool, split).notna()]
-    front = frontier(frame, split, size)
-    is_dense = pool["status"] == "dense"
-    beaten = pool[~is_dense & ~pool["key"].isin(front["key"])]
-    staircase = {"mode": "lines+markers", "line": {"color": BLUE, "width": 2, "shape": "hv"},
-                 "marker": {"color": BLUE, "size": 9, "line": {"color": "white", "width": 1.2}}}
-    dots = {"mode": "markers", "marker": {"color": PALE, "size": 8 if len(beaten) <= 150 else 5}}
-    trained = control_rows(frame)
-    trained = trained[quality(trained, split).notna()]
-    return [_trace(beaten, split, size, "not on the frontier", PALE, dots),
-            _trace(front, split, size, f"frontier ({split} split, ± 1 standard error)", BLUE, staircase),
-            _trace(pool[is_dense], split, size, "dense baseline", INK, _diamond(INK)),
-            _trace(trained, split, size, "dense control, trained as long", AMBER, _diamond(AMBER))]
+def trial_texts(frame: pd.DataFrame) -> dict[int, str]:
+    """Of each trial, what a hover box says of it, escaped, for plotly reads a little HTML there: the options with which
+    `raysearch prune` runs it again, in lines, and in italics how it ended where it is not done."""
+    texts = {}
+    for row in frame[frame["trial"].notna()].drop_duplicates("trial").to_dict("records"):
+        asked = wrap(trial_options(row) or describe_config(row), 60, break_long_words=False, break_on_hyphens=False)
+        reason = "" if pd.isna(row["reason"]) else f": {shorten(str(row['reason']), 90, placeholder=' …')}"
+        ended = "" if row["status"] == "done" else f"<br><i>{html.escape(row['status'] + reason)}</i>"
+        texts[int(row["trial"])] = "<br>".join(map(html.escape, asked)) + ended
+    return texts
 
 
-def _diamond(colour: str) -> dict[str, object]:
+def _trace(rows: pd.DataFrame, split: str, column: str, x: str, texts: Mapping[int, str], look: Look) -> go.Scatter:
+    """Of the metric `column` against the column `x`. Plotly puts the hover box together, so that a page of thousands of
+    candidates holds each number once."""
+    xy = {"x": _numbers(rows[x]), "y": _numbers(rows[f"{split}/{column}"])}
+    if "hoverinfo" in look:
+        return go.Scatter(**xy, **look)
+    ours = rows["trial"].notna().any()
+    numbers = rows[["trial", "round", "sparsity"]].astype("float32").fillna(0).to_numpy(dtype=np.float32)
+    title = "trial %{customdata[0]}, round %{customdata[1]}" if ours else str(look["name"])
+    return go.Scatter(
+        **xy, customdata=numbers, text=[texts.get(int(trial)) for trial in numbers[:, 0]] if ours else None,
+        hovertemplate=f"<b>{title}</b>: sparsity %{{customdata[2]:.3f}}<br>{html.escape(column)} %{{y:.5~g}} on the {split} "
+                      f"split{'<br>%{text}' if ours else ''}<extra></extra>", **look)
+
+
+def _numbers(column: pd.Series) -> Floats32:
+    """In single precision: a page holds them in half the bytes."""
+    return column.to_numpy(dtype=np.float32, na_value=np.nan)
+
+
+def _paths(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -> pd.DataFrame:
+    """What `_trace` needs of the rounds of each trial, behind the dense baseline and a gap that parts it from another trial."""
+    needed = ["round", "sparsity", f"selection/{column}"]
+    starts = rows.drop_duplicates("trial")[["trial"]]
+    begun = starts.merge(baseline[needed], how="cross").assign(round=-1)
+    path = pd.concat([starts.assign(round=-2), begun, rows[["trial", *needed]]]).sort_values(["trial", "round"])
+    return path.assign(round=path["round"].clip(lower=0))
+
+
+def _band(bounds: pd.DataFrame | None, size: str, visible: bool) -> list[go.Scatter]:
+    """Two traces, none without bounds: the lower end, and the upper one filled down to it."""
+    if bounds is None:
+        return []
+    look = {"mode": "lines", "line": {"width": 0, "shape": "hv"}, "hoverinfo": "skip", "meta": size, "visible": visible}
+    return [go.Scatter(x=_numbers(bounds[size]), y=_numbers(bounds["low"]), showlegend=False, **look),
+            go.Scatter(x=_numbers(bounds[size]), y=_numbers(bounds["high"]), fill="tonexty", fillcolor="rgba(37,99,235,.15)",
+                       name="95 % band of the frontier", **look)]
+
+
+def _lines(values: pd.Series, colour: str) -> list[dict[str, object]]:
+    return [{"type": "line", "y0": value, "y1": value, "line": {"color": colour, "width": 1.2, "dash": "dot"}, "xref": "paper",
+             "x0": 0, "x1": 1, "layer": "below"} for value in values]
+
+
+def _diamond(colour: str) -> Look:
     return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": "diamond"}}
-
-
-def _trace(rows: pd.DataFrame, split: str, size: str, name: str, colour: str, look: Mapping[str, object]) -> go.Scatter:
-    objective = setting(rows, "objective")
-    hover = [_hover(row, f"{split}/{objective}", _title(row)) for _, row in rows.iterrows()]
-    return go.Scatter(  # abs: the quality of a metric where lower is better is its negative
-        x=rows[size].astype(float).tolist(), y=quality(rows, split).abs().tolist(), name=name, hovertext=hover,
-        hoverinfo="text", error_y={"array": quality_stderr(rows, split).fillna(0).tolist(), "color": colour,
-                                   "thickness": 1.2 if colour == BLUE else 0.6, "width": 3 if colour == BLUE else 0},
-        **look)
-
-
-def _title(row: pd.Series) -> str:
-    if row["status"] == "dense":
-        return "dense baseline"
-    if row["status"] == "control":
-        return f"dense control, round {row['round']}"
-    return f"trial {row['trial']}, round {row['round']} ({row['status']})"
-
-
-def _hover(row: pd.Series, column: str, title: str) -> str:
-    """Lines of a hover box, escaped: plotly reads a little HTML in them. `column`: of the split in the picture."""
-    split, _, objective = column.partition("/")
-    lines = [f"<b>{html.escape(title)}</b>", html.escape(describe_config(row)),
-             f"sparsity {row['sparsity']:.3f}, of the whole model {row['model_sparsity']:.3f}",
-             f"{row['num_nonzero']:,} non-zero, {human_bytes(row['stored_bytes'])} stored"]
-    value = with_stderr(float(row[column]), float(row[f"{column}_stderr"]))
-    lines.append(f"{html.escape(objective)} {value} on the {split} split")
-    if pd.notna(row["reason"]):
-        reason = str(row["reason"])
-        lines.append(f"<i>{html.escape(reason if len(reason) <= 90 else reason[:89] + '…')}</i>")
-    return "<br>".join(lines)
-
-
-def _points(traces: Sequence[go.Scatter]) -> dict[str, object]:
-    """What a button must change to show these points in the place of the others: one entry per trace."""
-    return {"x": [trace.x for trace in traces], "y": [trace.y for trace in traces],
-            "hovertext": [trace.hovertext for trace in traces], "error_y.array": [trace.error_y.array for trace in traces]}
-
-
-def _view(frame: pd.DataFrame, split: str) -> dict[str, object]:
-    """The part of the layout that belongs to one split."""
-    objective = setting(frame, "objective")
-    direction = "higher" if higher_is_better(objective) else "lower"
-    return {"yaxis.title.text": f"{html.escape(objective)}<br>{split} split ({direction} is better)",
-            "shapes": [*_bands(frame[frame["status"] == "dense"], split, INK), *_bands(control_rows(frame), split, AMBER)],
-             **_limited_y(frame, split)}
-
-
-def _bands(rows: pd.DataFrame, split: str, colour: str) -> list[dict[str, object]]:
-    """The value of each row on `split` as a dotted line, one standard error around it as a band."""
-    shapes: list[dict[str, object]] = []
-    for value, stderr in zip(quality(rows, split).abs(), quality_stderr(rows, split).fillna(0)):
-        if not np.isnan(value):
-            across = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below"}
-            shapes.append({"type": "rect", "y0": value - stderr, "y1": value + stderr, "fillcolor": colour, "opacity": 0.07,
-                           "line": {"width": 0}, **across})
-            shapes.append({"type": "line", "y0": value, "y1": value, "line": {"color": colour, "width": 1.2, "dash": "dot"},
-                           **across})
-    return shapes
 
 
 def _size_title(size: str) -> str:
@@ -210,7 +199,7 @@ def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
     counts the candidates outside."""
     pool = candidates(frame)
     values = quality(pool, split).abs()
-    on_frontier = {key for size in SIZES for key in frontier(frame, split, size)["key"]}
+    on_frontier = {key for size in SIZE_NAMES for key in frontier(frame, split, size)["key"]}
     matter = values[pool["key"].isin(on_frontier) | (pool["status"] == "dense")].dropna()
     matter = pd.concat([matter, quality(control_rows(frame), split).abs().dropna()])
     if matter.empty or values.max() - values.min() <= 3 * (matter.max() - matter.min()):
@@ -224,16 +213,12 @@ def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
     return {"yaxis.autorange": False, "yaxis.range": [low, high], "annotations": [note] if num_outside else []}
 
 
-def _add_buttons(figure: go.Figure, rows: Sequence[Sequence[Button]]) -> None:
-    """Rows of buttons above the axes, the first at the top; the first button of each is what the figure opens with."""
-    look = {"type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
-            "bgcolor": "white", "bordercolor": GRID, "font": {"size": 12}, "showactive": True}
-    height = BUTTON_ROW_PX * len(rows)
-    # they begin left of the y axis, at the figure's edge, so that two fit on a telephone
-    figure.update_layout(margin_t=40 + height, height=figure.layout.height + height - BUTTON_ROW_PX, updatemenus=[
-        {**look, "pad": {"l": -LEFT_PX, "b": 6 + BUTTON_ROW_PX * (len(rows) - 1 - index)},
-         "buttons": [{"label": label, "method": "update", "args": [traces, layout]} for label, traces, layout in row]}
-        for index, row in enumerate(rows)])
+def _add_buttons(figure: go.Figure, buttons: Sequence[Button]) -> None:
+    """Above the axes; the first one is what the figure opens with. The page draws them outside, where they wrap."""
+    figure.update_layout(updatemenus=[{
+        "type": "buttons", "direction": "right", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
+        "pad": {"l": -LEFT_PX, "b": 6}, "bgcolor": "white", "bordercolor": GRID, "font": {"size": 12}, "showactive": True,
+        "buttons": [{"label": label, "method": "update", "args": [traces, layout]} for label, traces, layout in buttons]}])
 
 
 def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
@@ -248,6 +233,6 @@ def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
                "yref": "container", "yanchor": "top", "pad": {"t": 8}, "font": {"size": 11, "color": MUTED}},
         margin={"l": LEFT_PX, "r": 16, "t": 76, "b": 90}, xaxis=axis, yaxis=axis,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12}})
-    if not any(len(trace.x) for trace in figure.data):
+    if not any(pd.notna(trace.y).any() for trace in figure.data if len(trace.y)):
         figure.add_annotation(text="no candidate scored yet", x=0.5, y=0.5, xref="paper", yref="paper", showarrow=False,
                               font={"size": 18, "color": MUTED})

@@ -1,7 +1,8 @@
 """Candidates as text: a short table for a terminal, every column for programs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +11,8 @@ from analysis.candidates import control, front_probability, frontier, frontier_s
 from raysearch.config import TrialConfig
 from raysearch.units import human_bytes, human_count
 
+Row = pd.Series | Mapping[Any, Any]
+"""Of a loaded frame."""
 MAX_WIDTH = 140
 """Characters in a line of the terminal table."""
 
@@ -56,7 +59,7 @@ def metric_pair(row: pd.Series, metric: str, split: str) -> tuple[float, float]:
     return float(row[f"{split}/{metric}"]), float(row[f"{split}/{metric}_stderr"])
 
 
-def describe_config(row: pd.Series) -> str:
+def describe_config(row: Row) -> str:
     """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
     if pd.isna(row["schedule"]):
         return {"dense": "dense baseline", "control": "dense control"}.get(str(row.get("status")), _given_actions(row))
@@ -85,11 +88,12 @@ def describe_config(row: pd.Series) -> str:
     return ", ".join(parts)
 
 
-def _given_actions(row: pd.Series) -> str:
+def _given_actions(row: Row) -> str:
     """Of a trial without a configuration: what its round did."""
     sparsity, threshold, tokens = (row.get(name) for name in ("action_sparsity", "action_threshold", "finetune_tokens"))
     cut = f", to {sparsity:.3g}" if pd.notna(sparsity) else f", threshold {threshold:.3g}" if pd.notna(threshold) else ""
-    return "given as actions" + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
+    origin = "given as actions" if pd.isna(row.get("forked_from")) else f"from {row['forked_from']}"
+    return origin + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
 
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:

@@ -4,6 +4,7 @@ Legend: k candidates, n items that were cut from g clusters (documents; most ite
 r = sum(numerator) / sum(weight) of a candidate, from which its metric is computed (study.items.Form).
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ import pandas as pd
 
 from raysearch.config import higher_is_better
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, non_dominated, pareto_front
-from raysearch.study.items import Items, form_of
+from raysearch.study.items import Items, form_of, read_items
 from raysearch.study.ledger import Ledger, Split
+from raysearch.study.storage import AnyPath
 
 NUM_DRAWS = 1000
 """The 5th percentile is then known to 0.7 percentage points."""
@@ -88,8 +90,9 @@ def whole_items(directory: str, recorded: pd.DataFrame, split: Split) -> dict[st
     found: dict[str, dict[str, Items]] = {str(metric): {} for metric in recorded}
     for key, values in recorded.iterrows():
         try:
-            items = ledger.items(str(key), split) or {}
-        except ValueError:  # damaged: a command warns of it, and the rest is shown
+            path = ledger.items_path(str(key), split)
+            items = _read(path, path.stat().st_mtime)
+        except (ValueError, FileNotFoundError):  # damaged: a command warns of it, and the rest is shown
             continue
         for metric, value in values.items():
             if (of_metric := items.get(str(metric))) is not None:
@@ -97,6 +100,12 @@ def whole_items(directory: str, recorded: pd.DataFrame, split: Split) -> dict[st
                 if np.isclose(form_of(str(metric)).value(ratio), value, MISMATCH, 0):
                     found[str(metric)][str(key)] = of_metric
     return found
+
+
+@functools.lru_cache(maxsize=256)
+def _read(path: AnyPath, changed: float) -> dict[str, Items]:
+    """A page asks for the same ones several times."""
+    return read_items(path)
 
 
 def paired(draws: Draws, one: int, other: int) -> tuple[float, Floats]:

@@ -114,7 +114,7 @@ def main() -> None:
     moment("engine")
     candidate = dense_round(worker)
     moment("dense")
-    config = TrialConfig(schedule="linear", target_sparsity=0.5, num_rounds=2, finetune_epochs=1.0, learning_rate=1e-5)
+    config = TrialConfig(schedule="linear", target_sparsity=0.5, num_rounds=2, finetune_epochs=1.0, learning_rate=1e-7)
     for action in resolve_actions(config, study, inputs.num_train_tokens):
         candidate = run_round(worker, candidate, action)
         moment(f"round to {action.sparsity}")
@@ -123,7 +123,7 @@ def main() -> None:
     load_candidate(worker, candidate)
     moment("candidate loaded")
     if rank == 0:
-        size, micro_batch = model_size(study.model.path), worker.micro_batch(distils=False)
+        size, micro_batch = model_size(study.model.path), worker.micro_batch()
         planned = rank_bytes(size, num_ranks=num_ranks, zero_stage=3, dtype="bfloat16", micro_batch=micro_batch)
         print(json.dumps({
             "benchmark": "large_model", "shape": options.shape, "num_parameters": size.num_parameters, "num_ranks": num_ranks,

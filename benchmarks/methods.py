@@ -138,7 +138,9 @@ def run(options: argparse.Namespace, all_groups: dict[str, Callable[[], Iterator
                               provenance=provenance(device_name("cpu"))))
     worker = Worker(study, ledger, inputs)
     part, num_parts = map(int, options.part.split("/"))
-    cases = [("dense", {}, 0), *(case for group in options.groups.split(",") for case in all_groups[group]())]
+    seeds = set(map(int, options.seeds.split(",")))
+    cases = [("dense", {}, 0),
+             *(case for group in options.groups.split(",") for case in all_groups[group]() if case[2] in seeds)]
     for number, (name, config_fields, seed) in enumerate(cases):
         if (number and number % num_parts != part) or time.perf_counter() - started > options.limit_s:
             continue
@@ -222,6 +224,7 @@ def add_arguments(run_parser: argparse.ArgumentParser, groups: Iterable[str], li
     run_parser.add_argument("--root", type=Path, default=Path("../shared"))
     run_parser.add_argument("--part", default="0/1")
     run_parser.add_argument("--groups", default=",".join(groups))
+    run_parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
     run_parser.add_argument("--limit-s", type=float, default=limit_s)
     run_parser.add_argument("--cpu", action="store_true")
 

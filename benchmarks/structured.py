@@ -14,6 +14,7 @@ trained ones, and makes no folder. Each line of OUT.jsonl is one model beside it
 
 import argparse
 import copy
+import functools
 import gc
 import json
 import os
@@ -50,7 +51,7 @@ STEPS = 120
 KL = 2 / 3
 BATCH, PROMPT, NEW = 16, 480, 32
 """What a candidate of books-30m is timed with."""
-SHAPES = {"gpt2-small": (16, 960, 32), "gpt-efficio-950m": (16, 960, 32)}
+SHAPES = {"gpt2-small": (16, 960, 32), "books-30m": (BATCH, PROMPT, NEW), "gpt-efficio-950m": (16, 960, 32)}
 LAYERS, WIDTH = 8, 512
 PRUNABLE = LAYERS * 12 * WIDTH**2
 REMOVED = {  # parameters that the compact form is without, biases and norms too
@@ -153,7 +154,9 @@ def drop_layers(model: Any, share: float) -> None:
 def mask_weights(model: Any, pattern: str) -> None:
     for *_, layer in linear_layers(model):
         rows = layer.weight.T  # [outputs, inputs] of a Conv1D
-        if pattern == "2:4":
+        if pattern[0] == "0":
+            mask = torch.rand(rows.shape, device=rows.device) >= float(pattern)
+        elif pattern == "2:4":
             order = torch.rand(rows.shape[0], rows.shape[1] // 4, 4, device=rows.device).argsort(dim=-1)
             mask = (order < 2).view(rows.shape)
         else:
@@ -206,6 +209,9 @@ def cases(name: str, shape: tuple[int, int, int], device: str) -> Iterator[tuple
     if name != "gpt-efficio-950m":  # packing 850 M weights takes a minute of the host
         yield "2:4, exported and loaded", 1.0, lambda: without((mask_weights, "2:4"), is_sparse=True)
         yield "90 % in blocks of 64, exported and loaded", 1.0, lambda: without((mask_weights, "block"), is_sparse=True)
+    for sparsity in ("0.5", "0.7", "0.8", "0.9", "0.95") if name == "books-30m" else ():
+        yield (f"single weights, {sparsity}, exported and loaded", 1.0,
+               functools.partial(without, (mask_weights, sparsity), is_sparse=True))
 
 
 def speed(options: argparse.Namespace) -> None:

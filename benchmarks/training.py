@@ -125,9 +125,10 @@ def trainer(name: str, stage: int, tokens: Tensor, batch_tokens: int, seconds: f
     return {"first_step_s": round(clock[0] - started, 1), "tokens_per_s": round(batch_tokens / took)}
 
 
-def engine(folder: Path, stage: int, batch_tokens: int, context_tokens: int, tokens: Tensor, row: dict[str, Any]) -> Step:
-    num_ranks = dist.get_world_size()
-    study = study_of(path=str(folder), dtype="bfloat16", batch_tokens=batch_tokens, context_tokens=context_tokens)
+def engine(folder: Path, stage: int, batch_tokens: int, micro_tokens: int | str, tokens: Tensor, row: dict[str, Any]) -> Step:
+    num_ranks, context_tokens = dist.get_world_size(), tokens.shape[1]
+    study = study_of(path=str(folder), dtype="bfloat16", batch_tokens=batch_tokens, context_tokens=context_tokens,
+                     micro_batch_tokens=micro_tokens)
     size = model_size(str(folder))
     micro = largest_micro_batch(size, study, num_ranks, stage, USABLE * memory_bytes())
     ours = Engine(str(folder), prunable="matrices", zero_stage=stage, dtype="bfloat16", batch_tokens=batch_tokens,
@@ -163,7 +164,7 @@ def tokens_per_s(step: Step, batch_tokens: int, seconds: float) -> float:
     return statistics.median(rates)
 
 
-def case(name: str, batch_tokens: int, way: str, folder: Path, seconds: float) -> dict[str, Any]:
+def case(name: str, batch_tokens: int, way: str, folder: Path, seconds: float, micro_tokens: int | str) -> dict[str, Any]:
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
@@ -177,7 +178,7 @@ def case(name: str, batch_tokens: int, way: str, folder: Path, seconds: float) -
         if way.startswith("hf"):
             row |= trainer(name, int(way[-1]), tokens, batch_tokens, seconds)
         else:
-            step = (engine(folder / name, int(way[-1]), batch_tokens, context, tokens, row) if way.startswith("engine")
+            step = (engine(folder / name, int(way[-1]), batch_tokens, micro_tokens, tokens, row) if way.startswith("engine")
                     else by_hand(name, way, tokens))
             started = time.perf_counter()
             step()
@@ -199,6 +200,8 @@ def main() -> None:
     parser.add_argument("--batches", default="16384,65536")
     parser.add_argument("--ways", default="engine0,compiled,eager")
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--micro-tokens", default="auto", type=lambda text: text if text == "auto" else int(text),
+                        help="of the engine")
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ.setdefault("LOCAL_RANK", "0")))
     alone: dict[str, Any] = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -212,7 +215,7 @@ def main() -> None:
                 torch.manual_seed(0)
                 GPT2LMHeadModel(config(name)).to(torch.bfloat16).save_pretrained(folder / name)
             dist.barrier()
-            rows += [case(name, int(batch), way, folder, options.seconds)
+            rows += [case(name, int(batch), way, folder, options.seconds, options.micro_tokens)
                      for batch in options.batches.split(",") for way in options.ways.split(",")]
         dist.barrier()
     if dist.get_rank() == 0:

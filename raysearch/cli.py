@@ -1,42 +1,43 @@
-"""The commands. Thin: each parses its options, calls one function and prints; imports are inside, so help is instant.
+"""The commands that make and measure; those on a finished study are in decide.py.
 
-A mistake of the user ends in one sentence on stderr and exit code 2; RAYSEARCH_TRACEBACK=1 shows where it was found.
+Thin: each parses its options, calls one function and prints; imports are inside, so help is instant. A mistake of the user ends
+in one sentence on stderr and exit code 2; RAYSEARCH_TRACEBACK=1 shows where it was found.
 """
 
-import errno
 import os
 import shlex
 import sys
 import threading
-import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 import raysearch
+from raysearch import decide, terminal
 from raysearch.cluster.ending import end_within, stopping_on_signals
-from raysearch.units import parse_seconds
+from raysearch.terminal import (
+    Out,
+    StudyOut,
+    TextField,
+    app,
+    check_file,
+    check_study,
+    comma_separated,
+    default_directory,
+    doing,
+    echo,
+    fail,
+)
+from raysearch.units import parse_bytes, parse_seconds
 
-if TYPE_CHECKING:
-    from raysearch.config import Study
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Search over pruning schedules for GPT language models.")
-Out = Annotated[Path, typer.Option(help="Directory to write to.")]
-StudyDir = Annotated[str, typer.Argument(help="Directory of a study, or its URI.", metavar="DIR")]
-TextField = Annotated[str, typer.Option(help="Field or column of the corpus that holds the text.")]
-StudyOut = Annotated[str | None, typer.Option(help="Study directory or a URI, s3://BUCKET/PATH; studies/NAME by default.")]
-
-
-SILENT_S = 8.0
+__all__ = ["app", "decide", "main"]
 
 
 def main() -> None:
     raysearch.set_environment()
     ended = threading.Event()
-    threading.Thread(target=keep_talking, args=(ended,), daemon=True).start()
+    threading.Thread(target=terminal.keep_talking, args=(ended,), daemon=True).start()
     try:
         with stopping_on_signals():
             app()
@@ -47,71 +48,10 @@ def main() -> None:
             raise
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise
-        fail(" ".join(sentence(error).split()))
+        fail(" ".join(terminal.sentence(error).split()))
     finally:
         ended.set()
-        _now.clear()
-
-
-_now: dict[str, Any] = {}
-"""Of the command that runs: what it is "doing", since when ("began"), when it "said" something."""
-
-
-def doing(what: str) -> None:
-    """From now on the command is never silent for long."""
-    _now.update(doing=what, began=time.monotonic(), said=time.monotonic())
-
-
-def keep_talking(ended: threading.Event) -> None:
-    """A line whenever a command that said what it is doing was silent for SILENT_S, in a long run for a twentieth of it."""
-    while not ended.wait(0.5):
-        if _now and time.monotonic() - _now["said"] > max(SILENT_S, (time.monotonic() - _now["began"]) / 20):
-            _now["said"] = time.monotonic()
-            print(f"[{_now['said'] - _now['began']:4.0f} s] still {_now['doing']}", file=sys.__stdout__, flush=True)
-
-
-def sentence(error: Exception) -> str:
-    """What was given, the rule and the way out; an OSError has only the first two."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    path = str(error.filename or "a file")
-    denied = error.errno in (errno.EACCES, errno.EPERM) and not os.path.exists(path)  # else it was to be read
-    if denied or error.errno in (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG):
-        cache = os.environ.get("RAYSEARCH_CACHE") or str(Path("~/.cache/raysearch").expanduser())
-        place = "set RAYSEARCH_CACHE to a folder" if path.startswith(cache) else "give a place with --out"
-        return f"{path}: cannot be written ({error.strerror}); {place} that can be"
-    return f"{path}: {error.strerror}"
-
-
-def check_file(path: Path | None, option: str) -> None:
-    """ValueError unless a file can be written there, before hours are spent on what it shall hold."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise ValueError(f"{option} must be a file in a folder that exists and can be written, got {path}")
-
-
-def fail(sentence: str, code: int = 2) -> None:
-    print(f"raysearch: {sentence}", file=sys.stderr)
-    sys.exit(code)
-
-
-def echo(line: str) -> None:
-    print(line, flush=True)
-    _now.update(said=time.monotonic()) if _now else None
-
-
-def check_study(study: "Study") -> None:
-    """ValueError for what is mistyped in it, before the imports that take seconds."""
-    from raysearch.evaluation.names import check_names
-
-    check_names(study.model.path, study.evaluation.tasks, study.data.corpus, study.data.text_field)
-
-
-def warn_of(damage: Sequence[str]) -> None:
-    """Of files of a study that are damaged or missing; what is left is shown."""
-    from raysearch.study.damage import summarised
-
-    for what in summarised(damage):
-        print(f"raysearch: warning: {what}", file=sys.stderr)
+        terminal.now.clear()
 
 
 @app.command()
@@ -190,7 +130,10 @@ def prune(
     data_dir: str | None = None,
     num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="128, or the model's own where that is less.")] = None,
+    epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of one epoch; without it all.")] = None,
     batch_tokens: int = 2048,
+    weight_decay: float = 0.0,
+    warmup_fraction: Annotated[float, typer.Option(help="Of a round's steps, in which the learning rate rises.")] = 0.1,
     zero_stage: int = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, or auto for the checkpoint's own.")] = "auto",
     seed: int = 0,
@@ -222,9 +165,14 @@ def sweep(
     trials: Annotated[int | None, typer.Option(min=1, help="Trials in total; a larger number extends.")] = None,
     trials_from: Annotated[Path | None, typer.Option(help="Run these trials, JSON lines of settings, instead of sampling.",
                                                      metavar="FILE")] = None,
+    enqueue: Annotated[Path | None, typer.Option(help="Run these trials first, then those that are sampled.",
+                                                 metavar="FILE")] = None,
+    warm_start: Annotated[list[str] | None, typer.Option(help="Study of the same model to learn from; may be given again.",
+                                                         metavar="DIR")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
+    max_disk: Annotated[str | None, typer.Option(help="Delete weights above this, such as 20GB; the frontier's last.")] = None,
     autoscaling: Annotated[bool, typer.Option("--autoscaling", help="Wait for nodes that the cluster adds.")] = False,
     mlflow: Annotated[str | None, typer.Option(help="Tracking URI to log to as well.", metavar="URI")] = None,
     wandb: Annotated[str | None, typer.Option(help="W&B project to log to as well.", metavar="PROJECT")] = None,
@@ -238,7 +186,12 @@ def sweep(
     if trials is not None and trials_from is not None:
         raise ValueError(f"--trials {trials} and --trials-from {trials_from} contradict each other: the file says how many; "
                          "give one of them")
+    if trials_from is not None and (enqueue is not None or warm_start):
+        raise ValueError(f"--trials-from {trials_from} runs its trials and no others, so --enqueue and --warm-start contradict "
+                         "it; leave them out")
     given = read_trials(trials_from) if trials_from else None
+    enqueued = read_trials(enqueue, "--enqueue") if enqueue else []
+    max_disk_bytes = parse_bytes(max_disk) if max_disk else None
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
@@ -251,8 +204,8 @@ def sweep(
     from raysearch.search.sweep import sweep as run
 
     try:
-        result = run(space, directory, study, sample, echo, given=given, keep=keep,
-                     autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
+        result = run(space, directory, study, sample, echo, given=given, enqueued=enqueued, warm_starts=warm_start or (),
+                     keep=keep, max_disk_bytes=max_disk_bytes, autoscaling=autoscaling, mlflow_uri=mlflow, wandb_project=wandb)
     except GivenUp:
         end_within(10.0, code=2)  # Ray's own end waits for actors that no node can run
         raise
@@ -309,16 +262,6 @@ def plan(
 
 
 @app.command()
-def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
-    """How a study is doing, from any machine that sees its directory."""
-    from raysearch.status import describe_status, study_status
-
-    current = study_status(directory)
-    warn_of(current.damage)
-    print(current.model_dump_json(indent=1) if json else describe_status(current))
-
-
-@app.command()
 def doctor(
     directory: Annotated[str, typer.Argument(help="Where studies will be written.", metavar="[DIR]")] = ".",
 ) -> None:
@@ -330,107 +273,6 @@ def doctor(
         echo(f"{check.level:<8} {check.text}")
     if any(check.level == "problem" for check in checks):
         raise typer.Exit(1)
-
-
-@app.command()
-def results(
-    directory: StudyDir,
-    format: Annotated[str, typer.Option(help="table, json or csv.")] = "table",
-    frontier: Annotated[bool, typer.Option("--frontier", help="Only the Pareto frontier.")] = False,
-) -> None:
-    """One row per candidate."""
-    from analysis.load import load
-    from analysis.tables import results_table
-
-    frame = load(directory)
-    warn_of(frame.attrs["damage"])
-    print(results_table(frame, format, frontier), end="")
-
-
-@app.command()
-def report(directory: StudyDir, out: Annotated[str | None, typer.Option(help="File to write.")] = None) -> None:
-    """Write one self-contained report.html."""
-    from analysis.load import load
-    from analysis.page import write_page
-
-    frame = load(directory)
-    warn_of(frame.attrs["damage"])
-    echo(str(write_page(directory, out, frame)))
-
-
-@app.command()
-def pick(
-    directory: StudyDir,
-    max_bytes: Annotated[str | None, typer.Option(help="Stored bytes: 300MB, 1.2GB.")] = None,
-    max_nonzero: Annotated[str | None, typer.Option(help="Non-zero parameters: 24M.")] = None,
-    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
-                                                            "that confidence.")] = None,
-    max_resident: Annotated[str | None, typer.Option(help="Bytes in memory when it is served, as --max-bytes.")] = None,
-    max_ms: Annotated[float | None, typer.Option(help="Decoding of a step, as `raysearch measure` found.")] = None,
-    min_tokens_per_s: Annotated[float | None, typer.Option(help="Scoring, as `raysearch measure` found.")] = None,
-    min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
-    max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
-    out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
-) -> None:
-    """Choose the smallest candidate that satisfies every constraint, on the report split."""
-    from analysis.constraints import parse_constraints
-    from analysis.load import load
-    from analysis.pick import describe_pick, write_pick
-    from analysis.pick import pick as choose
-    from raysearch.study.storage import location
-
-    constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or (), max_resident, max_ms,
-                                    min_tokens_per_s)
-    frame = load(directory)
-    warn_of(frame.attrs["damage"])
-    picked = choose(frame, constraints)
-    path = write_pick(picked, out or location(directory) / "pick.json")
-    echo(describe_pick(picked) + f"\n{path}")
-
-
-@app.command()
-def measure(
-    directory: StudyDir,
-    batch_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences at a time; the study's by default.")] = None,
-    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each sequence.")] = None,
-    new_tokens: Annotated[int | None, typer.Option(min=1, help="That each sequence gets, one at a time.")] = None,
-) -> None:
-    """Time the frontier as it would be served, dense beside it, on this machine, which nothing else should use meanwhile."""
-    doing("timing")
-    from raysearch.measure import measure as run
-
-    given = {"batch_sequences": batch_sequences, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    num_timed = run(directory, {name: value for name, value in given.items() if value is not None}, echo)
-    echo(f"{num_timed} candidates timed; raysearch results {shlex.quote(directory)} shows them")
-
-
-@app.command()
-def compare(
-    directory: StudyDir,
-    one: Annotated[str, typer.Argument(help="TRIAL/ROUND, a key, or dense.", metavar="A")],
-    other: Annotated[str, typer.Argument(help="The same.", metavar="B")],
-) -> None:
-    """Whether one of two candidates is better, item by item, and how many items would tell."""
-    from analysis.compare import compare as of_both
-    from analysis.compare import describe_comparison
-    from analysis.load import load
-
-    frame = load(directory)
-    warn_of(frame.attrs["damage"])
-    echo(describe_comparison(of_both(frame, one, other)))
-
-
-@app.command()
-def export(
-    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
-    out: Out,
-    format: Annotated[str, typer.Option(help="dense (transformers), compressed, or compact: dead parts cut out.")] = "dense",
-) -> None:
-    """Write the picked candidate as a deployment folder."""
-    doing("exporting")
-    from analysis.pick import read_pick
-
-    echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))
 
 
 @app.command()
@@ -539,15 +381,3 @@ def tasks() -> None:
 
     for row in describe_tasks():
         echo("\n".join(f"{name + ':':<15}{value}" for name, value in row.items()) + "\n")
-
-
-def comma_separated(text: str, option: str) -> tuple[str, ...]:
-    """The names in an option, each once."""
-    names = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
-    if not names:
-        raise ValueError(f"{option} must be names with commas between them, got {text!r}")
-    return names
-
-
-def default_directory(space: str) -> str:
-    return f"studies/{space.rpartition('.')[2]}"

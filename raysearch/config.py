@@ -282,6 +282,14 @@ class SearchSettings(Frozen):
     """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
     sampler_seed: int = Field(0, ge=0, lt=2**32)
+    sampler: Literal["ours", "tpe", "gp", "nsga2", "random"] = "ours"
+    """What proposes trials: samplers of Optuna, which hear of every round that a configuration can say. `ours` is TPE for the
+    first trials; then each is a fork, one round on a candidate of the frontier. All others propose whole configurations."""
+    constraints: dict[str, float] = Field(default_factory=dict)
+    """Of a size or a metric (task/metric, selection split) the worst that is wanted: {"stored_bytes": 1.2e9,
+    "lambada/acc": 0.6}. The search looks for candidates that keep them; `pick` decides."""
+    max_drop: dict[str, float] = Field(default_factory=dict)
+    """Of a metric, how much it may lose against the dense model: accuracies in points (0.01), others in their own unit."""
     dense_control: bool = True
     """End with the longest trial's fine-tuning on the dense model: what pruned models gain from training alone."""
 
@@ -294,6 +302,8 @@ class SearchSettings(Frozen):
         if not sizes or len(sizes) == len(self.objectives) or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives must be different names, at least one size ({', '.join(SIZES)}) and one quality "
                              f"(task/metric), got {', '.join(self.objectives) or 'none'}")
+        for name in [*self.max_drop, *(name for name in self.constraints if name not in SIZES)]:
+            higher_is_better(name)
         return self
 
     @property

@@ -23,6 +23,7 @@ from raysearch.cluster.placement import host_bytes, work_of
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.models.model import model_size
+from raysearch.search.sampler import NUM_WHOLE
 from raysearch.search.space import load_space, sample_trials
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, round_key
@@ -72,7 +73,7 @@ class Plan:
     space: str
     directory: AnyPath
     trials: Trials
-    """Resolved draws, a whole number of studies."""
+    """Resolved draws, a whole number of studies; of a fork its round alone."""
     root_key: str
     calibration: Calibration
 
@@ -87,11 +88,18 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
+    if study.search.sampler == "ours":
+        trials = with_forks(trials, study.search.num_trials)
     study = placed(study, None, work_of(study, trials), echo)
     if study.cluster.gpus_per_rank:
         host = host_bytes(model_size(study.model.path), study.cluster.zero_stage, study.model.dtype)
         echo(f"host        {human_bytes(host)} of memory for each rank, while it loads or stores the model")
     return Plan(study, space_name, location(directory), trials, inputs.root_key, calibrate(study, inputs, trials, inputs_s))
+
+
+def with_forks(trials: Trials, num_trials: int) -> Trials:
+    """As a search with forks runs studies of so many trials: after the first ones, a round each on what is not known yet."""
+    return [actions if number % num_trials < NUM_WHOLE else actions[:1] for number, actions in enumerate(trials)]
 
 
 def calibrate(study: Study, inputs: Inputs, trials: Trials, inputs_s: float = 0.0) -> Calibration:

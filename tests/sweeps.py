@@ -69,7 +69,7 @@ def check_whole(folder: Path, num_trials: int) -> Ledger:
     assert {key for trial in [*trials, *ledger.controls()] for key in trial.keys} | {ledger.study().root_key} == set(rounds)
     with_control = ledger.study().study.search.dense_control
     assert {control.status for control in ledger.controls()} == ({"done"} if with_control else set())
-    assert all(len(trial.keys) == 2 for trial in trials if trial.status == "done")
+    assert all(len(trial.keys) == len(trial.actions) for trial in trials if trial.status == "done")
     study = optuna.load_study(study_name="raysearch", storage=JournalStorage(
         JournalFileBackend(str(ledger.directory / "journal.log"))))
     assert len(study.trials) == num_trials

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # from top to bottom; a module imports from its own floor and from those below
-    "cli __main__",
+    "cli decide terminal __main__",
     "demo plan status evaluate prune measure kernel_benchmark",
     "search",
     "deploy",
@@ -32,7 +32,7 @@ DOORS = {  # heavy dependency -> the only places that import it
     "deepspeed": {"raysearch/training/zero.py"},
     "optuna": {"raysearch/search/"},
     "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/watchdog.py", "raysearch/cluster/",
-            "raysearch/training/pretrain.py"},
+            "raysearch/training/pretrain.py", "raysearch/training/pretrain_worker.py"},
     "lm_eval": {"raysearch/evaluation/"},
     "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
                      "raysearch/deploy/"},

@@ -1,21 +1,14 @@
 """The commands as a user types them: what they print, and how they refuse."""
 
 import json
-import re
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
-from synthetic_study import SyntheticStudy
 from transformers import AutoModelForCausalLM
-
-from raysearch import cli
 
 
 def refused(result: tuple[int, str, str], sentence: str, folder: Path) -> None:
@@ -58,35 +51,6 @@ def test_bad_files_are_refused(run: Run, tiny_model: Path, tmp_path: Path) -> No
     refused(run("sweep", "no.such.space"), "search space no.such.space: cannot be imported", tmp_path)
     refused(run("sweep", "search_spaces.demo", "--time-budget", "soon"), "--time-budget must be a positive time", tmp_path)
     refused(run("pretrain", "--preset", "huge"), "preset must be one of tiny", tmp_path)
-
-
-@pytest.fixture
-def read_only(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path], None]]:
-    """Call it: the system refuses every write into the folder."""
-    mounted = []
-
-    def refuse(folder: Path) -> None:
-        if subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True).returncode:
-            pytest.skip("needs the right to mount")
-        mounted.append(folder)
-
-    yield refuse
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_of_a_read_only_study_everything_can_be_had(run: Run, tmp_path: Path, read_only: Callable[[Path], None]) -> None:
-    study = SyntheticStudy(tmp_path / "study")
-    study.dense()
-    study.trial(0, [0.5], report=True)
-    read_only(tmp_path / "study")
-    advice = "cannot be written (Read-only file system); give a place with --out that can be"
-    pick = ("pick", "study", "--max-bytes", "1GB")
-    for command, name in ((("report", "study"), "report.html"), (pick, "pick.json")):
-        assert run(*command) == (2, "", f"raysearch: {tmp_path}/study/{name}: {advice}\n")
-        assert run(*command, "--out", name)[0] == 0
-    for command in ("results", "status"):
-        assert run(command, "study")[0] == 0
 
 
 @pytest.mark.parametrize("out", ["given/x", "given/x/y", "a" * 300])
@@ -316,20 +280,6 @@ BAD = [
     (("pretrain", "--corpus", "typo.txt", "--out", "out"), "corpus 'typo.txt': no such file"),
     (("bench-kernels", "--out", "nowhere/x.json", "--cases", "cpu"), "--out must be a file in a folder that exists"),
 ]
-
-
-def test_a_command_is_never_silent_for_long(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "SILENT_S", 0.2)
-    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
-    ended = threading.Event()
-    thread = threading.Thread(target=cli.keep_talking, args=(ended,))
-    thread.start()
-    cli.doing("at the sweep")
-    time.sleep(1.5)
-    ended.set()
-    thread.join()
-    cli._now.clear()
-    assert re.match(r"\[ +\d s\] still at the sweep\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("arguments", "sentence"), BAD)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from raysearch.config import Action, study_of
-from raysearch.plan import Calibration, Plan, describe_plan, distinct_rounds, rank_seconds
+from raysearch.plan import Calibration, Plan, describe_plan, distinct_rounds, rank_seconds, with_forks
 
 CALIBRATION = Calibration(device="a processor", on_gpu=False, start_s=3.0, step_s=0.5, prune_s=0.25, evaluate_s=2.0,
                           num_steps=4, num_items=12, candidate_bytes=1_000_000, sparsity=0.5)
@@ -26,6 +26,11 @@ def plan(directory: Path, trials: list[tuple[Action, ...]], **settings: object) 
 
 def test_shared_prefixes_are_counted_once() -> None:
     assert len(distinct_rounds("root", [trial(0.1, 0.3), trial(0.1, 0.3, 0.5), trial(0.3, 0.5)])) == 5
+
+
+def test_after_the_first_trials_of_a_study_each_is_one_round() -> None:
+    lengths = [len(actions) for actions in with_forks([(Action(sparsity=0.5), Action(sparsity=0.7))] * 12, 6)]
+    assert lengths == [2, 2, 2, 2, 1, 1] * 2
 
 
 def test_a_rounds_price_is_its_ranks_busy_time() -> None:

@@ -1,7 +1,7 @@
 """Searches against each other in simulated time, on a surrogate of the recorded rounds. No GPU, no Ray; seconds a method.
 
     python benchmarks/search/simulate.py [--table benchmarks/search/tiny.parquet] [--seeds 50] [--workers 4]
-        [--budget-s 150] [--start-s 0.4] [--plain-start-s 7] [--methods ours,plain]
+        [--budget-s 300] [--start-s 0.4] [--plain-start-s 7] [--methods ours,plain] [--processes 1] [--curves FILE.json]
 
 Workers are asynchronous: each asks for a trial, starts it, and runs its rounds; the search hears of each when it ends. `plain`
 is Ray Tune with OptunaSearch as users have it: Optuna's TPE, told the last round of each trial, which alone is a candidate,
@@ -16,6 +16,8 @@ import time
 import warnings
 from collections.abc import Callable
 from datetime import date
+from functools import cache
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,7 +28,7 @@ from surrogate import DENSE, State, Surrogate, Table, held_out_errors, read_tabl
 
 from raysearch.config import Action, Metric
 from raysearch.kernels.device import device_name
-from raysearch.pruning.pareto import hypervolume
+from raysearch.pruning.pareto import hypervolume, non_dominated_ranks
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import Space, draw, load_space
 from raysearch.study.provenance import provenance, versions
@@ -44,7 +46,8 @@ class Search(Protocol):
     shares_rounds: bool
 
     def ask(self) -> tuple[int, tuple[Action, ...]]: ...
-    def observe(self, number: int, depth: int, key: str, state: State) -> None: ...
+    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
+        """True where the trial is to be stopped."""
     def end(self, number: int, keys: list[str]) -> None: ...
 
 
@@ -73,7 +76,7 @@ class Ours:
     def end(self, number: int, keys: list[str]) -> None:
         asked = self.asked[number]
         self.sampler.end(TrialRecord(number=number, config=asked.config, actions=asked.actions, keys=tuple(keys), status="done",
-                                     started_at=""))
+                                     forked_at=asked.forked_at, started_at=""))
 
     def _record(self, depth: int, key: str, state: State) -> RoundRecord:
         table = self.table
@@ -85,6 +88,15 @@ class Ours:
             train_loss=None, prune_s=0, finetune_s=0, evaluate_s=0,
             metrics={table.study.search.objective: Metric(value=state.value * table.dense_value, stderr=0.0, num_items=1)},
             weights_sha256=None, provenance=PROVENANCE)
+
+
+class Unlearned(Ours):
+    """Ours, with forks of random configurations."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        assert self.sampler.forks is not None
+        self.sampler.forks.learner.sampler = RandomSampler(seed=arguments[2])
 
 
 class LastRoundsOnly(Sampler):
@@ -107,11 +119,50 @@ class Plain:
         study = self.table.study
         return trial.number, resolve_actions(draw(self.space, trial), study, study.data.epoch_tokens or 0)
 
-    def observe(self, number: int, depth: int, key: str, state: State) -> None:
+    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
         self.last[number] = (-state.sparsity, state.value)
 
     def end(self, number: int, keys: list[str]) -> None:
         self.study.tell(number, self.last[number])
+
+
+class MoAsha(Plain):
+    """MO-ASHA (Schmucker et al. 2021, arXiv 2106.12639) as Syne Tune has it: random configurations; at each rung (after 1, 3,
+    9 rounds, eta = 3) a trial goes on if it is among the first third of those that came there, by non-dominated sorting and,
+    within a front, its epsilon-net. Here every round is a candidate, gangs are warm and equal rounds are shared, as in ours."""
+
+    counts_every_round = shares_rounds = True
+    rungs, eta = (1, 3, 9), 3
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.study.sampler = RandomSampler(seed=arguments[2])
+        self.reached: dict[int, dict[int, tuple[float, float]]] = {rung: {} for rung in self.rungs}
+
+    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
+        super().observe(number, depth, key, state)
+        if depth not in self.reached:
+            return False
+        rung = self.reached[depth]
+        rung[number] = self.last[number]
+        return number not in priority(rung)[:max(1, len(rung) // self.eta)] if len(rung) >= self.eta else False
+
+
+def priority(points: dict[int, tuple[float, float]]) -> list[int]:
+    """The most wanted first: front by front, each in the order of an epsilon-net (greedy farthest point, first objective's
+    best first)."""
+    numbers, values = list(points), np.array(list(points.values()))
+    scaled = (values - values.min(axis=0)) / np.maximum(np.ptp(values, axis=0), 1e-12)
+    ranks, order = non_dominated_ranks(values, (False, False)), []
+    for rank in range(ranks.max() + 1):
+        left = list(np.flatnonzero(ranks == rank))
+        net = [min(left, key=lambda index: scaled[index, 0])]
+        left.remove(net[0])
+        while left:
+            net.append(max(left, key=lambda index: min(np.linalg.norm(scaled[index] - scaled[other]) for other in net)))
+            left.remove(net[-1])
+        order += net
+    return [numbers[index] for index in order]
 
 
 PROVENANCE = provenance("simulated")
@@ -119,15 +170,23 @@ PROVENANCE = provenance("simulated")
 
 def methods(options: argparse.Namespace) -> dict[str, Callable[[Table, Space, int], Search]]:
     warm, cold = options.start_s, options.plain_start_s
+
+    def whole(table: Table) -> Table:
+        return table._replace(study=table.study.replaced(sampler="tpe"))
+
     return {
         "plain": lambda table, space, seed: Plain(table, space, seed, cold),
         "plain, warm": lambda table, space, seed: Plain(table, space, seed, warm),
         "ours": lambda table, space, seed: Ours(table, space, seed, warm),
-        "ours, last rounds only": lambda table, space, seed: Ours(table, space, seed, warm, brain=LastRoundsOnly),
-        "ours, multivariate and grouped": lambda table, space, seed: Ours(
-            table, space, seed, warm, TPESampler(seed=seed, multivariate=True, group=True)),
-        "random": lambda table, space, seed: Ours(table, space, seed, warm, RandomSampler(seed=seed)),
-        "NSGA-II": lambda table, space, seed: Ours(table, space, seed, warm, NSGAIISampler(seed=seed, population_size=16)),
+        "ours, cold": lambda table, space, seed: Ours(table, space, seed, cold),
+        "ours, forks not learned": lambda table, space, seed: Unlearned(table, space, seed, warm),
+        "ours, no forks": lambda table, space, seed: Ours(whole(table), space, seed, warm),
+        "ours, no forks, last rounds only": lambda table, space, seed: Ours(whole(table), space, seed, warm,
+                                                                            brain=LastRoundsOnly),
+        "random": lambda table, space, seed: Ours(whole(table), space, seed, warm, RandomSampler(seed=seed)),
+        "NSGA-II": lambda table, space, seed: Ours(whole(table), space, seed, warm,
+                                                   NSGAIISampler(seed=seed, population_size=16)),
+        "MO-ASHA": lambda table, space, seed: MoAsha(table, space, seed, warm),
     }
 
 
@@ -166,7 +225,7 @@ def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: f
         is_last = len(keys) == len(actions)
         if is_last or search.counts_every_round:
             found.append((now, state))
-        search.observe(number, len(keys), keys[-1], state)
+        is_last |= bool(search.observe(number, len(keys), keys[-1], state))
         if is_last:
             search.end(number, keys)
             begin(now)
@@ -182,13 +241,48 @@ def hypervolumes(table: Table, found: list[tuple[float, State]], times: np.ndarr
     return np.array([hypervolume(points[:end], (False, False), REFERENCE) for end in ends])
 
 
-def quartiles(values: np.ndarray) -> list[float]:
-    return [round(float(each), 4) for each in np.quantile(values, (0.25, 0.5, 0.75))]
+def quartiles(values: np.ndarray, method: Any = "linear") -> list[float]:
+    return [round(float(each), 4) for each in np.quantile(values, (0.25, 0.5, 0.75), method=method)]
 
 
-def first_time(curve: np.ndarray, times: np.ndarray, goal: float) -> float | None:
+def first_time(curve: np.ndarray, times: np.ndarray, goal: float) -> float:
+    """inf where it is never reached."""
     reached = curve >= goal
-    return round(float(times[reached.argmax()]), 1) if reached.any() else None
+    return round(float(times[reached.argmax()]), 1) if reached.any() else float("inf")
+
+
+@cache
+def fitted(path: Path) -> tuple[Table, Surrogate]:
+    table = read_table(path)
+    return table, Surrogate(table.rounds)
+
+
+def one_run(options: argparse.Namespace, name: str, seed: int) -> tuple[np.ndarray, int, float, float]:
+    """(hypervolumes, trials begun, seconds of starting, seconds of processor) of a method's search."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.simplefilter("ignore")
+    began, (table, surrogate) = time.process_time(), fitted(options.table)
+    search = methods(options)[name](table, load_space("search_spaces.demo")[1], seed)
+    found, num_trials, starting_s = simulate(search, surrogate, options.workers, options.budget_s)
+    return hypervolumes(table, found, grid(options)), num_trials, starting_s, time.process_time() - began
+
+
+def grid(options: argparse.Namespace) -> np.ndarray:
+    return np.linspace(0, options.budget_s, 301)[1:]
+
+
+def summary(options: argparse.Namespace, runs: list[tuple[np.ndarray, int, float, float]], goal: float) -> dict[str, Any]:
+    """`goal`: plain's final hypervolume."""
+    times, curves = grid(options), np.array([run[0] for run in runs])
+    median = np.median(curves, axis=0)
+    return {
+        **{f"hypervolume_{part}": quartiles(curves[:, len(times) // fraction - 1])
+           for part, fraction in (("quarter", 4), ("half", 2), ("end", 1))},
+        **{f"s_to_{share:.0%}": first_time(median, times, share * goal) for share in (0.95, 1.0)},
+        "s_to_100%_by_seed": quartiles(np.array([first_time(curve, times, goal) for curve in curves]), "inverted_cdf"),
+        "num_trials": float(np.median([run[1] for run in runs])),
+        "starting_share": round(float(np.mean([run[2] for run in runs])) / options.workers / options.budget_s, 3),
+        "cpu_s": round(sum(run[3] for run in runs), 1)}
 
 
 def main() -> None:
@@ -196,39 +290,34 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=Path(__file__).with_name("tiny.parquet"))
     parser.add_argument("--seeds", type=int, default=50)
     parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--budget-s", type=float, default=150.0)
+    parser.add_argument("--budget-s", type=float, default=300.0)
     parser.add_argument("--start-s", type=float, default=0.4)
     parser.add_argument("--plain-start-s", type=float, default=7.0)
-    parser.add_argument("--methods", help="comma-separated; all by default")
+    parser.add_argument("--methods", help="names with ; between; all by default")
+    parser.add_argument("--processes", type=int, default=1, help="of this machine, for seeds at the same time")
+    parser.add_argument("--curves", type=Path, help="file for the quartiles of each method's hypervolume over time")
     options = parser.parse_args()
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.simplefilter("ignore")
-    table, (_, space) = read_table(options.table), load_space("search_spaces.demo")
-    surrogate = Surrogate(table.rounds)
-    times = np.linspace(0, options.budget_s, 301)[1:]
-    chosen = {name: make for name, make in methods(options).items()
-              if options.methods is None or name in ("plain", *options.methods.split(","))}
-    results: dict[str, Any] = {}
-    for name, make in chosen.items():
-        began = time.process_time()
-        runs = [simulate(make(table, space, seed), surrogate, options.workers, options.budget_s)
-                for seed in range(options.seeds)]
-        curves = np.array([hypervolumes(table, found, times) for found, _, _ in runs])
-        if name == "plain":
-            goal = float(np.median(curves[:, -1]))
-        median = np.median(curves, axis=0)
-        reached = {f"s_to_{share:.0%}": first_time(median, times, share * goal) for share in (0.95, 1.0)}
-        results[name] = {
-            **{f"hypervolume_{part}": quartiles(curves[:, len(times) // fraction - 1])
-               for part, fraction in (("quarter", 4), ("half", 2), ("end", 1))},
-            **reached, "num_trials": float(np.median([each[1] for each in runs])),
-            "starting_share": round(float(np.mean([each[2] for each in runs])) / options.workers / options.budget_s, 3),
-            "cpu_s": round(time.process_time() - began, 1)}
-        print(f"{name:31} {results[name]}", flush=True)
+    wanted = options.methods and ["plain", *options.methods.split(";")]
+    names = [name for name in methods(options) if wanted is None or name in wanted]
+    results, curves = {}, {}
+    with Pool(options.processes) as pool:
+        jobs = {name: pool.starmap_async(one_run, [(options, name, seed) for seed in range(options.seeds)], chunksize=1)
+                for name in names}
+        for name, job in jobs.items():
+            runs = job.get()
+            if name == "plain":
+                goal = float(np.median([run[0][-1] for run in runs]))
+            results[name] = summary(options, runs, goal)
+            curves[name] = np.quantile([run[0] for run in runs], (0.25, 0.5, 0.75), axis=0).round(5).tolist()
+            print(f"{name:33} {results[name]}", flush=True)
+    if options.curves is not None:
+        options.curves.write_text(json.dumps({"times": grid(options).tolist(), "curves": curves}))
+    table, _ = fitted(options.table)
     print(json.dumps({"benchmark": "search/simulate", "table": options.table.name, "num_rounds": len(table.rounds),
-                      "held_out_rms": held_out_errors(table), "seeds": options.seeds, "workers": options.workers,
-                      "budget_s": options.budget_s, "start_s": options.start_s, "plain_start_s": options.plain_start_s,
-                      "methods": results, "date": date.today().isoformat(), "device": device_name("cpu"), **versions()}))
+                      "num_trials": len(table.chains), "held_out_rms": held_out_errors(table), "seeds": options.seeds,
+                      "workers": options.workers, "budget_s": options.budget_s, "start_s": options.start_s,
+                      "plain_start_s": options.plain_start_s, "methods": results, "date": date.today().isoformat(),
+                      "device": device_name("cpu"), **versions()}))
 
 
 if __name__ == "__main__":

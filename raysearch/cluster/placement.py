@@ -9,8 +9,10 @@ Bytes of one rank of n, for P parameters of b bytes each (Rajbhandari et al. 202
     Adam moments       8 P        stages 1 to 3: / n
     mask               P          stages 1 to 3: / n (an upper bound: only prunable weights have one)
     teacher            b P        where a round distils; stage 3: b P / n
+    beside the masters 4 to 24 P  of criteria that gather, or train what they pruned; stages 1 to 3: / n (an upper bound, too)
     and the largest of
-      activations and logits      of a micro-batch, as the backward pass begins; a teacher's logits, all of them, too
+      activations and logits      of a micro-batch, as the backward pass begins; a teacher's logits, all of them, and the hidden
+                                  states behind its blocks, where those are followed
       other gradients             as it ends: b P at stage 0, unless in fp32; 4 P / n during the steps of stages 1 and 3
       calibration                 before training: the hidden states of its text twice, three matrices of K inputs x K in fp32
 """
@@ -22,6 +24,7 @@ from typing import Literal, NamedTuple
 
 from raysearch.config import Action, Study
 from raysearch.models.model import ModelSize
+from raysearch.pruning.criteria import CRITERIA
 
 GATHERED_PARAMETERS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters and its sub_group_size, both left at their defaults."""
@@ -33,9 +36,10 @@ LOGITS_AT_ONCE = 1 << 28
 402,400 and 403,300 tokens/s with a 124 M model, H200, 2026-11-27), smaller ones fill the GPU less."""
 LOGIT_BYTES = {"float32": 16, "bfloat16": 4}
 """Of one: itself and its gradient; in fp32, which is not compiled, also what lies between."""
-MOST_MICRO_TOKENS = 65_536
-"""More are no faster. On an H200 (2026-11-27) 30 M parameters train at 1,278,000, 1,661,000 and 1,736,000 tokens/s with 16,384,
-32,768 and 65,536 tokens at a time, 124 M at 421,900, 450,900 and at most 4 % more."""
+MOST_MICRO_TOKENS, MOST_MICRO_WORK = 65_536, 65_536 * 768
+"""More tokens, or tokens times hidden size, are no faster. On an H200 (2026-11-27) 30 M parameters train at 1,278,000,
+1,661,000 and 1,736,000 tokens/s with 16,384, 32,768 and 65,536 tokens at a time; 950 M at 77,069 with 16,384 and 77,361 with
+65,536."""
 USABLE = 0.92
 """Of a GPU's memory; the rest is for the CUDA context, NCCL's buffers and fragmentation."""
 ITEMSIZE = {"float32": 4, "bfloat16": 2}
@@ -64,6 +68,10 @@ class Work(NamedTuple):
     """That it trains on."""
     distils: bool = False
     """Whether a dense teacher is in memory while it trains."""
+    follows_states: bool = False
+    """Whether the teacher's hidden states are, too."""
+    bytes_beside: int = 0
+    """Of each weight, besides master, moments and mask."""
     calibration_tokens: int = 0
     """The most that one round looks at."""
 
@@ -72,15 +80,22 @@ def work_of(study: Study, trials: Sequence[Sequence[Action]]) -> Work:
     """By draws from the study's space."""
     actions = [action for trial in trials for action in trial]
     a_trial = sum(action.finetune_tokens for action in actions) / max(1, len(trials))
-    return Work(tokens=a_trial * study.search.num_trials / study.search.max_concurrent,
-                distils=any(action.distill_alpha for action in actions),
-                calibration_tokens=study.data.context_tokens * max((a.calibration_sequences for a in actions), default=0))
+    return work_in_training(actions)._replace(
+        tokens=a_trial * study.search.num_trials / study.search.max_concurrent,
+        calibration_tokens=study.data.context_tokens * max((a.calibration_sequences for a in actions), default=0))
+
+
+def work_in_training(actions: Sequence[Action]) -> Work:
+    """What the dearest of these rounds has in memory while it trains."""
+    return Work(distils=any(action.distill_alpha or action.distill_hidden for action in actions),
+                follows_states=any(action.distill_hidden for action in actions),
+                bytes_beside=max((CRITERIA[action.criterion].bytes_beside for action in actions), default=0))
 
 
 def repays_compilation(size: ModelSize, tokens: float) -> bool:
-    """Whether compilation costs less than it saves, by docs/results/training.md (H200, 2026-11-27): 17, 20 and 50 s for 30, 124
+    """Whether compilation costs less than it saves, by docs/results/training.md (H200, 2026-11-27): 10, 14 and 14 s for 30, 124
     and 950 M parameters, of which each saves 0.6, 3 and 10 microseconds a token (the last two against an older eager step)."""
-    return 16.0 + 36e-9 * size.num_parameters < 2e-14 * size.num_parameters * tokens
+    return 2e-14 * size.num_parameters * tokens > 14.0
 
 
 def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, micro_batch: MicroBatch,
@@ -98,13 +113,15 @@ def rank_bytes(size: ModelSize, *, num_ranks: int, zero_stage: int, dtype: str, 
         "Adam moments": 8 * optimizer,
         "mask": optimizer,
         "teacher": itemsize * (share if zero_stage == 3 else total) * work.distils,
+        "beside the masters": optimizer * work.bytes_beside,
     }
     layer = itemsize * size.hidden_size * micro_batch.tokens
     whole = ACTIVATION_BYTES / 2 * layer
     activations = size.num_layers * layer + whole if micro_batch.is_checkpointed else size.num_layers * whole
     logits = (LOGIT_BYTES[dtype] * min(size.vocab_size * micro_batch.tokens, LOGITS_AT_ONCE)
               + (4 + itemsize) * size.vocab_size * size.hidden_size  # and the head's gradient
-              + itemsize * size.vocab_size * micro_batch.tokens * work.distils)
+              + itemsize * size.vocab_size * micro_batch.tokens * work.distils
+              + size.num_layers * layer * work.follows_states)
     wide = 4 * size.hidden_size  # the inputs of the second matrix of an MLP
     calibration = (2 * itemsize * size.hidden_size * work.calibration_tokens / num_ranks
                    + 3 * 4 * wide**2) * (work.calibration_tokens > 0)
@@ -128,8 +145,9 @@ def largest_micro_batch(size: ModelSize, study: Study, num_ranks: int, zero_stag
     sequence where none fits."""
     context_tokens = study.data.context_tokens
     num_sequences = study.training.batch_tokens // num_ranks // context_tokens
+    most = max(context_tokens, min(MOST_MICRO_TOKENS, MOST_MICRO_WORK // size.hidden_size))
     choices = [context_tokens * number for number in range(num_sequences, 0, -1)
-               if num_sequences % number == 0 and (number == 1 or context_tokens * number <= MOST_MICRO_TOKENS)]
+               if num_sequences % number == 0 and context_tokens * number <= most]
     if study.cluster.micro_batch_tokens != "auto":
         choices = [study.cluster.micro_batch_tokens]
     for is_checkpointed in (False, True):

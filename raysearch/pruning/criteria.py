@@ -48,6 +48,13 @@ class Criterion(NamedTuple):
     """(weights, statistic, scores -> mask of a part of the inputs, M of an N:M or 0) -> (changed weights, mask): it prunes a
     matrix by itself."""
 
+    @property
+    def bytes_beside(self) -> int:
+        """Of each weight, while a round trains: what is gathered, what lies behind the masks, trained scores with their
+        gradients and moments."""
+        gathers = self.gather is not None and not self.by_sequence
+        return 4 * gathers + 4 * ((gathers and not self.moves) or self.trains_pruned) + 16 * self.is_soft
+
 
 def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
     """|w|. Single weights never come here: `selection` reads their magnitude off the bits, without a copy."""

@@ -15,6 +15,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Study, is_maximised
+from raysearch.search.constraints import violations
 from raysearch.search.sampler import told_again
 from raysearch.study.damage import journal_damage
 from raysearch.study.files import is_there, persist
@@ -104,7 +105,7 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
             echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{_set_aside(path)}")
         held = HeldJournal()
         again = _open(held, study)
-        for trial in _from_records(ledger, study, records):
+        for trial in from_records(ledger, study, records):
             again.add_trial(trial)
         WholeJournal(path).append_logs(held.logs)
         opened = _load(path, study)
@@ -152,7 +153,7 @@ def disagreement(opened: optuna.Study, study: Study, records: Sequence[TrialReco
     return ""
 
 
-def _from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) -> Iterator[FrozenTrial]:
+def from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) -> Iterator[FrozenTrial]:
     """Every number from 0 on, those of trials that never began as failures."""
     objectives, dense = study.search.objectives, ledger.round(ledger.study().root_key) if records else None
     by_number = {record.number: record for record in records}
@@ -162,7 +163,8 @@ def _from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) 
             yield optuna.trial.create_trial(state=TrialState.FAIL)
             continue
         last = ledger.round(record.keys[-1]) if record.keys else dense
-        yield told_again(record, objective_values(last, objectives) if last else None)
+        yield told_again(record, objective_values(last, objectives) if last else None,
+                         violations(last, dense, study.search) if last else {})
 
 
 def _set_aside(path: AnyPath) -> str:

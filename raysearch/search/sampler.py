@@ -6,14 +6,16 @@ objectives and tells a stopped trial as complete: docs/log.md), so this is a sma
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import optuna
-from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
+from raysearch.search.constraints import violations
+from raysearch.search.forks import DIVERGED, Forks
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 from raysearch.trial.actions import resolve_actions
@@ -21,6 +23,10 @@ from raysearch.trial.actions import resolve_actions
 NUM_DRAWS, NUM_RANDOM_DRAWS = 20, 1000
 """How often the sampler, and after it chance, may propose what was proposed before, until the space counts as used up. Of one
 that has a single new configuration among 100, chance misses it once in 20,000 times."""
+NUM_WHOLE = 4
+"""Trials that begin with the dense model before the first fork: enough for parents of several sizes."""
+FORK = "fork/"
+"""Before the names of a fork's parameters, which mean another thing than those of a whole trial."""
 
 
 class Asked(NamedTuple):
@@ -34,6 +40,8 @@ class Asked(NamedTuple):
     """Optuna's JSON of what each was drawn from."""
     error: ValueError | None = None
     """Why the space makes none."""
+    forked_at: int | None = None
+    """As in TrialRecord."""
 
 
 class Numbered:
@@ -48,56 +56,98 @@ class Numbered:
 
 class Sampler:
     """Asks for trials and observes rounds. `journal` holds what was told before and hears one entry a trial, for people and
-    the next sweep; `given` trials are proposed in their order instead of what `sampler` (Optuna's TPE) makes of `space`;
-    `proposals`, the fingerprint of the study's space, is what each trial is checked against."""
+    the next sweep; `given` trials are proposed in their order instead of what `sampler` (the study's) makes of `space`, and
+    those of `enqueued` before it, each once; `proposals`, the fingerprint of the study's space, is what each trial is checked
+    against."""
 
     def __init__(self, journal: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
                  num_asked: int = 0, proposals: Proposals | None = None, num_train_tokens: int = 0,
-                 sampler: optuna.samplers.BaseSampler | None = None) -> None:
+                 sampler: optuna.samplers.BaseSampler | None = None, enqueued: Sequence[GivenTrial] = ()) -> None:
         self.journal, self.study, self.space, self.given = journal, study, space, given
+        self._enqueued = list(enqueued)
         self.num_asked, self.proposals, self.num_train_tokens = num_asked, proposals, num_train_tokens
         """Trials that count: those that began, in this sweep and before it."""
+        self._dense: RoundRecord | None = None
+        self._missed: dict[tuple[int | None, int], dict[str, float]] = {}
+        """By trial and depth, how far the constraints are missed."""
         self.observations: dict[int | None, dict[int, tuple[float, ...] | None]] = {}
         """By trial and depth (actions so far), the objectives' values; None is the dense baseline, the round 0 of all, and
         for values that a metric is missing."""
-        told = journal.get_trials(deepcopy=False)
-        seed = study.search.sampler_seed + len(told)
+        seed = study.search.sampler_seed + len(journal.get_trials(deepcopy=False))
+        told = [trial for trial in journal.get_trials(deepcopy=False) if "forked_at" not in trial.user_attrs]
         self.heard = optuna.create_study(directions=journal.directions,
-                                         sampler=sampler or optuna.samplers.TPESampler(seed=seed))
+                                         sampler=sampler or optuna_sampler(study.search.sampler, seed))
         """What the sampler hears: each trial, and each of its prefixes that the space has a configuration for."""
         self.heard.add_trials(told)
         self._chance = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
         self._asked: dict[int, Asked] = {}
-        self._number_heard = {trial.number: trial.number for trial in told}
+        self._number_heard = {trial.number: number for number, trial in enumerate(told)}
+        self.forks = Forks(study, space, num_train_tokens, seed) if study.search.sampler == "ours" and given is None else None
+        self._num_whole = 0
         self._proposed: set[tuple[Action, ...]] = set()
         """With the prefixes of each: whose rounds all are known, or will be."""
 
     def recall(self, trial: TrialRecord, candidate: Callable[[str], RoundRecord | None]) -> None:
         """A trial of an earlier sweep, which the journal knows, and its rounds."""
-        asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions)
+        asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions,
+                      forked_at=trial.forked_at)
         self._asked[trial.number] = asked
         self._proposed.update(prefixes(trial.actions))
-        for depth, key in enumerate(trial.keys[:len(trial.actions) - 1], start=1):
-            if (trial.status == "failed" or self._prefix(asked, depth)) and (record := candidate(key)) is not None:
+        self._num_whole += trial.forked_at is None
+        if self.forks is not None and trial.forked_at is not None:
+            self.forks.recall(trial.number, *known(trial, FORK))
+        for depth, key in enumerate(trial.keys, start=1):
+            is_heard = depth < len(trial.actions) and (trial.status == "failed" or self._prefix(asked, depth))
+            is_own = self.forks is not None and depth > (trial.forked_at or 0)
+            if (is_heard or is_own) and (record := candidate(key)) is not None:
                 self.observe(trial.number, record)
         self._hear_divergence(trial)
+        if trial.status != "running":
+            self._end_fork(trial)
 
     def ask(self) -> Asked | None:
         """The next trial; None where the space has none that was not proposed."""
         number = len(self.journal.get_trials(deepcopy=False))
-        asked = self._given(number) if self.given is not None else self._new(number)
+        if self.given is not None:
+            asked: Asked | None = self._given(number, self.given[self.num_asked])
+        else:
+            asked = self._first(number) or self._fork(number) or self._new(number)
         if asked is not None:
             self._asked[number] = asked
             self._proposed.update(prefixes(asked.actions))
+            self._num_whole += asked.forked_at is None
+            params, distributions = known(asked)
             self.journal.add_trial(optuna.trial.create_trial(
-                state=TrialState.RUNNING, params=asked.parameters,
-                distributions={name: json_to_distribution(each) for name, each in asked.distributions.items()}))
+                state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=forked(asked)))
             self.num_asked += 1
         return asked
 
-    def _given(self, number: int) -> Asked:
-        assert self.given is not None
-        trial = self.given[self.num_asked]
+    def _fork(self, number: int) -> Asked | None:
+        """A round on a candidate of before; None where it is too early for one, and where none is new."""
+        if self.forks is None or self._num_whole < NUM_WHOLE or len(self.forks.frontier) < 2:
+            return None
+        for _ in range(NUM_DRAWS):
+            trial, parent = self.forks.ask(number)
+            actions, error = parent.actions, None
+            try:
+                actions = (*actions, self.forks.action(Numbered(trial, number), parent))
+            except ValueError as refused:
+                error = refused
+            asked = self._checked(trial, Asked(number, None, actions, {}, {}, error, len(parent.actions)), FORK)
+            if asked.error is not None or asked.actions not in self._proposed:
+                return asked
+            self.forks.tell(number, None)
+        return None
+
+    def _first(self, number: int) -> Asked | None:
+        """The next trial of the user's that was not proposed, in this sweep or before it."""
+        while self._enqueued:
+            asked = self._given(number, self._enqueued.pop(0))
+            if asked.actions not in self._proposed:
+                return asked
+        return None
+
+    def _given(self, number: int, trial: GivenTrial) -> Asked:
         self._number_heard[number] = self.heard.ask().number
         if isinstance(trial, TrialConfig):
             return Asked(number, trial, resolve_actions(trial, self.study, self.num_train_tokens), {}, {})
@@ -128,13 +178,19 @@ class Sampler:
             actions = resolve_actions(config, self.study, self.num_train_tokens)
         except ValueError as refused:
             error = refused
-        distributions = {name: distribution_to_json(each) for name, each in trial.distributions.items()}
+        return self._checked(trial, Asked(trial.number, config, actions, {}, {}, error))
+
+    def _checked(self, trial: Any, asked: Asked, prefix: str = "") -> Asked:
+        """With the trial's parameters, and without actions where they, or what was made of them, are not as they should be."""
+        distributions, error = {name: distribution_to_json(each) for name, each in trial.distributions.items()}, asked.error
         try:
             if self.proposals is not None:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
-        return Asked(trial.number, config, () if error else actions, dict(trial.params), distributions, error)
+        return asked._replace(actions=() if error else asked.actions, error=error,
+                              parameters={prefix + name: value for name, value in trial.params.items()},
+                              distributions={prefix + name: each for name, each in distributions.items()})
 
     def _prefix(self, asked: Asked, depth: int) -> FrozenTrial | None:
         """The configuration of the space whose rounds are the trial's first ones, as a running trial; None where there is none.
@@ -168,32 +224,50 @@ class Sampler:
         if candidate.depth in rounds:
             return
         rounds[candidate.depth] = values = objective_values(candidate, self.study.search.objectives)
-        if number is not None and candidate.depth < len(self._asked[number].actions):
-            self._hear(number, candidate.depth, values, diverged=False)
+        actions = () if number is None else self._asked[number].actions
+        if number is None:
+            self._dense = candidate
+        self._missed[number, candidate.depth] = missed = violations(candidate, self._dense, self.study.search)
+        if number is not None and candidate.depth < len(actions):
+            self._hear(number, candidate.depth, values, missed, diverged=False)
+        if self.forks is not None:
+            above = self.forks.observe(candidate, actions[:candidate.depth], missed)
+            if number is not None and candidate.depth == len(actions):
+                self.forks.tell(number, above)
 
-    def _hear(self, number: int, depth: int, values: Sequence[float] | None, diverged: bool) -> None:
+    def _hear(self, number: int, depth: int, values: Sequence[float] | None, missed: Mapping[str, float], diverged: bool
+              ) -> None:
         prefix = self._prefix(self._asked[number], depth)
         if prefix is not None and values is not None:
-            tell(self.heard, self._pending(prefix), *complete(values, diverged))
+            tell(self.heard, self._pending(prefix), *complete(values, missed, diverged))
 
     def end(self, trial: TrialRecord) -> None:
         """The trial will not go on: the journal and the sampler hear its last candidate, and of a diverged round also the
         configuration that ends with it."""
-        values = self._last_values(trial)
+        values, missed = self._last(trial)
         handle = optuna.Trial(self.journal, self.journal.get_trials(deepcopy=False)[trial.number]._trial_id)
         for name, value in user_attributes(trial).items():
             handle.set_user_attr(name, value)
-        for study, number in ((self.journal, trial.number), (self.heard, self._number_heard[trial.number])):
-            tell(study, number, *outcome(trial, values))
+        tell(self.journal, trial.number, *outcome(trial, values, missed))
+        if trial.forked_at is None:
+            tell(self.heard, self._number_heard[trial.number], *outcome(trial, values, missed))
         self._hear_divergence(trial)
+        self._end_fork(trial)
+
+    def _end_fork(self, trial: TrialRecord) -> None:
+        if self.forks is not None:
+            self.forks.tell(trial.number, DIVERGED if trial.status == "failed" and not trial.crashed else None)
 
     def _hear_divergence(self, trial: TrialRecord) -> None:
         if trial.status == "failed" and not trial.crashed and len(trial.keys) + 1 < len(trial.actions):
-            self._hear(trial.number, len(trial.keys) + 1, self._last_values(trial), diverged=True)
+            self._hear(trial.number, len(trial.keys) + 1, *self._last(trial), diverged=True)
 
-    def _last_values(self, trial: TrialRecord) -> tuple[float, ...] | None:
-        rounds = self.observations.get(None, {}) | self.observations.get(trial.number, {})
-        return rounds[max(rounds)] if rounds else None
+    def _last(self, trial: TrialRecord) -> tuple[tuple[float, ...] | None, dict[str, float]]:
+        """(values, what they miss) of its last candidate, the dense baseline's where it has none."""
+        for number in (trial.number, None):
+            if rounds := self.observations.get(number):
+                return rounds[max(rounds)], self._missed[number, max(rounds)]
+        return None, {}
 
 
 Outcome = tuple[TrialState, Sequence[float] | None, dict[str, float]]
@@ -218,30 +292,51 @@ def to_9_decimals(actions: Sequence[Action]) -> list[Action]:
                                       if (cut := getattr(action, name)) is not None}) for action in actions]
 
 
-def outcome(trial: TrialRecord, values: Sequence[float] | None) -> Outcome:
+def outcome(trial: TrialRecord, values: Sequence[float] | None, missed: Mapping[str, float]) -> Outcome:
     """How a trial ended. A diverged one is complete but infeasible, so that the sampler learns from it; a crashed one fails,
     which says nothing about its configuration, and so does one whose last candidate lacks an objective."""
     if trial.crashed or values is None:
         return TrialState.FAIL, None, {}
-    return complete(values, trial.status == "failed")
+    return complete(values, missed, trial.status == "failed")
 
 
-def complete(values: Sequence[float], diverged: bool) -> Outcome:
-    return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0}
+def complete(values: Sequence[float], missed: Mapping[str, float], diverged: bool) -> Outcome:
+    return TrialState.COMPLETE, values, {"diverged": 1.0 if diverged else -1.0, **missed}
+
+
+def optuna_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
+    """Of this setting, for whole configurations. A population of NSGA-II's is small, as studies are."""
+    samplers = optuna.samplers
+    if name == "gp":
+        return samplers.GPSampler(seed=seed)
+    if name == "nsga2":
+        return samplers.NSGAIISampler(seed=seed, population_size=16)
+    return samplers.RandomSampler(seed=seed) if name == "random" else samplers.TPESampler(seed=seed)
+
+
+def forked(trial: TrialRecord | Asked) -> dict[str, Any]:
+    """Of Optuna's user attributes, by which a fork is known in the journal."""
+    return {} if trial.forked_at is None else {"forked_at": trial.forked_at}
 
 
 def user_attributes(trial: TrialRecord) -> dict[str, Any]:
     """What optuna-dashboard shows beside the parameters."""
-    return {"keys": list(trial.keys)} | ({"reason": trial.reason} if trial.reason else {})
+    return {"keys": list(trial.keys)} | ({"reason": trial.reason} if trial.reason else {}) | forked(trial)
 
 
-def told_again(trial: TrialRecord, values: Sequence[float] | None) -> FrozenTrial:
+def known(trial: TrialRecord | Asked, prefix: str = "") -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    """(parameters, distributions) of a trial, their names without the prefix."""
+    return ({name.removeprefix(prefix): value for name, value in trial.parameters.items()},
+            {name.removeprefix(prefix): json_to_distribution(each) for name, each in trial.distributions.items()})
+
+
+def told_again(trial: TrialRecord, values: Sequence[float] | None, missed: Mapping[str, float]) -> FrozenTrial:
     """The trial as Optuna knew it, from its record and the objectives of its last candidate (the dense baseline's where it
-    has none)."""
-    known = {"params": trial.parameters,
-             "distributions": {name: json_to_distribution(each) for name, each in trial.distributions.items()}}
+    has none), and what that misses of the constraints."""
+    params, distributions = known(trial)
     if trial.status == "running":
-        return optuna.trial.create_trial(state=TrialState.RUNNING, **known)
-    state, values, constraints = outcome(trial, values)
+        return optuna.trial.create_trial(state=TrialState.RUNNING, params=params, distributions=distributions,
+                                         user_attrs=forked(trial))
+    state, values, constraints = outcome(trial, values, missed)
     return optuna.trial.create_trial(state=state, values=values, constraints=constraints, user_attrs=user_attributes(trial),
-                                     **known)
+                                     params=params, distributions=distributions)

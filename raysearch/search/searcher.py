@@ -12,7 +12,7 @@ from raysearch.config import Study
 from raysearch.search.control import due_control, give_up_others, last_control
 from raysearch.search.journal import open_journal, seal_journal
 from raysearch.search.progress import Progress, last_line
-from raysearch.search.retention import frontier_keys
+from raysearch.search.retention import delete_above, frontier_keys
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
@@ -34,9 +34,11 @@ class StudySearcher(Searcher):
 
     def __init__(self, ledger: Ledger, study: Study, space: Space, inputs: Inputs, echo: Callable[[str], None],
                  given: Sequence[GivenTrial] | None = None, mends: Sequence[Job] = (), proposals: Proposals | None = None,
-                 show: Callable[[int | None], object] = lambda number: None) -> None:
+                 show: Callable[[int | None], object] = lambda number: None, enqueued: Sequence[GivenTrial] = (),
+                 max_disk_bytes: int | None = None) -> None:
         super().__init__()
         self.ledger, self.study, self.inputs, self.show = ledger, study, inputs, show
+        self._max_disk_bytes = max_disk_bytes
         records = ledger.trials()
         self.progress = Progress(ledger, study, inputs.root_key, echo, records)
         self.finished = False
@@ -67,7 +69,8 @@ class StudySearcher(Searcher):
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
             num_asked += began or trial.state == TrialState.COMPLETE
-        self.sampler = Sampler(journal, study, space, given, num_asked, proposals, inputs.num_train_tokens)
+        self.sampler = Sampler(journal, study, space, given, num_asked, proposals, inputs.num_train_tokens,
+                               enqueued=enqueued)
         if (dense := ledger.round(inputs.root_key)) is not None:
             self.sampler.observe(None, dense)
         for record in records:
@@ -142,7 +145,7 @@ class StudySearcher(Searcher):
                                "trials did not try")
             return None
         record = TrialRecord(number=asked.number, config=asked.config, actions=asked.actions, parameters=asked.parameters,
-                             distributions=asked.distributions, started_at=utc_now())
+                             distributions=asked.distributions, forked_at=asked.forked_at, started_at=utc_now())
         if self.ledger.trial_path(record.number).exists():
             raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
                              "another one; move it to another folder if it is not of this study")
@@ -201,6 +204,8 @@ class StudySearcher(Searcher):
                 self.progress.ended(job, error)
             if job["kind"] not in ("report", "mend"):
                 self.show(job.get("number"))
+            if self._max_disk_bytes is not None:
+                delete_above(self.ledger, self.study, self._max_disk_bytes, self.progress.echo)
 
     def _end(self, number: int, error: bool) -> None:
         """The sampler hears the trial's end. Where its processes died, they could not write it, so it is written here."""

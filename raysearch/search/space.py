@@ -142,12 +142,12 @@ GIVEN = "given"
 GivenTrial = TrialConfig | tuple[Action, ...]
 
 
-def read_trials(file: Path) -> list[GivenTrial]:
+def read_trials(file: Path, option: str = "--trials-from") -> list[GivenTrial]:
     """The trials of a file of JSON lines, blank ones left out: an object is a trial's settings, a list is its actions.
     ValueError names the line."""
     trials: list[GivenTrial] = []
-    for number, fields in json_lines(file, f"--trials-from {file}"):
-        where = f"--trials-from {file}, line {number}"
+    for number, fields in json_lines(file, f"{option} {file}"):
+        where = f"{option} {file}, line {number}"
         if isinstance(fields, list) and fields and all(isinstance(action, dict) for action in fields):
             trials.append(tuple(parse(Action, action, f"{where}, action {index}") for index, action in enumerate(fields, 1)))
         elif isinstance(fields, dict):
@@ -155,7 +155,7 @@ def read_trials(file: Path) -> list[GivenTrial]:
         else:
             raise ValueError(f"{where}: must be an object of trial settings, or a list of actions, got {fields!r:.40}")
     if not trials:
-        raise ValueError(f"--trials-from {file}: holds no trial; give one object of trial settings in each line")
+        raise ValueError(f"{option} {file}: holds no trial; give one object of trial settings in each line")
     return trials
 
 

@@ -20,7 +20,7 @@ from ray.tune import TuneError
 from raysearch.cluster.ending import ending_actors
 from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.cluster.placement import work_of
-from raysearch.config import Action, Study, TrialConfig
+from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
 from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.mending import mend
@@ -28,6 +28,7 @@ from raysearch.search.progress import last_line
 from raysearch.search.retention import Keep, delete_unneeded
 from raysearch.search.searcher import StudySearcher
 from raysearch.search.space import GIVEN, GivenTrial, Proposals, Space, check_given, sample_trials
+from raysearch.search.warm_start import check_warm_start, warm_start
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord
@@ -49,11 +50,13 @@ class SweepResult:
 
 
 def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space, echo: Callable[[str], None], *,
-          given: Sequence[GivenTrial] | None = None, keep: Keep = "all", autoscaling: bool = False,
+          given: Sequence[GivenTrial] | None = None, enqueued: Sequence[GivenTrial] = (), warm_starts: Sequence[str] = (),
+          keep: Keep = "all", max_disk_bytes: int | None = None, autoscaling: bool = False,
           mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
     weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run, in
-    their order, instead of what the sampler makes of `space`; a longer list extends the study.
+    their order, instead of what the sampler makes of `space`; a longer list extends the study. `enqueued` ones run before
+    that, and the sampler hears of the studies in `warm_starts`. Weights above `max_disk_bytes` are deleted as they come.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """
@@ -63,16 +66,16 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     study = resolve(study if given is None else study.replaced(num_trials=len(given)), echo)
     inputs = read_inputs(study, echo)
     check_objectives(study, inputs)
-    actions: list[tuple[Action, ...]] = []
-    if given is None:
-        actions = sample_trials(study, space, inputs, 20)  # a mistake in the space is told before anything is written
-    else:
-        for number, trial in enumerate(given, start=1):
-            if isinstance(trial, TrialConfig):
-                actions.append(resolve_actions(trial, study, inputs.num_train_tokens))
-            else:
-                check_actions(trial, study, inputs.num_train_tokens, f"given trial {number}")
-                actions.append(trial)
+    # a mistake in the space is told before anything is written
+    actions = sample_trials(study, space, inputs, 20) if given is None else []
+    for number, trial in enumerate(enqueued if given is None else given, start=1):
+        if isinstance(trial, TrialConfig):
+            actions.append(resolve_actions(trial, study, inputs.num_train_tokens))
+        else:
+            check_actions(trial, study, inputs.num_train_tokens, f"{'enqueued' if given is None else 'given'} trial {number}")
+            actions.append(trial)
+    for earlier in warm_starts:
+        check_warm_start(earlier, inputs.root_key)
     proposals = Proposals(space) if given is None else None
     started = time.monotonic()
     recorded = ledger.study().study if ledger.holds_study() else None
@@ -91,7 +94,10 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
             num_candidates = len({key for trial in trials for key in trial.keys})  # without the dense baseline and its control
             echo(f"resuming {ledger.directory}: {len(trials)} trials, {num_candidates} candidates so far")
         interrupted = False
-        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals, loggers.show)
+        searcher = StudySearcher(ledger, study, space, inputs, echo, given, mends, proposals, loggers.show, enqueued,
+                                 max_disk_bytes)
+        for earlier in warm_starts if proposals else ():
+            warm_start(searcher.sampler, proposals, earlier, echo)
         if searcher.has_work():
             echo(f"{study.search.num_trials} trials of {study.model.path}: starting Ray and a gang")
             start_ray(study, autoscaling)

@@ -161,9 +161,11 @@ class TrialRecord(Frozen):
     number: int
     """From 0; a control's from -2 downwards, since -1 is that of the other jobs' logs."""
     config: TrialConfig | None
-    """None for a control, and where the trial was given as a list of actions."""
+    """None for a control, for a fork, and where the trial was given as a list of actions."""
     actions: tuple[Action, ...]
-    """Resolved before the trial ran."""
+    """Resolved before the trial ran, from the dense model on."""
+    forked_at: int | None = None
+    """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
     distributions: dict[str, str] = Field(default_factory=dict)

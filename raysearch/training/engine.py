@@ -26,7 +26,7 @@ from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
 from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
-from raysearch.training.loss import Loss, next_token_loss, take_loss
+from raysearch.training.loss import Loss, as_teacher, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
 from raysearch.training.replicated import Replicated
 from raysearch.training.zero import Sharded
@@ -133,7 +133,7 @@ class Engine:
             model = load_dense()
             if micro_batch.is_checkpointed and model.supports_gradient_checkpointing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
-            take_loss(model, compiled, is_partitioned=zero_stage == 3)
+            take_loss(model, compiled, is_partitioned=zero_stage == 3, tokens=micro_batch.tokens)
             self.prunables: list[Prunable] = prunable_parameters(model, prunable)
             self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
             self.shapes = {name: parameter_shape(p) for name, p in self.parameters.items()}
@@ -156,12 +156,12 @@ class Engine:
             model = load()
             self._layout = Replicated(model, groups(model), CLIP_NORM, self.device, **adamw)
         else:
-            # DeepSpeed's stage 1 would add up micro-batches in bf16
-            is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank
+            is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank  # stage 1 would add up in bf16
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
                                    **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
-        self._dense = functools.cache(lambda: self._layout.frozen(load_dense))
+        self._dense = functools.cache(lambda: self._layout.frozen(
+            lambda: as_teacher(load_dense(), compiled and zero_stage < 3)))
         self._distillation: tuple[Tensor, Tensor, Tensor, bool] | None = None
         self._trainable = "all"
         self.prunable_names = {p.name for p in self.prunables}

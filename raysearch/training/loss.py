@@ -35,9 +35,10 @@ CACHE_BYTES = 1 << 26
 """Free space that a cache must have, and that the code of a model does not take up."""
 ALIGNED = 64
 """Logits of a row, in a product on a GPU: 50,257 of them run on kernels two generations old."""
-WHOLE_GRAPH_BLOCKS = 16
-"""At most as many are compiled as one graph. 12 of them (124 M) took 20 to 30 s, 26 (950 M) took 44 s, against 14 s for a graph
-that they share, which also ran 8 % faster there (H200, 2026-11-27)."""
+BLOCK_WORK = 1 << 24
+"""Tokens times hidden size from which the blocks share a graph, instead of all being one: the GPU takes longer for a block
+than the host for launching it. On an H200 (2026-11-27) that compiles in 7, 14 and 14 s instead of 18, 36 and 44 (30, 124,
+950 M), and ran 9, 15 and 8 % faster; below, with 16,384 tokens of 30 M, it ran at 0.67 of one graph's rate."""
 
 
 def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor, teacher: Teacher | None = None) -> Tensor:
@@ -120,12 +121,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 None if bias_grad is None else bias_grad * gradient.to(bias_grad.dtype), None, None, None, None)
 
 
-def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bool = False) -> None:
+def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bool = False, tokens: int = 0) -> None:
     """From now on the model's forward takes `loss`, and then returns loss(hidden, head, tokens); without it, what it always
     returned. Where the table of architectures does not say that the logits are head(base model), hidden are the logits.
 
     `compiled`: forward and loss are one graph; where the weights are partitioned (ZeRO-3), so that DeepSpeed gathers between
-    graphs, and in a deep model the blocks share one, and the head has one.
+    graphs, and where `tokens`, those of a micro-batch, are work enough, the blocks share one, and the head has one.
     """
     if compiled:  # the cache's key holds the bodies of the function that _LinearCrossEntropy is: a changed one is a miss
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
@@ -135,7 +136,7 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
     embeddings = model.get_output_embeddings()
     has_plain_head = known is not None and known.shares_prefixes and isinstance(embeddings, nn.Linear)
     blocks = () if known is None else model.get_submodule(known.blocks)
-    by_block = is_partitioned or len(blocks) > WHOLE_GRAPH_BLOCKS
+    by_block = is_partitioned or (has_plain_head and tokens * model.config.hidden_size >= BLOCK_WORK)
     graph: Callable[..., Any] = torch.compile if compiled and not by_block else lambda function: function
     part: Callable[..., Any] = torch.compile if compiled and by_block else lambda function: function
     if has_plain_head:
@@ -171,6 +172,27 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
         return loss_of(loss, named.pop("input_ids"), named, () if teacher is None else (teacher,), states)
 
     model.forward = with_loss
+
+
+def as_teacher(model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
+    """The model, whose logits [B, T, V] are wanted at every step and whose weights are whole and stay: compiled by block, its
+    head padded to a width for which a GPU has fast products."""
+    known, embeddings = architecture(model), model.get_output_embeddings()
+    if not compiled or known is None or not isinstance(embeddings, nn.Linear):
+        return model
+    for block in model.get_submodule(known.blocks):
+        block.forward = torch.compile(block.forward)
+    num_classes = embeddings.out_features
+    padding = -num_classes % ALIGNED
+
+    def head(hidden: Tensor) -> Tensor:
+        weight, bias = embeddings.padded, embeddings.bias
+        logits = F.linear(hidden, weight)[..., :num_classes]
+        return logits if bias is None else logits + bias
+
+    embeddings.register_buffer("padded", F.pad(embeddings.weight.detach(), (0, 0, 0, padding)), persistent=False)
+    embeddings.forward = head
+    return model
 
 
 def _check_cache() -> None:

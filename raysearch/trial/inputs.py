@@ -91,10 +91,11 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
 
 
 def check_objectives(study: Study, inputs: Inputs) -> None:
-    """ValueError of one sentence unless each objective is a size or a metric of the study's tasks."""
-    names = metric_names(inputs.tasks["selection"])
-    for objective in study.search.objectives:
-        if objective not in (*SIZES, *names):
-            raise ValueError(f"objectives must be sizes ({', '.join(SIZES)}) and metrics "
-                             f"({', '.join(names) or 'there is no task'}), got {objective!r}; change it in STUDY, or add "
-                             "its task")
+    """ValueError of one sentence unless each objective, and each constraint, is of a size or a metric of the study's tasks."""
+    names, search = metric_names(inputs.tasks["selection"]), study.search
+    for setting in ("objectives", "constraints", "max_drop"):
+        for name in getattr(search, setting):
+            if name not in (*SIZES, *names):
+                raise ValueError(f"{setting} must be of sizes ({', '.join(SIZES)}) and metrics "
+                                 f"({', '.join(names) or 'there is no task'}), got {name!r}; change it in STUDY, or add "
+                                 "its task")

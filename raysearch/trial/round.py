@@ -165,7 +165,7 @@ def train_candidate(worker: Worker, parent: RoundRecord, action: Action,
     the round that is computed again."""
     while True:
         try:
-            return _train(worker, parent, action, micro_tokens or worker.micro_batch(action.distill_alpha > 0).tokens)
+            return _train(worker, parent, action, micro_tokens or worker.micro_batch(action).tokens)
         except torch.OutOfMemoryError as error:
             failed, micro_tokens = error.with_traceback(None), None  # its frames hold what was in memory
         if not worker.halve_micro_batch():

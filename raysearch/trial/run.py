@@ -45,7 +45,9 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
         candidate = dense_round(worker)
         for action in trial.actions:
             candidate = run_round(worker, candidate, action, raced=not trial.is_control)
-            yield update(keys=(*trial.keys, candidate.key))
+            updated = update(keys=(*trial.keys, candidate.key))
+            if len(trial.keys) > (trial.forked_at or 0):  # else it is the candidate of another trial
+                yield updated
         yield update(status="done", ended_at=utc_now())
     except Diverged as error:
         yield update(status="failed", reason=f"round {len(trial.keys) + 1}: {error}", ended_at=utc_now())

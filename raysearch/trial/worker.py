@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from raysearch.cluster.placement import USABLE, MicroBatch, Work, largest_micro_batch
-from raysearch.config import Study, higher_is_better
+from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, work_in_training
+from raysearch.config import Action, Study, higher_is_better
 from raysearch.evaluation import (
     Evaluation,
     Race,
@@ -34,7 +34,7 @@ class Worker:
         self.gang = f"{study.cluster.num_ranks} x {device_name(device_type())}, ZeRO-{study.cluster.zero_stage}"
         self._size = model_size(study.model.path)
         self._fits = ledger.micro_batch_tokens().get(self.gang)
-        planned = self.micro_batch(distils=False)
+        planned = self.micro_batch()
         self.engine = Engine(
             study.model.path, prunable=study.model.prunable, zero_stage=study.cluster.zero_stage, dtype=study.model.dtype,
             batch_tokens=study.training.batch_tokens, context_tokens=study.data.context_tokens,
@@ -46,14 +46,14 @@ class Worker:
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
 
-    def micro_batch(self, distils: bool) -> MicroBatch:
+    def micro_batch(self, *rounds: Action) -> MicroBatch:
         """Of a round: the largest that is planned to fit, or as much as fitted where less did."""
         cluster = self.study.cluster
         assert isinstance(cluster.num_ranks, int), "placed"
         assert isinstance(cluster.zero_stage, int), "placed"
         share = min(1.0, cluster.gpus_per_rank) if cluster.gpus_per_rank else 1 / cluster.num_ranks
         planned = largest_micro_batch(self._size, self.study, cluster.num_ranks, cluster.zero_stage,
-                                      USABLE * memory_bytes() * share, Work(distils=distils))
+                                      USABLE * memory_bytes() * share, work_in_training(rounds))
         return planned._replace(tokens=min(planned.tokens, self._fits or planned.tokens))
 
     def halve_micro_batch(self) -> bool:

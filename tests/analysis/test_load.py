@@ -7,6 +7,8 @@ import pytest
 from synthetic_study import EVIL, NUM_PARAMETERS, PROVENANCE, ROOT, SyntheticStudy
 
 from analysis.load import HYPERPARAMETERS, load, metric_names
+from analysis.tables import describe_config
+from raysearch.study.records import TrialRecord
 
 
 def test_one_row_per_trial_and_round_plus_dense(frame: pd.DataFrame) -> None:
@@ -168,3 +170,23 @@ def test_a_trial_without_a_configuration_is_loaded(tmp_path: Path) -> None:
     row = load(tmp_path / "study").iloc[1]
     assert (row["trial"], row["status"], row["action_sparsity"]) == (0, "done", 0.5)
     assert pd.isna(row["schedule"])
+
+
+def test_a_fork_has_a_row_for_its_own_round_and_says_from_where(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path)
+    study.dense()
+    study.trial(0, [0.3, 0.5])
+    first = study.ledger.trial(0)
+    (third,) = [action.model_copy(update={"sparsity": 0.7, "finetune_tokens": 500}) for action in first.actions[:1]]
+    begun = [((*first.actions, third), 2), ((third,), 0), ((third, third), 1)]
+    for number, (actions, forked_at) in enumerate(begun, start=1):
+        study.ledger.write_trial(TrialRecord(number=number, config=None, actions=actions, forked_at=forked_at, started_at=""))
+        if number < 3:
+            study.finish(number)
+    frame = load(tmp_path)
+    rows = frame[frame["trial"] > 0].astype(object)
+    rows = rows.where(rows.notna(), None)
+    assert list(zip(rows["trial"], rows["round"], rows["forked_from"], rows["trained_tokens"])) == [
+        (1, 3, "trial 0 round 2", 500), (2, 1, "the dense model", 500), (3, None, None, None)]  # the last one has only begun
+    assert describe_config(rows.iloc[0]) == "from trial 0 round 2, to 0.7, 500 tokens"
+    assert not frame["is_alias"].any()

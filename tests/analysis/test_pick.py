@@ -232,3 +232,15 @@ def test_simulated_picks_keep_their_limit() -> None:
     assert found["naive_broken"] >= found["broken"] + 0.1  # chosen and published on the same items
     for name in ("candidates_covered", "frontier_covered", "hypervolume_covered"):
         assert found[name] >= 0.95 - 3 * math.sqrt(0.05 * 0.95 / 40)
+
+
+def test_a_candidate_that_is_named(frame: pd.DataFrame) -> None:
+    picked = pick(frame, (), "3/2")
+    assert (picked.trial, picked.round, picked.checks, picked.runners_up, picked.num_scored) == (3, 2, (), (), 1)
+    with pytest.raises(ValueError, match="--candidate 3/2 and --max-bytes 3,000,000 contradict each other"):
+        pick(frame, parse_constraints("3MB"), "3/2")
+    for name in ("10/1", "dense"):
+        with pytest.raises(ValueError, match=f"--candidate {name} must be a pruned one that was scored on the report split"):
+            pick(frame, (), name)
+    with pytest.raises(ValueError, match="'3/9' must name one finished round, got none"):
+        pick(frame, (), "3/9")

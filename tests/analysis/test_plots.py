@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from plotly.graph_objects import Figure, Scatter
@@ -8,12 +9,12 @@ from synthetic_study import SyntheticStudy
 from analysis.candidates import candidates, frontier
 from analysis.importance import importance
 from analysis.load import load
-from analysis.plots import frontier_figure, importance_figure, trajectory_figure
+from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, trajectory_figure, trial_texts
 
 
 def visible(figure: Figure) -> dict[str, Scatter]:
     """Traces that are drawn, by name; plotly draws no empty one."""
-    return {trace.name: trace for trace in figure.data if trace.visible and len(trace.x)}
+    return {trace.name: trace for trace in figure.data if trace.visible is not False and len(trace.x)}
 
 
 def press(figure: Figure, label: str) -> None:
@@ -30,49 +31,70 @@ def press(figure: Figure, label: str) -> None:
 def test_frontier_figure_shows_these_points(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
     traces = visible(figure)
-    front = traces["frontier (report split, ± 1 standard error)"]
+    front = traces["frontier (report split)"]
     assert list(front.x) == [372_800, 440_000, 488_000, 520_000, 560_000, 600_000, 680_000, 760_000, 920_000]
     assert front.y[-1] == pytest.approx(2 + 1.2 * 0.001 - 0.05 + 0.015)
-    assert set(front.error_y.array) == {0.02}
     assert front.line.shape == "hv"
-    assert len(traces["not on the frontier"].x) == 3  # 19 candidates, 12 scored on the report split
-    assert list(traces["dense baseline"].y) == [2.01]
+    assert len(traces["candidates"].x) == 12  # of 19, on the report split
+    assert traces["dense baseline"].y.tolist() == pytest.approx([2.01])
     assert figure.layout.yaxis.title.text == "text/bits_per_byte<br>report split (lower is better)"
 
 
-def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame) -> None:
-    figure = frontier_figure(frame)
+def test_a_point_says_how_to_make_it_again(frame: pd.DataFrame) -> None:
+    shown = visible(frontier_figure(frame))["candidates"]
+    (index,) = [i for i, (trial, depth, _) in enumerate(shown.customdata) if (trial, depth) == (3, 2)]
+    assert shown.customdata[index][2] == pytest.approx(0.55)
+    assert shown.text[index].replace("<br>", " ") == (
+        "--schedule cubic --sparsity 0.7 --rounds 3 --l1-lambda 0.0001 --finetune-epochs 3.0")
+    assert trial_texts(frame)[8].endswith("<br><i>failed: loss is NaN in round 1 &lt;script&gt;alert(&#x27;x&#x27;)"
+                                          "&lt;/script&gt; &amp; &quot;more&quot;</i>")
+
+
+@pytest.mark.parametrize("split", ["report", "selection"])
+def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame, split: str) -> None:
+    figure = frontier_figure(frame, split)
     rows = candidates(frame)
-    for split, label in (("report", "report split"), ("selection", "selection split (what the search saw)")):
-        press(figure, label)
-        scored = rows[f"{split}/text/bits_per_byte"].dropna()
-        for size in ("stored bytes", "non-zero parameters"):
-            press(figure, size)
-            shown = visible(figure)
-            assert sorted(y for trace in shown.values() for y in trace.y) == sorted(scored)
-            (baseline,) = shown["dense baseline"].y
-            band, line = figure.layout.shapes
-            assert line.y0 == line.y1 == baseline == rows.loc[rows["status"] == "dense", scored.name].iloc[0]
-            assert (band.y0, band.y1) == pytest.approx((baseline - 0.02, baseline + 0.02))
-            assert f"{split} split" in figure.layout.yaxis.title.text
-            assert all(f"on the {split} split" in text for trace in shown.values() for text in trace.hovertext)
+    scored = rows[f"{split}/text/bits_per_byte"].dropna()
+    for size in ("stored_bytes", "resident_bytes", "num_nonzero"):
+        press(figure, SIZE_NAMES[size])
+        shown = visible(figure)
+        points = [point for name in ("candidates", "dense baseline") for point in zip(shown[name].x, shown[name].y)]
+        assert [y for _, y in sorted(points)] == pytest.approx(
+            rows.loc[scored.index].sort_values([size, scored.name])[scored.name].tolist())
+        front = frontier(frame, split, size)
+        assert shown[f"frontier ({split} split)"].x.tolist() == front[size].tolist()
+        assert shown[f"frontier ({split} split)"].y.tolist() == pytest.approx(front[scored.name].tolist())
+        (line,) = figure.layout.shapes
+        assert line.y0 == line.y1 == rows.loc[rows["status"] == "dense", scored.name].iloc[0]
+        assert f"{split} split" in figure.layout.yaxis.title.text
+        assert all(f"on the {split} split" in trace.hovertemplate for trace in shown.values() if trace.hoverinfo != "skip")
 
 
-def test_the_buttons_for_size_and_split_combine(frame: pd.DataFrame) -> None:
+def test_the_band_holds_the_frontier_and_belongs_to_the_split_that_is_published(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
-    splits, sizes = figure.layout.updatemenus
-    assert [button.label for button in splits.buttons] == ["report split", "selection split (what the search saw)"]
-    assert [button.label for button in sizes.buttons] == ["non-zero parameters", "stored bytes"]
-    press(figure, "stored bytes")
-    press(figure, "selection split (what the search saw)")
-    front = frontier(frame, "selection", "stored_bytes")
-    shown = visible(figure)["frontier (selection split, ± 1 standard error)"]
-    assert list(shown.x) == front["stored_bytes"].tolist()
-    assert list(shown.y) == front["selection/text/bits_per_byte"].tolist()
-    assert [text.split(" (")[0] for text in shown.hovertext] == [
-        f"<b>trial {row['trial']}, round {row['round']}" for _, row in front.iterrows()]
-    assert max(max(trace.x) for trace in visible(figure).values()) == 4_000_000
-    assert figure.layout.xaxis.title.text == "stored bytes (smaller is better)"
+    for label in SIZE_NAMES.values():
+        press(figure, label)
+        drawn = [trace for trace in figure.data if trace.visible is not False]
+        (high,) = [trace for trace in drawn if trace.name == "95 % band of the frontier"]
+        (low,) = [trace for trace in drawn if trace.hoverinfo == "skip" and trace is not high]
+        assert (high.fill, high.x.tolist(), high.line.shape) == ("tonexty", low.x.tolist(), "hv")
+        assert (low.y <= high.y).all()
+        front = visible(figure)["frontier (report split)"]
+        for x, y in zip(front.x, front.y):
+            position = high.x.tolist().index(x)
+            assert low.y[position] <= y <= high.y[position]
+    assert not any(trace.fill for trace in frontier_figure(frame, "selection").data)
+
+
+def test_without_items_there_is_no_band(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.2, 0.5], report=True)
+    for file in (tmp_path / "study").rglob("items.report.npz"):
+        file.unlink()
+    figure = frontier_figure(load(tmp_path / "study"))
+    assert not any(trace.fill for trace in figure.data)
+    assert len(visible(figure)["frontier (report split)"].x) == 3
 
 
 def test_selection_split_until_something_is_scored(tmp_path: Path) -> None:
@@ -81,11 +103,11 @@ def test_selection_split_until_something_is_scored(tmp_path: Path) -> None:
     study.trial(0, [0.2, 0.5])
     figure = frontier_figure(load(tmp_path / "study"))
     traces = visible(figure)
-    assert traces["frontier (selection split, ± 1 standard error)"].x[0] == 2_500_000
+    assert traces["frontier (selection split)"].x[0] == 2_500_000
     assert figure.layout.yaxis.title.text == "last_word/acc<br>selection split (higher is better)"
     assert figure.layout.xaxis.title.text == "stored bytes (smaller is better)"
     assert [[button.label for button in menu.buttons] for menu in figure.layout.updatemenus] == [
-        ["stored bytes", "non-zero parameters"]]
+        ["stored bytes", "non-zero parameters", "resident bytes"]]
 
 
 def test_ruined_candidates_do_not_flatten_the_split_that_they_are_on(tmp_path: Path) -> None:
@@ -97,24 +119,26 @@ def test_ruined_candidates_do_not_flatten_the_split_that_they_are_on(tmp_path: P
     frame.loc[frame["trial"] == 1, "selection/text/bits_per_byte"] = 9.0
     figure = frontier_figure(frame)
     assert (figure.layout.yaxis.autorange, figure.layout.yaxis.range, figure.layout.annotations) == (True, None, ())
-    press(figure, "selection split (what the search saw)")
+    figure = frontier_figure(frame, "selection")
     assert not figure.layout.yaxis.autorange
     assert figure.layout.yaxis.range[1] < 2.3
     assert [note.text for note in figure.layout.annotations] == ["1 outside this view; double-click shows all"]
-    press(figure, "report split")
-    assert (figure.layout.yaxis.autorange, figure.layout.annotations) == (True, ())
 
 
 def test_trajectories(frame: pd.DataFrame) -> None:
     figure = trajectory_figure(frame)
-    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
-    assert len(lines) == 11  # trial 8 has no finished round
-    assert list(lines[1].x) == [0, 0.1, 0.2, 0.3, 0.4, 0.5]
-    assert lines[1].y[0] == 2.0
-    assert list(figure.layout.updatemenus[0].buttons[1].args[0]["x"][1]) == [0, 1, 2, 3, 4, 5]
+    on_front = set(candidates(frame).loc[frame["key"].isin(frontier(frame, "selection")["key"]), "trial"].dropna())
+    lines = {trace.name: trace for trace in figure.data if trace.mode == "lines+markers"}
+    assert {int(name.split()[1]) for name in lines} >= on_front  # and trials that share a round with these
+    assert lines["trial 1"].x.tolist()[-6:] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert lines["trial 1"].y[-6] == 2.0
+    assert len({trace.line.color for trace in lines.values()}) == len(lines)
+    (other,) = [trace for trace in figure.data if trace.name == "not on the frontier"]
+    assert np.isnan(other.y).sum() == 11 - len(lines)  # a gap before each; trial 8 has no finished round
+    rounds = figure.layout.updatemenus[0].buttons[1].args[0]["x"][[trace.name for trace in figure.data].index("trial 1")]
+    assert rounds.tolist()[-6:] == [0, 1, 2, 3, 4, 5]
     assert {trace.name for trace in figure.data if trace.mode == "markers"} == {
-        "ended done", "ended stopped", "ended failed", "still running"}
-    assert len({trace.line.color for trace in lines}) == 11
+        "ended stopped", "ended failed", "still running"}
 
 
 def test_importance_figure_greys_what_chance_gives(frame: pd.DataFrame) -> None:
@@ -138,27 +162,24 @@ def test_empty_studies_still_draw(tmp_path: Path) -> None:
         study.trial(0, [0.5], status="failed", num_finished=0, reason="diverged")
 
 
-def test_the_control_has_a_line_a_band_and_a_diamond_of_the_split_that_is_shown(controlled: pd.DataFrame) -> None:
-    figure = frontier_figure(controlled)
-    for split, label, value in (("report", "report split", 1.935),
-                                ("selection", "selection split (what the search saw)", 1.925)):
-        press(figure, label)
-        band, line = figure.layout.shapes[2:]
-        assert (line.y0, line.y1, line.line.dash) == (pytest.approx(value), pytest.approx(value), "dot")
-        assert (band.y0, band.y1) == pytest.approx((value - 0.02, value + 0.02))
-        assert line.line.color != figure.layout.shapes[1].line.color
-        shown = visible(figure)["dense control, trained as long"]
-        assert (list(shown.x), list(shown.y)) == ([1_000_000], [pytest.approx(value)])
-        assert shown.marker.color == line.line.color
-        assert f"on the {split} split" in shown.hovertext[0]
-        assert "<b>dense control, round 3</b>" in shown.hovertext[0]
+@pytest.mark.parametrize(("split", "value"), [("report", 1.935), ("selection", 1.925)])
+def test_the_control_has_a_line_and_a_diamond_of_the_split_that_is_shown(controlled: pd.DataFrame, split: str, value: float
+                                                                         ) -> None:
+    figure = frontier_figure(controlled, split)
+    dense, line = figure.layout.shapes
+    assert (line.y0, line.y1, line.line.dash) == (pytest.approx(value), pytest.approx(value), "dot")
+    assert line.line.color != dense.line.color
+    shown = visible(figure)["dense control, trained as long"]
+    assert (list(shown.x), list(shown.y)) == ([1_000_000], [pytest.approx(value)])
+    assert shown.marker.color == line.line.color
+    assert "<b>dense control, trained as long</b>" in shown.hovertemplate
     press(figure, "stored bytes")
     assert list(visible(figure)["dense control, trained as long"].x) == [4_000_000]
 
 
 def test_without_a_control_there_is_no_second_line(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
-    assert len(figure.layout.shapes) == 2
+    assert len(figure.layout.shapes) == 1
     assert "dense control, trained as long" not in visible(figure)
 
 

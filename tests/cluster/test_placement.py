@@ -11,6 +11,7 @@ from raysearch.cluster.placement import (
     place,
     rank_bytes,
     repays_compilation,
+    work_in_training,
     work_of,
 )
 from raysearch.config import Action, Study, study_of
@@ -66,6 +67,8 @@ def test_a_teacher_and_calibration_are_counted() -> None:
     assert need(4096, 2, distils=True)["teacher"] == 2 * LLAMA_7B.num_parameters
     assert need(4096, 3, distils=True)["teacher"] == LLAMA_7B.num_parameters
     assert need(4096, 2, distils=True)["logits"] - need(4096, 2)["logits"] == 2 * 32_000 * 4096
+    assert need(4096, 2, follows_states=True)["logits"] - need(4096, 2)["logits"] == 2 * 32 * 4096 * 4096
+    assert need(4096, 2, bytes_beside=24)["beside the masters"] == 24 * LLAMA_7B.num_parameters / 2
     assert need(64, 2, calibration_tokens=4096 * 4096)["calibration"] == 2 * 2 * 4096 * 4096 * 4096 / 2 + 12 * 16_384**2
     assert "calibration" not in need(4096, 2, calibration_tokens=64)  # less than training takes afterwards
     study = auto(batch_tokens=65_536, num_ranks=1, zero_stage=0)
@@ -78,12 +81,17 @@ def test_a_teacher_and_calibration_are_counted() -> None:
 def test_the_work_of_a_study_is_that_of_its_trials() -> None:
     trials = [(Action(finetune_tokens=100), Action(finetune_tokens=200, distill_alpha=0.5)),
               (Action(finetune_tokens=300, calibration_sequences=8),)]
-    assert work_of(auto(num_trials=10, max_concurrent=4), trials) == (300 * 10 / 4, True, 8 * 1024)
-    assert work_of(auto(), []) == (0, False, 0)
+    assert work_of(auto(num_trials=10, max_concurrent=4), trials) == Work(
+        tokens=300 * 10 / 4, distils=True, calibration_tokens=8 * 1024)
+    assert work_of(auto(), []) == Work()
+    assert work_in_training([Action(distill_hidden=1.0), Action(criterion="movement")]) == Work(
+        distils=True, follows_states=True, bytes_beside=8)
+    beside = {"magnitude": 0, "gradual_magnitude": 0, "taylor": 0, "set": 0, "rigl": 4, "sr_ste": 4, "soft_movement": 24}
+    assert {criterion: work_in_training([Action(criterion=criterion)]).bytes_beside for criterion in beside} == beside
 
 
 @pytest.mark.parametrize(("size", "seconds", "saved_us"), [
-    (BOOKS_30M, 17, 0.61), (GPT2, 22, 3.1), (ModelSize(949_800_000, 1664, 26, 50_257), 50, 9.6)])
+    (BOOKS_30M, 10, 0.61), (GPT2, 14, 3.1), (ModelSize(949_800_000, 1664, 26, 50_257), 14, 9.6)])
 def test_compilation_is_repaid_about_where_it_was_measured(size: ModelSize, seconds: float, saved_us: float) -> None:
     break_even = seconds / saved_us * 1e6
     assert not repays_compilation(size, break_even / 2.5)

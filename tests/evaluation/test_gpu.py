@@ -42,6 +42,23 @@ def test_scores_equal_lm_eval_and_the_cpu(family: str, tokenizer: Any) -> None:
     assert_same(got, on_cpu)
 
 
+def test_graphs_that_are_garbage_do_not_break_a_capture() -> None:
+    def forward(is_chain: bool, values: torch.Tensor) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            [[] for _ in range(5_000)]  # as many as make Python collect garbage
+        return values + 1
+
+    def captured() -> graphs.Graphs:
+        of_forward = graphs.Graphs(forward)
+        of_forward._seen["captured",] = of_forward._capture(False, (torch.zeros(3, device="cuda"),))
+        return of_forward
+
+    garbage: list[Any] = [captured()]
+    garbage.append(garbage)
+    del garbage
+    assert captured()._seen["captured",].replay((torch.ones(3, device="cuda"),)).tolist() == [2.0, 2.0, 2.0]
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
 def test_graphs_score_what_eager_batches_score(family: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "HOST_BOUND", 0.0)  # every shape is captured at its second batch

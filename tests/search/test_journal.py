@@ -115,7 +115,8 @@ def searched(study: SyntheticStudy) -> optuna.Study:
         changes = {name: kind[name] for name in ("status", "num_finished", "reason") if name in kind}
         study.trial(asked.number, [0.3, 0.6], **changes)
         record = study.ledger.trial(asked.number).model_copy(update={
-            "parameters": asked.parameters, "distributions": asked.distributions, "crashed": kind.get("crashed", False)})
+            "parameters": asked.parameters, "distributions": asked.distributions, "forked_at": asked.forked_at,
+            "crashed": kind.get("crashed", False)})
         study.ledger.write_trial(record)
         for key in record.keys:
             sampler.observe(asked.number, study.ledger.candidate(key))
@@ -123,7 +124,7 @@ def searched(study: SyntheticStudy) -> optuna.Study:
     asked = sampler.ask()
     study.trial(asked.number, [0.3, 0.6], status="running", num_finished=1)
     study.ledger.write_trial(study.ledger.trial(asked.number).model_copy(update={
-        "parameters": asked.parameters, "distributions": asked.distributions}))
+        "parameters": asked.parameters, "distributions": asked.distributions, "forked_at": asked.forked_at}))
     return opened
 
 

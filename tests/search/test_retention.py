@@ -10,7 +10,7 @@ from raysearch.config import Action, Study, TrialConfig
 from raysearch.kernels import device_name
 from raysearch.models.weights import read_weights
 from raysearch.search.control import due_control
-from raysearch.search.retention import delete_unneeded, frontier_keys
+from raysearch.search.retention import delete_above, delete_unneeded, frontier_keys
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance, utc_now
 from raysearch.study.records import RoundRecord, StudyRecord, TrialRecord
@@ -119,3 +119,25 @@ def test_an_unfinished_control_keeps_what_it_goes_on_from(ended: tuple[Worker, l
     worker.ledger.write_trial(TrialRecord(number=-2, config=None, actions=actions, started_at=utc_now()))
     delete_unneeded(worker.ledger, study, "none", lambda line: None)
     assert kept(worker.ledger) == {better.key}
+
+
+def test_above_a_limit_the_frontiers_weights_go_last_and_never_those_that_a_trial_goes_on_from(
+        ended: tuple[Worker, list[RoundRecord]], study: Study) -> None:
+    worker, (good, bad) = ended
+    ledger, said = worker.ledger, []
+
+    def left(max_bytes: int) -> list[bool]:
+        delete_above(ledger, study, max_bytes, said.append)
+        return [ledger.weights_path(record.key).is_file() for record in (good, bad)]
+
+    size = ledger.weights_path(good.key).stat().st_size
+    assert left(3 * size) == [True, True]
+    assert said == []
+    write_trial(ledger, "running", WORSE, ACTION)
+    assert left(size) == [False, True]  # the trial goes on from the other one
+    assert "1 of them of the frontier; what is wanted of them later is computed again" in said[0]
+    worker.loaded_key = None
+    run_round(worker, good, ACTION.model_copy(update={"sparsity": 0.6}))  # computes its parent again
+    write_trial(ledger, "done", WORSE)
+    assert left(int(2.5 * size)) == [True, False]
+    assert "of the frontier" not in said[1]

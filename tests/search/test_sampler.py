@@ -8,7 +8,7 @@ import pytest
 from optuna.trial import TrialState
 from synthetic_study import PROVENANCE, ROOT, metrics
 
-from raysearch.config import TrialConfig, study_of
+from raysearch.config import Action, TrialConfig, study_of
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import Space
 from raysearch.study.records import RoundRecord, TrialRecord
@@ -216,16 +216,43 @@ def test_running_trials_are_pending_and_numbers_are_the_journals() -> None:
     assert [trial.state for trial in made.journal.trials] == [TrialState.RUNNING] * 3
 
 
-@pytest.mark.parametrize("sampler", [
-    optuna.samplers.RandomSampler(seed=0), optuna.samplers.NSGAIISampler(seed=0, population_size=4),
-    optuna.samplers.TPESampler(seed=0, n_startup_trials=2)])
-def test_every_sampler_of_optuna_may_sample(sampler: optuna.samplers.BaseSampler) -> None:
-    made = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, prunes("linear", "target_sparsity", 0.9),
-                   sampler=sampler)
-    for number in range(8):
-        asked = made.ask()
-        for depth, action in enumerate(asked.actions, start=1):
-            made.observe(number, candidate(f"{number} {depth}", action.sparsity, depth))
-        made.end(ended(number, "done").model_copy(update={"actions": asked.actions, "keys": ("k",) * len(asked.actions)}))
-    assert len(made.journal.best_trials) >= 1
-    assert len(made.heard.trials) >= 8
+@pytest.mark.parametrize("name", ["tpe", "gp", "nsga2", "random"])
+def test_every_sampler_hears_of_rounds_and_constraints_and_repeats_itself(name: str) -> None:
+    def run() -> Sampler:
+        study = STUDY.replaced(sampler=name, constraints={"num_nonzero": 70}, max_drop={"last_word/acc": 5.0})
+        made = Sampler(optuna.create_study(directions=["minimize"] * 2), study, prunes("linear", "target_sparsity", 0.9))
+        made.observe(None, candidate(ROOT, 0.0, 0))
+        for number in range(14):
+            asked = made.ask()
+            assert asked.forked_at is None
+            for depth, action in enumerate(asked.actions, start=1):
+                made.observe(number, candidate(f"{number} {depth}", action.sparsity, depth))
+            keys = ("k",) * len(asked.actions)
+            made.end(ended(number, "done").model_copy(update={"actions": asked.actions, "keys": keys}))
+        return made
+
+    made = run()
+    assert [trial.params for trial in made.heard.trials] == [trial.params for trial in run().heard.trials]
+    assert len(made.heard.trials) > 14
+    told = [trial for trial in made.heard.trials if trial.state == TrialState.COMPLETE]
+    for trial in told:  # accuracy is 0.6 - 0.3 s^2, so that 5 points are lost at a sparsity of 0.41; 30 weights at 0.375
+        sparsity = (100 - trial.values[0]) / 80
+        assert (trial.constraints["num_nonzero"] <= 0) == (trial.values[0] <= 70)
+        if abs(lost := 0.3 * sparsity**2 - 0.05) > 0.01:  # num_nonzero is rounded
+            assert (trial.constraints["max_drop last_word/acc"] > 0) == (lost > 0)
+    assert made.journal.best_trials == [trial for trial in made.journal.best_trials
+                                        if all(value <= 0 for value in trial.constraints.values())]
+
+
+def test_what_the_user_enqueues_comes_first_and_once() -> None:
+    mine = [TrialConfig(target_sparsity=0.33), (Action(sparsity=0.44), Action(sparsity=0.55))]
+    first = Sampler(optuna.create_study(directions=["minimize"] * 2), STUDY, space, enqueued=mine)
+    asked = [first.ask() for _ in range(3)]
+    assert [one.actions for one in asked[:2]] == [(Action(sparsity=0.33),), mine[1]]
+    assert [one.config for one in asked[:2]] == [mine[0], None]
+    assert set(asked[2].parameters) == {"target_sparsity"}
+    again = Sampler(first.journal, STUDY, space, enqueued=[*mine, TrialConfig(target_sparsity=0.66)], num_asked=3)
+    for one in asked[:2]:
+        again.recall(ended(one.number, "done").model_copy(update={"actions": one.actions, "config": one.config}), {}.get)
+    assert again.ask().actions == (Action(sparsity=0.66),)
+    assert again.ask().parameters

@@ -84,4 +84,9 @@ def test_every_method_runs_and_the_same_seed_gives_the_same(benchmark: Any) -> N
         found, num_trials[name], _ = runs[0]
         assert [when for when, _ in found] == sorted(when for when, _ in found)
         assert all(0 < state.sparsity < 1 for _, state in found)
-    assert num_trials["plain"] < min(number for name, number in num_trials.items() if name != "plain")
+    assert num_trials["plain"] < min(number for name, number in num_trials.items() if name not in ("plain", "ours, cold"))
+
+
+def test_mo_asha_lets_a_third_go_on_spread_over_the_front(benchmark: Any) -> None:
+    points = {0: (0.0, 1.0), 1: (0.5, 0.5), 2: (1.0, 0.0), 3: (0.1, 0.9), 4: (0.6, 0.6), 5: (2.0, 2.0)}
+    assert benchmark.priority(points) == [0, 2, 1, 3, 4, 5]  # the front's ends, its middle, the other one; then what they beat

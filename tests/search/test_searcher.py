@@ -314,7 +314,7 @@ def test_a_study_of_many_trials_is_ready_soon(tmp_path: Path) -> None:
     made()  # makes the journal
     started = time.process_time()
     ready = made()
-    assert time.process_time() - started < 0.5
+    assert time.process_time() - started < 1.5  # it reads every round, from which a fork may start
     started = time.process_time()
     asked = ready.sampler.ask()
     assert time.process_time() - started < 0.1

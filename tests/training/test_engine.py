@@ -74,7 +74,7 @@ def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
 def test_no_later_trial_compiles_anything(tiny_model: Path, device: str) -> None:
     for stage, case in on_ranks(tiny_model, device, 1, "graphs").items():
         # forward and loss; or a block, for all of them, and the head
-        assert case["num_graphs"] == {"0": 1, "0, deep": 2, "3": 2}[stage], stage
+        assert case["num_graphs"] == {"0": 1, "0, wide": 2, "3": 2}[stage], stage
         assert case["num_breaks"] == 0, stage
         assert case["num_later"] == 0, stage
         assert case["compiled"] == pytest.approx(case["eager"], rel=1e-5), stage
@@ -260,8 +260,8 @@ def graphs(model: str) -> dict:
 
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     found = {}
-    for name, whole_graph_blocks in (("0", 16), ("0, deep", 1), ("3", 16)):  # stage 3 last: it changes how models are loaded
-        loss.WHOLE_GRAPH_BLOCKS, stage = whole_graph_blocks, int(name[0])
+    for name, block_work in (("0", 1 << 24), ("0, wide", 1), ("3", 1 << 24)):  # stage 3 last: it changes how models are loaded
+        loss.BLOCK_WORK, stage = block_work, int(name[0])
         torch._dynamo.reset()
         engines = {is_compiled: Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128,
                                        context_tokens=32, weight_decay=0.1, micro_batch=MicroBatch(64, False),

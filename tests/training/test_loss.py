@@ -1,5 +1,6 @@
 """The loss inside the forward: transformers' own, whose gradients are made in the forward pass, part after part."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from faults import refusing
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
-from raysearch.training.loss import IGNORED, _check_cache, linear_cross_entropy, next_token_loss, take_loss
+from raysearch.training.loss import IGNORED, _check_cache, as_teacher, linear_cross_entropy, next_token_loss, take_loss
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -93,6 +94,20 @@ def test_hidden_states_are_followed(family: str) -> None:
     assert torch.allclose(loss, total, rtol=1e-5)
     for name, gradient in gradients(model, loss).items():
         assert torch.allclose(gradient, wanted_gradients[name], rtol=1e-3, atol=1e-7), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_teacher_says_what_the_model_says(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr("raysearch.training.loss.ALIGNED", 48)  # which 64 classes are not a multiple of
+    model = FAMILIES[family]().eval()
+    tokens = torch.randint(64, (2, 5))
+    with torch.no_grad():
+        wanted = model(input_ids=tokens, output_hidden_states=True)
+        found = as_teacher(model, compiled=True)(input_ids=tokens, output_hidden_states=True)
+    assert torch.allclose(found.logits, wanted.logits, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_gpt2_too_and_without_a_loss_nothing_changed(tiny_model: Path) -> None:

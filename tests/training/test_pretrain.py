@@ -142,7 +142,7 @@ def test_divergence_is_one_sentence_and_leaves_no_model(
 
 
 def test_what_a_machine_needs_is_said_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raysearch.training.pretrain.memory_bytes", lambda: 12e9)  # half of 24 GB
+    monkeypatch.setattr("raysearch.training.pretrain_worker.memory_bytes", lambda: 12e9)  # half of 24 GB
 
     def line(name: str, dtype: str = "float32") -> str:
         return memory_needed(PRESETS[name], {"dtype": dtype, "zero_stage": 0, "batch_tokens": PRESETS[name].batch_tokens}, 1)
@@ -152,7 +152,7 @@ def test_what_a_machine_needs_is_said_before_it_starts(monkeypatch: pytest.Monke
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=12e9))
     assert "MORE than there is" in line("gpt-efficio-950m")
     assert "MORE" not in line("tiny")
-    monkeypatch.setattr("raysearch.training.pretrain.memory_bytes", lambda: 80e9)
+    monkeypatch.setattr("raysearch.training.pretrain_worker.memory_bytes", lambda: 80e9)
     assert line("gpt2-small", "bfloat16").endswith(" GB of memory, 65536 tokens at a time, on its GPU")
 
 

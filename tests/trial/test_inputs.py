@@ -81,8 +81,11 @@ def test_what_does_not_fit_together_is_refused(study: Study, change: dict[str, A
         read_inputs(study.replaced(**change))
 
 
-def test_the_objective_must_be_measured(study: Study) -> None:
+def test_objectives_and_constraints_must_be_measured(study: Study) -> None:
     inputs = read_inputs(study)
-    check_objectives(study, inputs)
-    with pytest.raises(ValueError, match="objectives must be sizes .num_nonzero.* and metrics .*last_word/acc.*, got 'cho"):
-        check_objectives(study.replaced(objectives=("num_nonzero", "choice/acc")), inputs)
+    check_objectives(study.replaced(constraints={"stored_bytes": 1e6, "last_word/acc": 0.1}, max_drop={"last_word/acc": 1}),
+                     inputs)
+    for setting, value in {"objectives": ("num_nonzero", "choice/acc"), "constraints": {"choice/acc": 0.5},
+                           "max_drop": {"choice/acc": 1.0}}.items():
+        with pytest.raises(ValueError, match=rf"{setting} must be of sizes .num_nonz.* and metrics .*last_word/.*, got 'cho"):
+            check_objectives(study.replaced(**{setting: value}), inputs)

@@ -334,6 +334,9 @@ def test_a_head_that_comes_back_has_its_weights_and_its_biases(worker: Worker, c
 
 @pytest.mark.parametrize("fields", [
     {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
+    {"criterion": "taylor", "calibration_sequences": 2}, {"criterion": "gradual_magnitude", "pattern": "2:4"},
+    {"criterion": "magnitude", "distill_alpha": 0.5, "distill_hidden": 0.5},
+    {"criterion": "sparsegpt", "calibration_sequences": 2},
     {"criterion": "set", "drop_fraction": 0.3, "scope": "layer", "budget": "owl", "owl_lambda": 0.1, "owl_m": 3.0,
      "calibration_sequences": 2},
     {"criterion": "soft_movement", "sparsity": None, "threshold": 0.45, "score_rate": 0.05, "score_penalty": 300.0},

@@ -1,0 +1,126 @@
+"""The commands on a study: how it goes, what it found, which candidate to ship, and the folder that ships."""
+
+import shlex
+from typing import Annotated
+
+import typer
+
+import raysearch
+from raysearch.terminal import Out, StudyDir, app, doing, echo, warn_of
+
+
+@app.command()
+def status(directory: StudyDir, json: Annotated[bool, typer.Option("--json", help="For programs.")] = False) -> None:
+    """How a study is doing, from any machine that sees its directory."""
+    from raysearch.status import describe_status, study_status
+
+    current = study_status(directory)
+    warn_of(current.damage)
+    print(current.model_dump_json(indent=1) if json else describe_status(current))
+
+
+@app.command()
+def results(
+    directory: StudyDir,
+    format: Annotated[str, typer.Option(help="table, json or csv.")] = "table",
+    frontier: Annotated[bool, typer.Option("--frontier", help="Only the Pareto frontier.")] = False,
+) -> None:
+    """One row per candidate."""
+    from analysis.load import load
+    from analysis.tables import results_table
+
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    print(results_table(frame, format, frontier), end="")
+
+
+@app.command()
+def report(
+    directory: StudyDir,
+    out: Annotated[str | None, typer.Option(help="File to write.")] = None,
+    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS@95% that its answer may lose; 1 point or 1 % of the "
+                                                            "objective by default.")] = None,
+) -> None:
+    """Write one self-contained report.html: the answer first, then the frontier and everything behind it."""
+    from analysis.load import load
+    from analysis.page import write_page
+
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(str(write_page(directory, out, frame, max_drop or ())))
+
+
+@app.command()
+def pick(
+    directory: StudyDir,
+    max_bytes: Annotated[str | None, typer.Option(help="Stored bytes: 300MB, 1.2GB.")] = None,
+    max_nonzero: Annotated[str | None, typer.Option(help="Non-zero parameters: 24M.")] = None,
+    max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
+                                                            "that confidence.")] = None,
+    max_resident: Annotated[str | None, typer.Option(help="Bytes in memory when it is served, as --max-bytes.")] = None,
+    max_ms: Annotated[float | None, typer.Option(help="Decoding of a step, as `raysearch measure` found.")] = None,
+    min_tokens_per_s: Annotated[float | None, typer.Option(help="Scoring, as `raysearch measure` found.")] = None,
+    min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
+    max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
+    candidate: Annotated[str | None, typer.Option(help="This one, as TRIAL/ROUND or a key, instead of limits.")] = None,
+    out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
+) -> None:
+    """Choose the smallest candidate that satisfies every constraint, on the report split."""
+    from analysis.constraints import parse_constraints
+    from analysis.load import load
+    from analysis.pick import describe_pick, write_pick
+    from analysis.pick import pick as choose
+    from raysearch.study.storage import location
+
+    constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or (), max_resident, max_ms,
+                                    min_tokens_per_s)
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    picked = choose(frame, constraints, candidate)
+    path = write_pick(picked, out or location(directory) / "pick.json")
+    echo(describe_pick(picked) + f"\n{path}")
+
+
+@app.command()
+def measure(
+    directory: StudyDir,
+    batch_sequences: Annotated[int | None, typer.Option(min=1, help="Sequences at a time; the study's by default.")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Of each sequence.")] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=1, help="That each sequence gets, one at a time.")] = None,
+) -> None:
+    """Time the frontier as it would be served, dense beside it, on this machine, which nothing else should use meanwhile."""
+    doing("timing")
+    from raysearch.measure import measure as run
+
+    given = {"batch_sequences": batch_sequences, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    num_timed = run(directory, {name: value for name, value in given.items() if value is not None}, echo)
+    echo(f"{num_timed} candidates timed; raysearch results {shlex.quote(directory)} shows them")
+
+
+@app.command()
+def compare(
+    directory: StudyDir,
+    one: Annotated[str, typer.Argument(help="TRIAL/ROUND, a key, or dense.", metavar="A")],
+    other: Annotated[str, typer.Argument(help="The same.", metavar="B")],
+) -> None:
+    """Whether one of two candidates is better, item by item, and how many items would tell."""
+    from analysis.compare import compare as of_both
+    from analysis.compare import describe_comparison
+    from analysis.load import load
+
+    frame = load(directory)
+    warn_of(frame.attrs["damage"])
+    echo(describe_comparison(of_both(frame, one, other)))
+
+
+@app.command()
+def export(
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    out: Out,
+    format: Annotated[str, typer.Option(help="dense (transformers), compressed, or compact: dead parts cut out.")] = "dense",
+) -> None:
+    """Write the picked candidate as a deployment folder."""
+    doing("exporting")
+    from analysis.pick import read_pick
+
+    echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))
