@@ -1,9 +1,8 @@
-"""Structured pruning: quality at equal bytes and at equal time, the speed of what is deployed, and what gates cost.
+"""Structured pruning: quality at equal bytes and at equal time, and the speed of what is deployed.
 
     python benchmarks/structured.py run OUT [--root ../shared] [--part 0/1] [--limit-s 600]      # quality, books-30m
     python benchmarks/structured.py table OUT [OUT ...]
     python benchmarks/structured.py speed OUT.jsonl       # 124 and 950 M on a GPU; --cpu: books-30m
-    python benchmarks/structured.py gates                 # a step of 124 M with gates, over one without
 
 `run` prunes and fine-tunes as benchmarks/methods.py does, whose files and tables these are; the candidates of the first data
 seed are also timed, compact and through the dispatcher, beside the dense model. Half of the neurons, half of the heads and two
@@ -18,7 +17,6 @@ import functools
 import gc
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
@@ -30,10 +28,8 @@ from typing import Any
 import methods
 import torch
 from methods import SEEDS, Case, control, trained
-from random_study import model_folder
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.config import Action
 from raysearch.deploy.load import COMPRESSED, load
 from raysearch.deploy.speed import speeds
 from raysearch.kernels.device import device_name
@@ -42,9 +38,7 @@ from raysearch.models.model import load_model
 from raysearch.models.sparse import linear_layers, sparsify_for_inference
 from raysearch.models.weights import to_store, write_weights
 from raysearch.study.files import file_sha256
-from raysearch.training.engine import Engine
 from raysearch.training.presets import PRESETS
-from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker
 
 STEPS = 120
@@ -231,47 +225,6 @@ def speed(options: argparse.Namespace) -> None:
     print(json.dumps({"benchmark": "structured speed", "seconds": round(time.perf_counter() - started, 1)}))
 
 
-GATES = {"without": {}, "heads": {"criterion": "l0", "pattern": "head", "score_rate": 0.01},
-         "neurons": {"criterion": "l0", "pattern": "neuron", "score_rate": 0.01},
-         "group lasso on neurons": {"pattern": "neuron", "group_lambda": 1e-3}}
-
-
-def gates(options: argparse.Namespace) -> None:
-    """Milliseconds of a step with gates on heads and neurons, and with group lasso, over one without, in turn, one engine."""
-    device, dtype = ("cpu", "float32") if options.cpu else ("cuda", "bfloat16")
-    batch, context = (4, 128) if options.cpu else (16, 1024)
-    tokens = torch.randint(256, (batch, context), generator=torch.Generator().manual_seed(0))
-    times_ms: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as name:
-        path = model_folder("tiny" if options.cpu else "gpt2-124m", Path(name), getattr(torch, dtype))
-        engine = Engine(str(path), prunable="matrices", zero_stage=0, dtype=dtype, batch_tokens=batch * context,
-                        context_tokens=context, weight_decay=0.0, compiled=device == "cuda")
-        for number in range(1 + options.rounds):  # the first compiles and warms up
-            for kind, fields in GATES.items():
-                engine.load_base()
-                engine.restart(0.0)
-                pruner = Pruner(engine, Action(sparsity=0.0, mask_interval_steps=1, **fields), 10**6)
-                pruner.begin()
-                for step in range(2, options.steps + 5):  # before masks may change
-                    if step == 5:
-                        wait(device)
-                        started = time.perf_counter()
-                    engine.train_step(tokens, 1e-5)
-                    pruner.after_step(step)
-                wait(device)
-                if number:
-                    times_ms.setdefault(kind, []).append((time.perf_counter() - started) / options.steps * 1e3)
-    row = {kind: statistics.median(each) for kind, each in times_ms.items()}
-    print(json.dumps({"benchmark": "gates", "device": device_name(device), "torch": torch.__version__, "ms_per_step": row,
-                      "overhead": {kind: each / row["without"] - 1 for kind, each in row.items()}, "batch": batch,
-                      "context": context}))
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 def speed_table(files: list[Path]) -> None:
     print("| model | case | tokens | scoring, tokens/s: dense | served | ratio | must | decode ms: dense | served | ratio "
           "| resident MB: dense | served |\n" + "|---" * 12 + "|")
@@ -299,17 +252,13 @@ def main() -> None:
     timing.add_argument("out", type=Path)
     timing.add_argument("--cpu", action="store_true")
     timing.add_argument("--cpu-batch", type=int, default=1)
-    overhead = commands.add_parser("gates")
-    overhead.add_argument("--cpu", action="store_true")
-    overhead.add_argument("--steps", type=int, default=20)
-    overhead.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
     if getattr(options, "cpu", False):
         os.environ["DS_ACCELERATOR"] = "cpu"
     if options.command == "run":
         methods.run(options, groups, timed)
-    elif options.command in ("speed", "gates"):
-        (speed if options.command == "speed" else gates)(options)
+    elif options.command == "speed":
+        speed(options)
     else:
         folders = [path for path in options.out if path.is_dir()]
         if folders:

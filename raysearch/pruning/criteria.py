@@ -53,7 +53,8 @@ class Criterion(NamedTuple):
         """Of each weight, while a round trains: what is gathered, what lies behind the masks, trained scores with their
         gradients and moments."""
         gathers = self.gather is not None and not self.by_sequence
-        return 4 * gathers + 4 * ((gathers and not self.moves) or self.trains_pruned) + 16 * self.is_soft
+        behind = (gathers and not self.moves) or self.trains_pruned or self.has_gates
+        return 4 * gathers + 4 * behind + 16 * self.is_soft
 
 
 def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
