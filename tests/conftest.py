@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from commands import run  # noqa: F401  a fixture for all folders
+from hypothesis import settings
 from s3 import anywhere, refused_writes, refusing_store, s3, store  # noqa: F401
 from tiny_models import story
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -27,6 +28,8 @@ from raysearch.trial.worker import Worker
 
 torch.set_num_threads(1)
 transformers.logging.disable_progress_bar()
+settings.register_profile("raysearch", deadline=None)  # a loaded machine takes seconds for what takes milliseconds
+settings.load_profile("raysearch")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,6 +1,8 @@
 """Sparse training at a fixed sparsity: now and then each layer drops its smallest weights and grows as many others."""
 
 import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +16,32 @@ def moved_fraction(step: int, last: int, fraction: float) -> float:
     return fraction / 2 * (1 + math.cos(math.pi * min(step, last) / last))
 
 
-def drop_and_grow(weights: Tensor, mask: Tensor, growth: Tensor, num_weights: int, num_kept: int, num_moved: int, *,
-                  all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1) -> Tensor:
-    """bool [n]: the mask of a layer's shard once `num_moved` of the layer's `num_kept` weights have moved, out of all.
+class Moves(NamedTuple):
+    """Of a layer, over all ranks."""
 
-    weights, growth fp32 [n], mask bool [n]. The lowest |w| among the kept go; of all that are then pruned the highest `growth`
-    come, so that one which just went may stay after all, as in RigL's code. Ties go by flat index. Collective, as `keep_masks`.
+    num_weights: int
+    num_kept: int
+    num_moved: int
+    """Of the kept."""
+
+
+def drop_and_grow(weights: Sequence[Tensor], masks: Sequence[Tensor], growth: Sequence[Tensor], layers: Sequence[int],
+                  moves: Mapping[int, Moves], *, all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1
+                  ) -> list[Tensor]:
+    """bool [n] each: the masks of this rank's shards once as many weights of each layer have moved as `moves` says.
+
+    weights, growth fp32 [n], masks bool [n], one for each shard, of the layer that `layers` names. In each layer the lowest |w|
+    among the kept go; of all that are then pruned the highest `growth` come, so that one which just went may stay after all, as
+    in RigL's code. Ties go by flat index. Collective, as `keep_masks`, and `moves` has every layer on every rank.
     """
-    def highest(scores: Tensor, eligible: Tensor, num: int) -> Tensor:
-        (found,) = keep_masks([reserved(scores, eligible)], [0], num_weights - num, all_reduce=all_reduce, rank=rank,
-                              world_size=world_size, passes=SCORES)
-        return found
+    def highest(scores: Iterable[Tensor], eligible: Sequence[Tensor], num: Callable[[Moves], int]) -> list[Tensor]:
+        return keep_masks([reserved(score, may) for score, may in zip(scores, eligible, strict=True)], layers,
+                          {layer: each.num_weights - num(each) for layer, each in moves.items()}, all_reduce=all_reduce,
+                          rank=rank, world_size=world_size, passes=SCORES)
 
-    stays = highest(weights.abs(), mask, num_kept - num_moved)
-    return stays | highest(growth, ~stays, num_moved)
+    stays = highest((each.abs() for each in weights), masks, lambda each: each.num_kept - each.num_moved)
+    grown = highest(growth, [~each for each in stays], lambda each: each.num_moved)
+    return [one | other for one, other in zip(stays, grown)]
 
 
 def random_growth(num_weights: int, generator: torch.Generator) -> Tensor:

@@ -19,7 +19,7 @@ the keys that share the digits before, find the k-th smallest exactly, denormals
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -105,32 +105,39 @@ def reserved(scores: Tensor, eligible: Tensor) -> Tensor:
 def keep_masks(
     shards: Sequence[Tensor],
     parameter_index: Sequence[int],
-    num_prune: int,
+    num_prune: int | Mapping[int, int],
     *,
     all_reduce: AllReduce = one_process,
     rank: int = 0,
     world_size: int = 1,
     passes: Passes = MAGNITUDES,
 ) -> list[Tensor]:
-    """Masks with exactly `num_prune` False over all ranks: the lowest scores of all the shards together.
+    """Masks with exactly `num_prune` False over all ranks: the lowest scores of all the shards together (scope `global`). A
+    mapping has a number for each parameter of any rank, whose scores are then compared with each other alone (scope `layer`).
 
     Ties at the threshold are pruned in (parameter, flat index) order, found by an exclusive scan of the tie counts over
-    (parameter, rank), so the joined mask is the same for every world size. Scope `global` is one call with all
-    parameters, scope `layer` one call per parameter (on every rank, with an empty shard where a rank holds nothing).
-    Moves at most 0.75 MB per rank; holds 0.25 MB per shard, one chunk, and at most 1 byte per weight for the masks.
+    (parameter, rank), so the joined mask is the same for every world size.
+    Moves at most 0.75 MB per rank and group; holds 0.25 MB per shard, one chunk, and at most 1 byte per weight for the masks.
     Raises ValueError on every rank alike: `num_prune` out of range, NaN scores, or shards that are not flat.
     """
     if len(shards) != len(parameter_index) or list(parameter_index) != sorted(parameter_index):
         raise ValueError(f"parameter_index must name each shard's parameter in order, got {list(parameter_index)}")
-    threshold, num_ties_to_prune, num_ties_in_all, num_ties = _cut(shards, num_prune, all_reduce, passes)
-    if num_ties_to_prune in (0, num_ties_in_all):
-        ends = [shard.numel() if num_ties_to_prune else 0 for shard in shards]
-    else:
-        offsets = _tie_offsets(num_ties, parameter_index, all_reduce, rank, world_size, _device(shards))
-        num_pruned = [min(max(num_ties_to_prune - offset, 0), num) for num, offset in zip(num_ties, offsets)]
-        ends = [shard.numel() if pruned == num else _end_of_ties(shard, threshold, pruned, passes)
-                for shard, num, pruned in zip(shards, num_ties, num_pruned)]
-    return passes.masks(shards, threshold, ends) if shards else []
+    numbers = num_prune if isinstance(num_prune, Mapping) else {0: num_prune}
+    place = {group: index for index, group in enumerate(sorted(numbers))}
+    group_of = [place[index] if isinstance(num_prune, Mapping) else 0 for index in parameter_index]
+    cuts, num_ties = _cut(shards, group_of, [numbers[group] for group in place], all_reduce, passes)
+    offsets = [0] * len(shards)
+    if any(cut.num_pruned not in (0, cut.num_in_all) for cut in cuts):
+        offsets = _tie_offsets(num_ties, parameter_index, all_reduce, rank, world_size, _device(shards), len(cuts) > 1)
+    ends = []
+    for shard, group, num, offset in zip(shards, group_of, num_ties, offsets):
+        pruned = min(max(cuts[group].num_pruned - offset, 0), num)
+        ends.append(shard.numel() if pruned == num and cuts[group].num_pruned
+                    else _end_of_ties(shard, cuts[group].threshold, pruned, passes))
+    if len(cuts) == 1:
+        return passes.masks(shards, cuts[0].threshold, ends) if shards else []
+    return [mask for shard, group, end in zip(shards, group_of, ends)
+            for mask in passes.masks([shard], cuts[group].threshold, [end])]
 
 
 def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
@@ -196,23 +203,51 @@ def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     return num_before >= size - num_kept
 
 
-def _cut(shards: Sequence[Tensor], k: int, all_reduce: AllReduce, passes: Passes) -> tuple[int, int, int, list[int]]:
-    """(key of the k-th lowest score, how many ties at it are pruned, how many there are, how many in each shard)."""
+class _Cut(NamedTuple):
+    """Of the scores that are compared with each other."""
+
+    threshold: int
+    """Key of the highest that is pruned."""
+    num_pruned: int
+    """Of the ties at it."""
+    num_in_all: int
+    """Ties."""
+
+
+def _cut(shards: Sequence[Tensor], group_of: Sequence[int], ks: Sequence[int], all_reduce: AllReduce, passes: Passes
+         ) -> tuple[list[_Cut], list[int]]:
+    """(where each group has its k-th lowest score, how many ties each shard has there). What is looked up in the histograms is
+    looked up where they are, so that a device is waited for once for all groups."""
     _check_shards(shards)
     num_bits = low_bit = sum(passes.digits)
-    prefix, num_below, bin_ = 0, 0, 0
+    prefixes, num_below, device = [0] * len(ks), [0] * len(ks), _device(shards)
+    groups = torch.tensor(group_of, dtype=torch.int64, device=device)
     for width in passes.digits:
         low_bit -= width
-        own = passes.counts(shards, low_bit, width, prefix) if shards else torch.zeros(0, 1 << width, dtype=torch.int32)
-        joint = all_reduce(own.sum(0)).cpu()
+        if not shards:
+            own = torch.zeros(0, 1 << width, dtype=torch.int32)
+        elif len(set(prefixes)) == 1:
+            own = passes.counts(shards, low_bit, width, prefixes[0])
+        else:
+            own = torch.cat([passes.counts([shard], low_bit, width, prefixes[group])
+                             for shard, group in zip(shards, group_of)])
+        joint = own.sum(0, keepdim=True) if len(ks) == 1 else torch.zeros(
+            len(ks), 1 << width, dtype=torch.int64, device=device).index_add_(0, groups, own.long())
+        joint = all_reduce(joint)
+        cumulative = joint.cumsum(1)
         if low_bit + width == num_bits:
-            _refuse_nan(joint, low_bit, shards, all_reduce, passes)
-            num_weights = int(joint.sum())
-            if not 0 <= k <= num_weights:
-                raise ValueError(f"the number of weights to prune must be between 0 and {num_weights}, got {k}")
-        bin_, num_below_bin = _locate(joint, k - num_below)
-        prefix, num_below = prefix << width | bin_, num_below + num_below_bin
-    return prefix, k - num_below, int(joint[bin_]), own[:, bin_].tolist()
+            _refuse_nan(joint.sum(0).cpu(), low_bit, shards, all_reduce, passes)
+            for k, num_weights in zip(ks, cumulative[:, -1].tolist()):
+                if not 0 <= k <= num_weights:
+                    raise ValueError(f"the number of weights to prune must be between 0 and {num_weights}, got {k}")
+        wanted = torch.tensor([[k - below] for k, below in zip(ks, num_below)], device=joint.device)
+        bins = torch.searchsorted(cumulative, wanted)  # 1-based; 0 gives the first bin
+        in_bin = joint.gather(1, bins)
+        found = torch.cat([bins, cumulative.gather(1, bins) - in_bin, in_bin], dim=1).tolist()
+        prefixes = [prefix << width | bin_ for prefix, (bin_, _, _) in zip(prefixes, found)]
+        num_below = [below + more for below, (_, more, _) in zip(num_below, found)]
+    cuts = [_Cut(prefix, k - below, num) for prefix, k, below, (_, _, num) in zip(prefixes, ks, num_below, found)]
+    return cuts, own.gather(1, bins[groups]).flatten().tolist() if shards else []
 
 
 def _check_shards(shards: Sequence[Tensor]) -> None:
@@ -252,13 +287,6 @@ def _chunks(shard: Tensor) -> Iterator[Tensor]:
         yield shard.detach()[start:start + num]
 
 
-def _locate(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bin that holds the k-th smallest (1-based; 0 gives the first bin), and how many are in the bins below it."""
-    cumulative = counts.cumsum(0)
-    index = int(torch.searchsorted(cumulative, k))
-    return index, int(cumulative[index] - counts[index])
-
-
 def _mask(shard: Tensor, keys: Callable[[Tensor], Tensor], threshold: int, end_of_ties: int) -> Tensor:
     """Keep keys above the threshold, and those equal to it from index `end_of_ties` on."""
     mask = torch.empty(shard.shape, dtype=torch.bool, device=shard.device)
@@ -277,15 +305,16 @@ def _tie_offsets(
     rank: int,
     world_size: int,
     device: torch.device,
+    within_parameters: bool,
 ) -> list[int]:
-    """How many ties come before each shard of this rank, in (parameter, rank, shard) order."""
+    """How many ties come before each shard of this rank, in (parameter, rank, shard) order; of its parameter, or of all."""
     num_parameters = torch.zeros(world_size, dtype=torch.int64, device=device)
     num_parameters[rank] = max(parameter_index, default=-1) + 1
     table = torch.zeros(int(all_reduce(num_parameters).max()), world_size, dtype=torch.int64)  # [parameter, rank]
     for parameter, num in zip(parameter_index, num_ties, strict=True):
         table[parameter, rank] += num
     table = all_reduce(table.to(device)).cpu()
-    before = (table.flatten().cumsum(0) - table.flatten()).view_as(table)
+    before = (table.cumsum(1) if within_parameters else table.flatten().cumsum(0).view_as(table)) - table
     offsets = []
     for parameter, num in zip(parameter_index, num_ties, strict=True):
         offsets.append(int(before[parameter, rank]))

@@ -3,11 +3,12 @@
 import math
 
 import torch
+from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.pruning.budgets import masks_are_due, pruning_steps
 from raysearch.pruning.criteria import CRITERIA
-from raysearch.pruning.regrow import drop_and_grow, moved_fraction, random_growth
+from raysearch.pruning.regrow import Moves, drop_and_grow, moved_fraction, random_growth
 from raysearch.training.engine import Engine
 
 
@@ -39,19 +40,22 @@ class DropAndGrow:
     def _move(self, fraction: float) -> None:
         engine = self.engine
         rank, world_size = engine.shard_rank
-        masks, num_kept = engine.masks(), engine.kept_counts()
-        places = {shard.name: index for index, shard in enumerate(engine.shards)}
-        for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
-            num_weights, kept, index = math.prod(prunable.shape), num_kept[prunable.name], places.get(prunable.name)
-            anywhere = None if self.gather else random_growth(num_weights, self.generator)
-            weights = growth = torch.empty(0, device=engine.device)
-            mask = weights.bool()
-            if index is not None:
-                shard, mask = engine.shards[index], masks[index]
-                weights, growth = shard.values, shard.of(engine.optimizer.gathered)
-                growth = growth if anywhere is None else anywhere[shard.start:shard.start + len(weights)]
-            moved = drop_and_grow(weights, mask, growth, num_weights, kept, math.floor(fraction * kept),
-                                  all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
-            if index is not None:
-                masks[index] = moved
+        masks, num_kept, moves = engine.masks(), engine.kept_counts(), {}
+        places = {shard.name: place for place, shard in enumerate(engine.shards)}
+        growth: dict[str, Tensor | None] = {shard.name: shard.of(engine.optimizer.gathered) for shard in engine.prunable_shards}
+        for index, name in enumerate(engine.shapes):
+            if name in engine.prunable_names:
+                num_weights, kept = math.prod(engine.shapes[name]), num_kept[name]
+                moves[index] = Moves(num_weights, kept, math.floor(fraction * kept))
+        for prunable in engine.prunables if self.gather is None else ():  # every rank draws for every layer
+            anywhere = random_growth(math.prod(prunable.shape), self.generator)
+            if prunable.name in growth:
+                shard = engine.shards[places[prunable.name]]
+                growth[prunable.name] = anywhere[shard.start:shard.start + len(shard.values)].clone()
+        shards = engine.prunable_shards
+        moved = drop_and_grow([shard.values for shard in shards], [masks[places[shard.name]] for shard in shards],
+                              [growth[shard.name] for shard in shards], [shard.index for shard in shards], moves,
+                              all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
+        for shard, mask in zip(shards, moved):
+            masks[places[shard.name]] = mask
         engine.set_masks(masks, grows=True)

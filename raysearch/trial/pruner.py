@@ -157,14 +157,11 @@ class Pruner:
                               world_size=world_size, passes=passes)
         if action.scope == "row":
             return masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
-        of_layer, parts = self._of_layer(sparsity), dict[str, Tensor]()
-        here = {shard.name: score for shard, score in zip(shards, scores)}
-        for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
-            score = here.get(prunable.name, torch.empty(0, device=engine.device))
-            num_prune = num_to_prune(of_layer[prunable.name], math.prod(prunable.shape))
-            (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
-                                                 world_size=world_size, passes=passes)
-        return [parts[shard.name] for shard in shards]
+        of_layer = self._of_layer(sparsity)
+        of_parameter = {index: num_to_prune(of_layer[name], math.prod(shape))
+                        for index, (name, shape) in enumerate(engine.shapes.items()) if name in engine.prunable_names}
+        return keep_masks(scores, [shard.index for shard in shards], of_parameter, all_reduce=engine.all_reduce, rank=rank,
+                          world_size=world_size, passes=passes)
 
     def _scores(self, shard: Shard) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""

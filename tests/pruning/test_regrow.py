@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.regrow import drop_and_grow, moved_fraction, random_growth
+from raysearch.pruning.regrow import Moves, drop_and_grow, moved_fraction, random_growth
 
 WEIGHT = st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3))
 
@@ -23,9 +23,13 @@ def test_it_is_two_sorts(layer: list[tuple[int, bool, int]], fraction: float) ->
     grown = sorted((index for index in range(len(layer)) if index not in stays), key=lambda index: (growth[index], index))
     wanted = {*stays, *grown[len(grown) - num_moved:]}
     values, highest = torch.tensor(weights).float(), torch.tensor(growth).float()
-    found = drop_and_grow(values, torch.tensor(mask), highest, len(layer), len(kept), num_moved)
+    moves = Moves(len(layer), len(kept), num_moved)
+    other = torch.arange(5.0)  # another layer is moved by its own numbers
+    found, of_other = drop_and_grow([values, other], [torch.tensor(mask), other > 1], [highest, -other], [3, 7],
+                                    {3: moves, 5: Moves(0, 0, 0), 7: Moves(5, 3, 2)})
     assert {index for index, keeps in enumerate(found.tolist()) if keeps} == wanted
     assert len(wanted) == len(kept)
+    assert of_other.tolist() == [True, True, False, False, True]
 
 
 def test_fewer_and_fewer_move() -> None:

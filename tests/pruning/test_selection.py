@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from raysearch.kernels import selection_passes
 from raysearch.pruning.budgets import num_to_prune
 from raysearch.pruning.selection import (
     MAGNITUDES,
@@ -62,7 +63,7 @@ def per_parameter_cut(parameter: Tensor, rank: int, world_size: int) -> tuple[in
     return min(rank * size, parameter.numel()), min((rank + 1) * size, parameter.numel())
 
 
-def sharded_masks(parameters: list[Tensor], num_prune: int, world_size: int, layout: str,
+def sharded_masks(parameters: list[Tensor], num_prune: int | dict[int, int], world_size: int, layout: str,
                   passes: Passes = MAGNITUDES) -> list[Tensor]:
     """keep_masks on every rank with its shards, joined back into whole parameters."""
     num_all = sum(p.numel() for p in parameters)
@@ -105,6 +106,19 @@ def test_masks_equal_brute_force_on_any_world_size(
     expected = brute_force_masks(parameters, num_prune, passes)
     masks = sharded_masks(parameters, num_prune, world_size, layout, passes)
     assert all(torch.equal(mask, want) for mask, want in zip(masks, expected, strict=True))
+
+
+@given(parameter_lists, st.lists(st.floats(0, 1), min_size=4, max_size=4), st.integers(1, 4),
+       st.sampled_from(["per_parameter", "joined"]), st.sampled_from([MAGNITUDES, SCORES]))
+def test_parameters_that_are_compared_alone_are_as_if_there_were_no_others(
+    lists: list[list[float]], parts: list[float], world_size: int, layout: str, passes: Passes
+) -> None:
+    parameters = [torch.tensor(p, dtype=torch.float32) for p in lists]
+    num_prune = {index: round(part * p.numel()) for index, (p, part) in enumerate(zip(parameters, parts))}
+    masks = sharded_masks(parameters, num_prune, world_size, layout, passes)
+    for index, (parameter, mask) in enumerate(zip(parameters, masks, strict=True)):
+        (expected,) = brute_force_masks([parameter], num_prune[index], passes)
+        assert torch.equal(mask, expected)
 
 
 @given(st.lists(values, min_size=1, max_size=30), st.data())
@@ -153,6 +167,16 @@ def test_masks_on_cuda_equal_masks_on_cpu() -> None:
     on_cpu = keep_masks(shards, [0, 1], 20_000_001)
     on_cuda = keep_masks([shard.cuda() for shard in shards], [0, 1], 20_000_001)
     assert all(torch.equal(a.cpu(), b) for a, b in zip(on_cuda, on_cpu, strict=True))
+
+
+@pytest.mark.gpu
+def test_layers_on_cuda_are_cut_as_on_cpu() -> None:
+    layers = [torch.randn(1000 * number, generator=torch.Generator().manual_seed(number)) for number in (1, 20, 300)]
+    num_prune = {0: 500, 1: 0, 2: 299_000}
+    for passes in (MAGNITUDES, SCORES, selection_passes(torch.device("cuda"))):
+        on_cpu = keep_masks(layers, range(3), num_prune, passes=SCORES if passes is SCORES else MAGNITUDES)
+        on_cuda = keep_masks([layer.cuda() for layer in layers], range(3), num_prune, passes=passes)
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(on_cuda, on_cpu, strict=True))
 
 
 @pytest.mark.gpu
