@@ -80,12 +80,11 @@ def describe_config(row: Row) -> str:
     if row["finetune_epochs"]:
         path = "" if row["lr_schedule"] == "cosine" else f" {row['lr_schedule']}"
         parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}{path}")
-    if row["distill_alpha"]:
-        parts.append(f"KL {row['distill_alpha']:.2g}")
-    if row["distill_hidden"]:
-        parts.append(f"SquareHead {row['distill_hidden']:.2g}")
-    if row["l1_lambda"]:
-        parts.append(f"l1 {row['l1_lambda']:.2g}")
+    if row["trainable"] != "all":
+        parts.append(f"{row['trainable']} alone")
+    parts += [f"{word} {row[name]:.2g}" for name, word in (
+        ("distill_alpha", "KL"), ("distill_hidden", "SquareHead"), ("layer_drop", "LayerDrop"), ("l1_lambda", "l1"),
+        ("group_lambda", "group lasso")) if row[name]]
     return ", ".join(parts)
 
 

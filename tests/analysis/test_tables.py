@@ -74,6 +74,8 @@ def test_words(frame: pd.DataFrame) -> None:
     assert describe_config(shared) == "exponential to 0.8 in 2, layer, movement, erdos_renyi, 0.5 ep, lr 0.0003, KL 0.5"
     shared[["budget", "distill_alpha", "distill_hidden", "lr_schedule"]] = ["owl", 0.0, 0.1, "one_cycle"]
     assert describe_config(shared).endswith("movement, owl, 0.5 ep, lr 0.0003 one_cycle, SquareHead 0.1")
+    shared[["layer_drop", "trainable", "group_lambda"]] = [0.2, "vectors", 0.01]
+    assert describe_config(shared).endswith("one_cycle, vectors alone, SquareHead 0.1, LayerDrop 0.2, group lasso 0.01")
     assert [human_bytes(n) for n in (512, 999_600, 3_420_000, 1.9e9)] == ["512 B", "1 MB", "3.42 MB", "1.9 GB"]
     assert [human_count(n) for n in (512, 24_100_000, 1.5e9)] == ["512", "24.1M", "1.5B"]
     nan = float("nan")

@@ -71,9 +71,9 @@ def test_pruned_heads_are_cut_out_of_the_export(family: str, tiny_model: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["neuron", "layer"])
-@pytest.mark.parametrize("family", [name for name in ISSUE if name in KNOWN])
-def test_pruned_neurons_and_layers_are_cut_out_of_the_export(family: str, pattern: str, tiny_model: Path, tmp_path: Path
+@pytest.mark.parametrize("pattern", ["head", "neuron", "layer"])
+@pytest.mark.parametrize("family", KNOWN)
+def test_pruned_heads_neurons_and_layers_are_cut_out_of_the_export(family: str, pattern: str, tiny_model: Path, tmp_path: Path
                                                              ) -> None:
     compact_is_what_was_masked(family, pattern, tiny_model, tmp_path)
 
