@@ -23,9 +23,9 @@ def setting(frame: pd.DataFrame, name: str) -> str:
 
 
 def candidates(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round, and no
-    dense control, which is a baseline too and the same size."""
-    return frame[frame["key"].notna() & ~frame["is_alias"] & (frame["status"] != "control")]
+    """Rows with a model of their own, the dense baseline included: no aliases, no trials without a finished round, no
+    dense control, which is a baseline too and the same size, and no model of another origin."""
+    return frame[frame["key"].notna() & ~frame["is_alias"] & ~frame["status"].isin(["control", "other"])]
 
 
 def pruned(frame: pd.DataFrame) -> pd.DataFrame:
@@ -182,16 +182,18 @@ def relative_hypervolume(frame: pd.DataFrame, split: str | None = None) -> float
     """Hypervolume in units of the dense baseline, reference (1, 0): x is size / dense size, y is value / dense value
     for accuracies and dense value / value where lower is better. So 0 is nothing, and half the size at the dense
     baseline's quality alone makes 0.5; no arbitrary reference point. NaN without a scored baseline."""
-    split = split or frontier_split(frame)
-    baseline, pool, size = dense(frame), candidates(frame), setting(frame, "size")
-    values = quality(pool, split).abs().to_numpy()
-    dense_values = values[pool["status"] == "dense"]
-    if baseline is None or np.isnan(dense_values).any() or not dense_values.all():  # an accuracy of 0
-        return float("nan")
-    up = higher_is_better(setting(frame, "objective"))
-    relative = values / dense_values if up else dense_values / values
-    sizes = pool[size].to_numpy(dtype=float) / float(baseline[size])
-    return hypervolume(np.column_stack([sizes, relative]), (False, True), (1.0, 0.0))
+    points = relative_points(frame, candidates(frame), split or frontier_split(frame))
+    return float("nan") if points is None else hypervolume(points, (False, True), (1.0, 0.0))
+
+
+def relative_points(frame: pd.DataFrame, rows: pd.DataFrame, split: str) -> Floats | None:
+    """[n, 2]: sizes and qualities of rows of the frame in units of its dense baseline; None without a scored one."""
+    baseline, size = dense(frame), setting(frame, "size")
+    if baseline is None or np.isnan(of_dense := abs(float(baseline[f"{split}/{setting(frame, 'objective')}"]))) or not of_dense:
+        return None  # 0 is an accuracy's
+    values = quality(rows, split).abs().to_numpy()
+    relative = values / of_dense if higher_is_better(setting(frame, "objective")) else of_dense / values
+    return np.column_stack([rows[size].to_numpy(dtype=float) / float(baseline[size]), relative])
 
 
 def relative_hypervolume_interval(frame: pd.DataFrame, split: Split) -> tuple[float, float]:

@@ -118,4 +118,6 @@ def _verdict(row: pd.Series) -> str:
 
 
 def _name(row: pd.Series) -> str:
+    if row["status"] == "other":
+        return str(row["key"])
     return f"dense ({row['key']})" if row["status"] == "dense" else f"trial {row['trial']} round {row['round']} ({row['key']})"

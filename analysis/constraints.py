@@ -55,7 +55,7 @@ class Check(Frozen):
     margin: float
     """Room left in the constraint's unit: negative when it is missed. With a confidence that of `bound`."""
     stderr: float | None
-    """Standard error of `value`; None when exact or unknown. For max_drop that of `drop`, with a confidence the paired one."""
+    """Standard error of `value`; None when exact or unknown. For max_drop the paired one, without items that of `drop`."""
     within_1_stderr: bool
     """The margin is smaller than one standard error: a new set of items could turn the verdict."""
     within_2_stderr: bool
@@ -63,6 +63,10 @@ class Check(Frozen):
     """With the constraint's confidence `value` is no worse on other items."""
     num_items: int | None = None
     """Behind `bound`."""
+
+    def with_stderr(self, stderr: float | None) -> "Check":
+        return self.model_copy(update={"stderr": stderr, "within_1_stderr": stderr is not None and abs(self.margin) < stderr,
+                                       "within_2_stderr": stderr is not None and abs(self.margin) < 2 * stderr})
 
 
 class Measured(Frozen):
@@ -98,9 +102,8 @@ def check_scores(constraint: Constraint, row: pd.Series, baseline: pd.Series) ->
             value, stderr = drop(constraint.metric, measured, measure(baseline, constraint.metric))
     value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
     margin = round(value - constraint.limit if constraint.is_least else constraint.limit - value, 9)
-    return Check(constraint=constraint, value=value, margin=margin, stderr=stderr,
-                 within_1_stderr=stderr is not None and abs(margin) < stderr,
-                 within_2_stderr=stderr is not None and abs(margin) < 2 * stderr)
+    return Check(constraint=constraint, value=value, margin=margin, stderr=None, within_1_stderr=False, within_2_stderr=False
+                 ).with_stderr(stderr)
 
 
 def measure(row: pd.Series, metric: str) -> Measured:

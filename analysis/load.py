@@ -5,7 +5,7 @@ import pandas as pd
 from raysearch.config import SIZES, Metric, TrialConfig
 from raysearch.study.damage import find_damage
 from raysearch.study.ledger import Ledger, Split
-from raysearch.study.records import RoundRecord, TrialRecord
+from raysearch.study.records import OtherRecord, RoundRecord, TrialRecord
 from raysearch.study.storage import AnyPath
 
 Cell = str | int | float | bool | None
@@ -30,7 +30,7 @@ COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias
 
 def load(directory: str | AnyPath) -> pd.DataFrame:
     """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense") and before one per
-    round of each dense control (trial NA, status "control").
+    round of each dense control (trial NA, status "control") and one per model that was added (trial NA, status "other").
 
     Beside COLUMNS, each metric gives `SPLIT/TASK/METRIC` and `SPLIT/TASK/METRIC_stderr` for the splits "selection"
     and "report", in the metric's own unit, NaN where it was not scored; the objective's columns are always there.
@@ -62,6 +62,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     for trial in trials:
         makers |= {key: f"{trial.name} round {number}" for number, key in enumerate(trial.keys, start=1) if key not in makers}
         rows.extend(_trial_rows(trial, rounds, reports, makers))
+    rows.extend(_other_cells(other) for other in ledger.others())
     search = record.study.search
     columns = {f"{split}/{name}{end}" for name in search.objectives if name not in SIZES for split in SPLITS
                for end in ("", "_stderr")}
@@ -114,6 +115,17 @@ def _round_cells(record: RoundRecord, reports: Reports) -> dict[str, Cell]:
         cells |= {"action_sparsity": record.action.sparsity, "action_threshold": record.action.threshold,
                   "finetune_tokens": record.action.finetune_tokens}
     return cells | _metric_cells("selection", record.metrics) | _metric_cells("report", reports.get(record.key, {}))
+
+
+def _other_cells(other: OtherRecord) -> dict[str, Cell]:
+    zeros = 1 - other.num_nonzero / other.num_parameters
+    cells: dict[str, Cell] = {
+        "round": 0, "status": "other", "key": other.key, "num_nonzero": other.num_nonzero, "sparsity": zeros,
+        "num_parameters": other.num_parameters, "model_sparsity": zeros, "stored_bytes": other.stored_bytes,
+        "resident_bytes": other.resident_bytes}
+    for split, metrics in other.metrics.items():
+        cells |= _metric_cells(split, metrics)
+    return cells
 
 
 def _metric_cells(split: str, metrics: dict[str, Metric]) -> dict[str, Cell]:

@@ -7,6 +7,7 @@ and page.js.
 import json
 import math
 import shlex
+import time
 from base64 import b64encode
 from collections.abc import Sequence
 from importlib.resources import files
@@ -36,12 +37,13 @@ from analysis.candidates import (
 )
 from analysis.compare import compare
 from analysis.constraints import Constraint, parse_constraints
-from analysis.findings import headlines, optimism
+from analysis.findings import default_limit, headlines, optimism
 from analysis.importance import importance
 from analysis.load import load, metric_names
 from analysis.pick import pick
 from analysis.plots import frontier_figure, importance_figure, trajectory_figure, trial_texts
 from analysis.reproduce import study_options
+from analysis.studies import progress_figure
 from analysis.tables import describe_config, metric_pair, with_stderr
 from raysearch.config import higher_is_better
 from raysearch.study.files import new_file
@@ -50,14 +52,26 @@ from raysearch.study.records import StudyRecord
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
-CONFIDENCE = 95
-"""Percent, of the answer where none is asked for."""
+WATCH_S = 20.0
+MAX_ROWS = 200
+"""Of a table of candidates."""
+
+
+def watch_page(directory: str | AnyPath, out: str | AnyPath | None = None, max_drop: Sequence[str] = ()) -> None:
+    """Writes the page now and every WATCH_S seconds while a driver runs, for a browser that reads it again as often; the last
+    one is as `write_page` leaves it."""
+    ledger, goes_on = Ledger.open(directory), True
+    while goes_on:
+        goes_on, _ = ledger.driver()  # before what it wrote last is read
+        write_page(directory, out, max_drop=max_drop, again_s=WATCH_S if goes_on else None)
+        time.sleep(WATCH_S * goes_on)
 
 
 def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None,
-               max_drop: Sequence[str] = ()) -> AnyPath:
+               max_drop: Sequence[str] = (), again_s: float | None = None) -> AnyPath:
     """Writes `out` (default: report.html in the study directory) and returns its absolute path. `frame`: the study, where it
-    was loaded already; `max_drop`: METRIC=NUMBER@95%, what the answer may lose, 1 point or 1 % of the objective by default.
+    was loaded already; `max_drop`: METRIC=NUMBER@95%, what the answer may lose, 1 point or 1 % of the objective by default;
+    `again_s`: the browser reads the file again after so many seconds.
 
     Works at any moment of a study, with no candidate too. ValueError when there is no study or `out` is a folder."""
     frame = load(directory) if frame is None else frame
@@ -65,26 +79,28 @@ def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame
     path = location(out) if out is not None else ledger.directory / "report.html"
     if path.is_dir():
         raise ValueError(f"the page must be a file, got the folder {path}; name the file, such as {path}/report.html")
-    page = _page(frame, ledger.study(), parse_constraints(max_drop=max_drop))
+    page = _page(frame, ledger.study(), parse_constraints(max_drop=max_drop), again_s)
     with new_file(path) as file:
         file.write_text(page, encoding="utf-8")
     return path
 
 
-def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constraint]) -> str:
+def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constraint], again_s: float | None) -> str:
     templates = files("analysis") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     ranked, importance_caption = _importance(frame)
     texts = trial_texts(frame)
-    figures = {"frontier": frontier_figure(frame, None, texts), "trajectories": trajectory_figure(frame, texts), **ranked}
+    figures = {"frontier": frontier_figure(frame, None, texts), "trajectories": trajectory_figure(frame, texts), **ranked,
+               "progress": progress_figure({"hypervolume": frame})}
     if frontier_split(frame) == "report":
         figures["selection"] = frontier_figure(frame, "selection", texts)
     return environment.from_string((templates / "page.html").read_text()).render(
-        title=f"{PurePath(record.study.model.path).name}: {record.space}", meta=_meta(frame, record),
+        again_s=again_s, title=f"{PurePath(record.study.model.path).name}: {record.space}", meta=_meta(frame, record),
         style=Markup((templates / "page.css").read_text()), script=Markup((templates / "page.js").read_text()),
         plotly=Markup(plotly.offline.get_plotlyjs()), data=Markup(_data(frame, record, figures, texts)),
         heights={name: figure.layout.height for name, figure in figures.items()},
-        answer=_answer(frame, constraints), headlines=headlines(frame), cards=_cards(frame),
+        directory=shlex.quote(setting(frame, "directory")), cards=_cards(frame),
+        answer=_answer(frame, constraints), headlines=headlines(frame),
         frontier_caption=_frontier_caption(frame), front=_frontier_table(frame), optimism=_optimism_table(frame),
         importance_caption=importance_caption, ends=_ends(frame), method=_method(frame, record))
 
@@ -100,7 +116,7 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
             packed = [b64encode(np.asarray(x, np.float32).tobytes()).decode() for x in points["x"]]
             points["x"] = [{"dtype": "f4", "bdata": each} for each in packed]
         for trace in plain[name]["data"]:
-            if name != "importance" and trace.get("text") is not None:
+            if name not in ("importance", "progress") and trace.get("text") is not None:
                 trace["text"] = [number_of.get(text) for text in trace["text"]]
     reported = pruned(frame)[lambda rows: quality(rows, "report").notna()][["trial", "round"]]
     return json.dumps({
@@ -111,20 +127,18 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
 
 def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str, Any]:
     """The smallest candidate within the limits, or why there is none."""
-    baseline, objective = dense(frame), setting(frame, "objective")
-    if baseline is None or pd.isna(baseline[f"report/{objective}"]):
-        return {"lead": "Nothing can be chosen before the report split is scored: run the sweep to its end.", "sizes": []}
-    words = ""
-    if not constraints:
-        limit = 1.0 if higher_is_better(objective) else float(f"{0.01 * abs(baseline[f'report/{objective}']):.3g}")
-        words = f" ({'1 point' if higher_is_better(objective) else '1 %'} of dense)"
-        constraints = parse_constraints(max_drop=[f"{objective}={limit:g}@{CONFIDENCE}%"])
-    asked = " ".join(map(str, constraints))
+    asked = words = ""
     try:
-        picked = pick(frame, constraints)
+        if not constraints:
+            words = f" ({'1 point' if higher_is_better(setting(frame, 'objective')) else '1 %'} of dense)"
+            constraints = parse_constraints(max_drop=[default_limit(frame)])
+        asked = f"Within {' '.join(map(str, constraints))}{words}: "
+        picked, baseline = pick(frame, constraints), dense(frame)
     except ValueError as error:
-        return {"lead": f"Within {asked}{words}: {error}", "sizes": []}
+        return {"lead": f"{asked}{error}", "sizes": []}
+    assert baseline is not None
     table = compare(frame, "dense", picked.key)
+    limits = " ".join(map(str, constraints))
     where = shlex.quote(setting(frame, "directory"))
     sizes = {"non-zero parameters": (human_count, picked.num_nonzero, picked.dense_num_nonzero),
              "stored": (human_bytes, picked.stored_bytes, picked.dense_stored_bytes),
@@ -134,14 +148,14 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
     bounds = "; ".join(f"{check.constraint.metric} {check.value:.3g}, at most {check.bound:.3g}" for check in picked.checks
                        if check.bound is not None and check.constraint.kind == "max_drop")
     return {
-        "lead": f"Trial {picked.trial} round {picked.round} is the smallest candidate within {asked}{words}. Its drop: "
+        "lead": f"Trial {picked.trial} round {picked.round} is the smallest candidate within {limits}{words}. Its drop: "
                 f"{bounds or 'as below'}. It was pruned {describe_config(picked.config)}.",
         "sizes": [(form(value), f"{name}, {value / of_dense:.0%} of dense") for name, (form, value, of_dense) in sizes.items()],
         "header": ("metric", "change", "95 % interval", "this", "dense", "items"), "costs": costs,
         "caption": f"On the {table.attrs['split']} split, item by item against the dense baseline; an interval that holds 0 is "
                    "no change that these items can tell."
                    + "".join(f" Left out: {reason}." for reason in table.attrs["left_out"]),
-        "deploy": [("choose it", f"raysearch pick {where} {asked.replace(',', '')} --out pick.json"),
+        "deploy": [("choose it", f"raysearch pick {where} {limits.replace(',', '')} --out pick.json"),
                    ("write the folder, which is opened and scored again", "raysearch export pick.json --out deploy"),
                    ("score it on other data", "raysearch evaluate deploy --tasks lambada")]}
 
@@ -194,21 +208,24 @@ def _frontier_caption(frame: pd.DataFrame) -> str:
 def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
     split, front, objective = frontier_split(frame), frontier(frame), setting(frame, "objective")
     if front.empty:
-        return {"rows": []}
+        return {"rows": [], "num_left_out": 0}
     front = front.assign(front_probability=front_probability(frame, split))
     # the other metrics of its task are the same number in another unit, or nearly, and a screen does not hold them all
     others = [name for name in metric_names(front, split) if name.partition("/")[0] != objective.partition("/")[0]]
+    speeds = [name for name in ("decode_ms", "scoring_tokens_per_s") if front[name].notna().any()]
     header = ["candidate", objective.replace("/", "/ "), "P(front)", "stored", "sparsity", "how it was pruned", "non-zero",
-              "resident", *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
+              "resident", *(name.replace("_", " ") for name in speeds),
+              *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first
     baseline = candidates(frame)[lambda rows: (rows["status"] == "dense") & ~rows["key"].isin(front["key"])]
     rows = []
-    for _, row in pd.concat([front, baseline, control_rows(frame)]).iterrows():
+    for _, row in pd.concat([front, baseline, control_rows(frame), frame[frame["status"] == "other"]]).iterrows():
         score, *scores = [with_stderr(*metric_pair(row, name, split)) for name in (objective, *others)]
         rows.append([str(row["status"]) if pd.isna(row["trial"]) else f"{row['trial']}/{row['round']}", score,
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
                      human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
-                     human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]), *scores])
-    return {"header": header, "rows": rows}
+                     human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]),
+                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" for name in speeds), *scores])
+    return {"header": header, "rows": rows[:MAX_ROWS], "num_left_out": max(0, len(rows) - MAX_ROWS)}
 
 
 def _optimism_table(frame: pd.DataFrame) -> dict[str, Any]:
@@ -217,7 +234,7 @@ def _optimism_table(frame: pd.DataFrame) -> dict[str, Any]:
         return {"rows": [], "caption": ""}
     cells = [[f"{row['trial']}/{row['round']}", f"{row['optimism']:+.4f} ± {row['optimism_stderr']:.4f}",
               f"{row['selection_loss']:+.4f}", f"{row['report_loss']:+.4f}", f"{row['sparsity']:.3f}"]
-             for _, row in rows.iterrows()]
+             for _, row in rows.head(MAX_ROWS).iterrows()]
     return {"header": ["candidate", "optimism", "loss on selection", "loss on report", "sparsity"], "rows": cells,
             "caption": f"Candidates on the frontier of the selection split: loss of {setting(frame, 'objective')} against the "
                        f"dense baseline of the same split (positive is worse). Mean optimism: {rows['optimism'].mean():+.4f}; "
@@ -255,10 +272,9 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
     return [
         ("non-zero parameters", "parameters of the whole model that are not zero; tied weights count once. Sparsity is "
          "the share of zeros among the prunable weights."),
-        ("stored bytes", "tensor bytes of the sparse export: a bitmap and the non-zero values where that is "
-         "smaller, dense otherwise."),
-        ("resident bytes", "tensor bytes of the hf export, which is what transformers keeps in memory when it "
-         "serves the model: unstructured zeros do not lower it."),
+        ("stored bytes", "tensor bytes of the smallest export, its file's header apart: bitmaps and kept values where those "
+         "are smaller than dense matrices (sparse), or what is left when dead parts are cut out (compact)."),
+        ("resident bytes", "tensor bytes in memory when it is served as plain matrices: unstructured zeros do not lower them."),
         ("selection split", f"what the search saw and optimised ({study.search.objective})."),
         ("report split", "other documents, scored only for the candidates that the search chose, and for the dense "
          "baseline."),
@@ -269,7 +285,8 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
          "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains
          else "off (dense_control): part of what a candidate gains is its fine-tuning." if trains
          else "none, since nothing was fine-tuned."),
-        ("not measured", "latency and throughput: fewer non-zero parameters do not by themselves make a model faster."),
+        ("speed", "as `raysearch measure` found on its machine, dense beside it." if frame["decode_ms"].notna().any() else
+         "not measured: fewer non-zero parameters do not by themselves make a model faster (raysearch measure)."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "
          f"{study.cluster.zero_stage}, {study.cluster.num_ranks} rank(s), seed {study.data.seed}"),

@@ -6,11 +6,13 @@ value keeps the limit on other items with that confidence; then the selection sp
 tests one after the other until one fails (uncertainty.fixed_sequence), so that the confidence is that of the pick.
 """
 
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pandas as pd
 from pydantic import Field
@@ -25,17 +27,17 @@ from analysis.constraints import (
     at_worst,
     check_resampled,
     check_scores,
-    drop,
     measure,
     miss,
     room_in_stderr,
 )
-from analysis.load import HYPERPARAMETERS, SPLITS, metric_names
-from analysis.tables import aligned, describe_config, with_stderr
+from analysis.load import HYPERPARAMETERS, SPLITS, load, metric_names
+from analysis.tables import aligned, describe_config, results_table, with_stderr
 from analysis.uncertainty import fixed_sequence, resample, whole_items
 from raysearch.config import Frozen, higher_is_better
 from raysearch.study.files import unsealed, write_record
 from raysearch.study.ledger import Ledger, Split
+from raysearch.study.records import Provenance
 from raysearch.study.storage import AnyPath, location
 from raysearch.units import human_bytes, human_count
 
@@ -84,10 +86,20 @@ class Pick(Candidate):
     num_satisfying: int
     num_scored: int
     """Candidates with the metrics that the constraints name on the report split, among which the choice was made."""
+    against_control: tuple[Check, ...] = ()
+    """What it loses against the dense control, of the metrics whose drop is limited, or of the objective."""
     runners_up: tuple[Candidate, ...]
     """The next larger ones that satisfy everything."""
     next_uncertain: Candidate | None = None
     """With a confidence: the first that was not certain, smaller than the pick."""
+    results_sha256: str
+    """Of what the study held when the pick was made: `raysearch results DIR --format csv | sha256sum`."""
+    root_key: str
+    """Of the dense baseline: a hash of the model, the text and the tasks."""
+    data: dict[str, Any]
+    """Settings of the text and of the evaluation, with the seed."""
+    made: Provenance
+    """With what the candidate was made: device, versions, commit."""
 
 
 def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str | None = None) -> Pick:
@@ -127,17 +139,49 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str 
     if any(constraint.confidence is not None for constraint in constraints):
         passing, failed = _certain(frame, constraints, baseline, rows)
     else:
-        checks = [tuple(check_scores(constraint, row, baseline) for constraint in constraints) for row in rows]
+        checks = _with_paired_errors(frame, constraints, baseline, rows)
         passing = [_candidate(row, of_row) for row, of_row in zip(rows, checks) if all(one.margin >= 0 for one in of_row)]
         if not passing:
             raise ValueError(_why_none(rows, constraints, checks, baseline))
-    trained = control(frame)
+    trained, limited = control(frame), [constraint.metric for constraint in constraints if constraint.kind == "max_drop"]
+    against = [Constraint(kind="max_drop", metric=metric, limit=0.0) for metric in dict.fromkeys(limited or [objective])
+               if trained is not None and pd.notna(trained[f"report/{metric}"])]
+    chosen = [row for row in rows if row["key"] == passing[0].key]
     return Pick(**dict(passing[0]), study_directory=setting(frame, "directory"), model=setting(frame, "model"),
                 size=setting(frame, "size"), objective=objective, dense_metrics=_measured(baseline),
                 control_metrics={} if trained is None else _measured(trained),
                 dense_stored_bytes=int(baseline["stored_bytes"]), dense_num_nonzero=int(baseline["num_nonzero"]),
                 num_satisfying=len(passing), num_scored=len(rows), runners_up=tuple(passing[1:1 + NUM_RUNNERS_UP]),
-                next_uncertain=failed)
+                against_control=() if trained is None else _with_paired_errors(frame, against, trained, chosen)[0],
+                next_uncertain=failed, **_origin(frame, passing[0].key))
+
+
+def _origin(frame: pd.DataFrame, key: str) -> dict[str, Any]:
+    """What a pick says of where its numbers come from."""
+    ledger = Ledger.open(setting(frame, "directory"))
+    record = ledger.study()
+    data = record.study.model_dump(mode="json", include={"data", "evaluation"})
+    return {"results_sha256": results_sha256(frame), "root_key": record.root_key, "data": data,
+            "made": ledger.candidate(key).provenance}
+
+
+def results_sha256(frame: pd.DataFrame) -> str:
+    return hashlib.sha256(results_table(frame.sort_index(), "csv").encode()).hexdigest()
+
+
+def check_pick(result: Pick, echo: Callable[[str], None]) -> None:
+    """ValueError unless the study holds the picked candidate with the numbers that the pick states; `echo` gets a line where it
+    holds something else than when the pick was made."""
+    frame = load(result.study_directory)
+    rows = frame[frame["key"] == result.key]
+    found = None if rows.empty else _candidate(rows.iloc[0].fillna({"trial": -1, "round": -1}), result.checks)
+    stated = {name: getattr(result, name) for name in ("metrics", "num_nonzero", "stored_bytes", "resident_bytes", "sparsity")}
+    for name, value in stated.items():
+        if found is None or getattr(found, name) != value:
+            raise ValueError(f"the pick of {result.key} is not what the study {result.study_directory} holds: "
+                             f"{'no such candidate' if found is None else name + ' differs'}; pick again")
+    if results_sha256(frame) != result.results_sha256:
+        echo("the study holds more, or something else, than when the pick was made; another pick may be smaller")
 
 
 def write_pick(result: Pick, path: str | AnyPath) -> AnyPath:
@@ -188,24 +232,16 @@ def describe_pick(result: Pick) -> str:
             "; within 2 standard errors" if check.within_2_stderr else "")
         written = check.constraint.written
         text += f"{check.constraint}: {written(check.value)}, margin {written(check.margin)}{noise}{doubt}\n"
-    limited = [check.constraint.metric for check in result.checks if check.constraint.kind == "max_drop"]
-    for metric in dict.fromkeys(limited or [result.objective]):
-        text += _drop_against_control(result, metric)
+    for check in result.against_control:
+        noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
+        text += ("drop against the dense control, which was fine-tuned as long without pruning: "
+                 f"{check.constraint.metric} {check.value:.4g}"
+                 f"{' points' if higher_is_better(str(check.constraint.metric)) else ''}{noise}\n")
     for other in result.runners_up:
         text += f"runner-up trial {other.trial} round {other.round}: {_sizes(other)}\n"
     if result.next_uncertain is not None:
         text += f"the next smaller is not certain: {_uncertain(result.next_uncertain)}\n"
     return text.rstrip("\n")
-
-
-def _drop_against_control(result: Pick, metric: str | None) -> str:
-    """One line, or nothing where the control or the metric is missing."""
-    if metric not in result.control_metrics or metric not in result.metrics:
-        return ""
-    value, stderr = drop(metric, result.metrics[metric], result.control_metrics[metric])
-    noise = "" if stderr is None else f", standard error {stderr:.3g}"
-    return (f"drop against the dense control, which was fine-tuned as long without pruning: {metric} {value:.4g}"
-            f"{' points' if higher_is_better(metric) else ''}{noise}\n")
 
 
 def _sizes(candidate: Candidate) -> str:
@@ -235,6 +271,18 @@ def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
         raise ValueError(f"{setting(frame, 'directory')}: {missing} scored on the report split, which a pick is judged "
                          "by; run the sweep to its end")
     return baseline, scored
+
+
+def _with_paired_errors(frame: pd.DataFrame, constraints: Sequence[Constraint], baseline: pd.Series, rows: list[pd.Series]
+                        ) -> list[tuple[Check, ...]]:
+    """The checks of each row; their errors are those of paired differences where the items are known."""
+    checks = [tuple(check_scores(constraint, row, baseline) for constraint in constraints) for row in rows]
+    try:
+        resampled = _resampled(frame, constraints, baseline, rows, "report")
+    except ValueError:  # items of few documents
+        return checks
+    return [tuple(one.with_stderr(other.stderr) for one, other in zip(of_row, resampled.get(row["key"], of_row)))
+            for row, of_row in zip(rows, checks)]
 
 
 def _certain(frame: pd.DataFrame, constraints: Sequence[Constraint], baseline: pd.Series, rows: list[pd.Series]

@@ -19,11 +19,14 @@ from analysis.reproduce import trial_options
 from analysis.tables import describe_config
 from raysearch.config import higher_is_better
 from raysearch.study.ledger import Split
+from raysearch.study.records import OTHER
 
-INK, MUTED, GRID, BLUE, PALE, AMBER = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706"
+INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes"}
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
+NUM_COLOURED = 20
+"""Trajectories that can be told from each other."""
 Button = tuple[str, dict[str, object], dict[str, object]]
 """Label, what it changes in the traces, what it changes in the layout."""
 Look = dict[str, object]
@@ -50,6 +53,9 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     fixed: list[tuple[pd.DataFrame, Look]] = [
         (made, {"name": "candidates", **dots}), (baseline, {"name": "dense baseline", **_diamond(INK)}),
         (trained, {"name": "dense control, trained as long", **_diamond(AMBER)})]
+    added = frame[(frame["status"] == "other") & frame[f"{split}/{column}"].notna()]
+    fixed += [(added[added["key"] == key], {"name": str(key).removeprefix(OTHER), **_diamond(PINK, "square")})
+              for key in added["key"]]
     figure = go.Figure([_trace(rows, split, column, sizes[0], texts, look) for rows, look in fixed])
     for size in sizes:
         look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == sizes[0], **staircase}
@@ -59,7 +65,7 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     figure.update_layout({"shapes": [*_lines(baseline[f"{split}/{column}"], INK), *_lines(trained[f"{split}/{column}"], AMBER)],
                           "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
                           **_limited_y(frame, split)})
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat="~s")
     own = [trace.x for trace in figure.data[len(fixed):]]
     _add_buttons(figure, [
@@ -71,19 +77,20 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
 
 def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = None) -> go.Figure:
     """The objective on the selection split along the rounds of every trial, from the dense baseline on: in colour (dark: early,
-    light: late) trials with a candidate on the frontier, in grey the others; a marker says how one ended that is not done.
-    Buttons: against sparsity, or rounds."""
+    light: late) the NUM_COLOURED with the most candidates on the frontier, in grey the others; a marker says how one ended that
+    is not done. Buttons: against sparsity, or rounds."""
     column, texts = setting(frame, "objective"), trial_texts(frame) if texts is None else texts
-    rows = frame[quality(frame, "selection").notna() & (frame["status"] != "control")].sort_values(["trial", "round"])
+    rows = frame[quality(frame, "selection").notna() & ~frame["status"].isin(["control", "other"])]
+    rows = rows.sort_values(["trial", "round"])
     baseline, rows = rows[rows["status"] == "dense"], rows[rows["status"] != "dense"]
-    on_front = rows["trial"].isin(rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"])
-    numbers = sorted({int(trial) for trial in rows.loc[on_front, "trial"]})
+    on_front = rows.loc[rows["key"].isin(frontier(frame, "selection")["key"]), "trial"].value_counts(sort=False)
+    numbers = sorted(map(int, on_front.sort_values(ascending=False, kind="stable").index[:NUM_COLOURED]))
     # the last 8 % of Viridis is a yellow that white paper swallows
     shades = sample_colorscale("Viridis", [0.92 * i / max(1, len(numbers) - 1) for i in range(len(numbers))])
     ends = rows.groupby("trial").tail(1)
     paths = _paths(rows, baseline, column)
     groups: list[tuple[pd.DataFrame, Look]] = [(paths[~paths["trial"].isin(numbers)], {
-        "name": "not on the frontier", "mode": "lines", "line": {"color": PALE, "width": 1}, "opacity": 0.5,
+        "name": "other trials", "mode": "lines", "line": {"color": PALE, "width": 1}, "opacity": 0.5,
         "hoverinfo": "skip"})]
     groups += [(paths[paths["trial"] == number], {
         "name": f"trial {number}", "mode": "lines+markers", "line": {"color": shade, "width": 2}, "marker": {"size": 5},
@@ -94,7 +101,7 @@ def trajectory_figure(frame: pd.DataFrame, texts: Mapping[int, str] | None = Non
         for status, symbol in END_SYMBOLS.items() if (ends["status"] == status).any()]
     figure = go.Figure([_trace(path, "selection", column, "sparsity", texts, look) for path, look in groups])
     figure.update_layout(_limited_y(frame, "selection"))
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_xaxes(title_text="sparsity")
     figure.update_yaxes(title_text=f"{html.escape(column)}, selection split")
     _add_buttons(figure, [(axis, {"x": [_numbers(path[axis]) for path, _ in groups]}, {"xaxis.title.text": axis})
@@ -115,7 +122,7 @@ def importance_figure(table: pd.DataFrame, frame: pd.DataFrame) -> go.Figure:
                marker={"color": [BLUE if shown else "#cbd5e1" for shown in clear]}),
         go.Scatter(x=table["chance"], y=table["hyperparameter"], mode="markers", name="95 % of chance lies below",
                    marker={"symbol": "line-ns", "size": 16, "line": {"width": 2.5, "color": AMBER}}, hoverinfo="skip")])
-    _style(figure, frame)
+    style(figure, frame)
     figure.update_layout(height=150 + 34 * len(table), bargap=0.4, margin_t=36)
     figure.update_xaxes(title_text="share of variance explained", tickformat=".0%",
                         range=[0, max(0.05, 1.08 * float(table[["share", "chance"]].to_numpy().max()))])
@@ -162,11 +169,15 @@ def _numbers(column: pd.Series) -> Floats32:
 
 
 def _paths(rows: pd.DataFrame, baseline: pd.DataFrame, column: str) -> pd.DataFrame:
-    """What `_trace` needs of the rounds of each trial, behind the dense baseline and a gap that parts it from another trial."""
+    """What `_trace` needs of the rounds of each trial, behind the dense baseline or the candidate that a fork goes on from, and
+    a gap that parts it from another trial."""
     needed = ["round", "sparsity", f"selection/{column}"]
-    starts = rows.drop_duplicates("trial")[["trial"]]
-    begun = starts.merge(baseline[needed], how="cross").assign(round=-1)
-    path = pd.concat([starts.assign(round=-2), begun, rows[["trial", *needed]]]).sort_values(["trial", "round"])
+    starts = rows.drop_duplicates("trial")[["trial", "forked_from"]].astype({"forked_from": "object"})
+    names = "trial " + rows["trial"].astype(str) + " round " + rows["round"].astype(str)
+    parents = rows[needed].assign(forked_from=names.astype("object"))
+    forks = starts.merge(parents, on="forked_from")
+    begun = pd.concat([starts[~starts["trial"].isin(forks["trial"])].merge(baseline[needed], how="cross"), forks])
+    path = pd.concat([starts.assign(round=-1), begun, rows[["trial", *needed]]]).sort_values(["trial", "round"])
     return path.assign(round=path["round"].clip(lower=0))
 
 
@@ -185,8 +196,8 @@ def _lines(values: pd.Series, colour: str) -> list[dict[str, object]]:
              "x0": 0, "x1": 1, "layer": "below"} for value in values]
 
 
-def _diamond(colour: str) -> Look:
-    return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": "diamond"}}
+def _diamond(colour: str, symbol: str = "diamond") -> Look:
+    return {"mode": "markers", "marker": {"color": colour, "size": 11, "symbol": symbol}}
 
 
 def _size_title(size: str) -> str:
@@ -221,7 +232,8 @@ def _add_buttons(figure: go.Figure, buttons: Sequence[Button]) -> None:
         "buttons": [{"label": label, "method": "update", "args": [traces, layout]} for label, traces, layout in buttons]}])
 
 
-def _style(figure: go.Figure, frame: pd.DataFrame) -> None:
+def style(figure: go.Figure, frame: pd.DataFrame) -> None:
+    """The house's look, with the model, hardware and day of the frame above the axes."""
     axis = {"gridcolor": GRID, "linecolor": "#9ca3af", "zeroline": False, "ticks": "outside", "tickcolor": "#9ca3af",
             "ticklen": 4, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
     figure.update_layout(

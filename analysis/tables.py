@@ -62,7 +62,8 @@ def metric_pair(row: pd.Series, metric: str, split: str) -> tuple[float, float]:
 def describe_config(row: Row) -> str:
     """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
     if pd.isna(row["schedule"]):
-        return {"dense": "dense baseline", "control": "dense control"}.get(str(row.get("status")), _given_actions(row))
+        return {"dense": "dense baseline", "control": "dense control", "other": f"added: {str(row.get('key'))[6:]}"}.get(
+            str(row.get("status")), _given_actions(row))
     if pd.notna(row["threshold"]):
         aim = f"threshold {row['threshold']:.3g}" + (" std" if row["threshold_unit"] == "std" else "")
     elif pd.notna(row["rate"]):
@@ -128,7 +129,7 @@ def _terminal_row(row: pd.Series, objective: str, num_speeds: int) -> list[str]:
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
             *speed[:num_speeds], *scores,
-            f"{row['seconds']:.1f}", how]
+            "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}", how]
 
 
 def _plain_number(value: object) -> object:

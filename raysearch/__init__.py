@@ -50,8 +50,8 @@ def run_trial(study: Mapping[str, Any], settings: Mapping[str, Any], out: str | 
     return run_prune({"model": fields.pop("path"), **fields}, dict(settings), Path(out), echo)
 
 
-def export(pick: Any, out: str | Path, format: str = "dense", echo: Callable[[str], None] = print) -> Path:
-    """Writes what `analysis.pick.pick` chose as a deployment folder: "dense", which transformers loads, "compressed",
+def export(pick: Any, out: str | Path, format: str = "hf", echo: Callable[[str], None] = print) -> Path:
+    """Writes what `analysis.pick.pick` chose as a deployment folder: "hf", which transformers loads, "sparse",
     or "compact": what is left when dead layers, heads and neurons are cut out.
     Weights that were deleted or damaged are computed again."""
     set_environment()
@@ -61,12 +61,12 @@ def export(pick: Any, out: str | Path, format: str = "dense", echo: Callable[[st
 
     ledger = Ledger.open(pick.study_directory)
     recover_weights(ledger, pick.key, echo)
-    return run(ledger, pick.key, Path(out), format)
+    return run(ledger, pick.key, Path(out), format, echo)
 
 
 def load(folder: Any, backend: str = "sparse") -> Any:
     """The model of a folder that `raysearch export` wrote, of any format: a transformers model on the CPU. A
-    compressed one runs from its kept weights on sparse kernels; with backend="dense" it is made dense."""
+    sparse one runs from its kept weights on sparse kernels; with backend="dense" it is made dense."""
     from raysearch.deploy.load import load as load_export
 
     return load_export(folder, backend)

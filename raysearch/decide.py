@@ -1,6 +1,7 @@
 """The commands on a study: how it goes, what it found, which candidate to ship, and the folder that ships."""
 
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -40,14 +41,36 @@ def report(
     out: Annotated[str | None, typer.Option(help="File to write.")] = None,
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS@95% that its answer may lose; 1 point or 1 % of the "
                                                             "objective by default.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Write it again and again while a driver runs; an open page follows.")
+                     ] = False,
+    paper: Annotated[bool, typer.Option("--paper", help="Print the tables of arXiv 2310.04573 with ours instead.")] = False,
 ) -> None:
     """Write one self-contained report.html: the answer first, then the frontier and everything behind it."""
     from analysis.load import load
-    from analysis.page import write_page
 
     frame = load(directory)
     warn_of(frame.attrs["damage"])
+    if paper:
+        from analysis.paper import paper_tables
+
+        print(paper_tables(frame), end="")
+        return
+    from analysis.page import watch_page, write_page
+
     echo(str(write_page(directory, out, frame, max_drop or ())))
+    if watch:
+        watch_page(directory, out, max_drop or ())
+
+
+@app.command()
+def notebook(
+    directories: Annotated[list[str], typer.Argument(help="One study: its report; several: their comparison.", metavar="DIR")],
+    out: Annotated[Path | None, typer.Option(help="File to write; in the current folder by default.")] = None,
+) -> None:
+    """Write a notebook that is bound to a study, or to several."""
+    from analysis.notebook import write_notebook
+
+    echo(str(write_notebook(directories, out)))
 
 
 @app.command()
@@ -63,6 +86,7 @@ def pick(
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
     max: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at most.")] = None,
     candidate: Annotated[str | None, typer.Option(help="This one, as TRIAL/ROUND or a key, instead of limits.")] = None,
+    representatives: Annotated[int | None, typer.Option(help="Show this many that stand for the frontier; picks none.")] = None,
     out: Annotated[str | None, typer.Option(help="File to write; DIR/pick.json by default.")] = None,
 ) -> None:
     """Choose the smallest candidate that satisfies every constraint, on the report split."""
@@ -76,6 +100,12 @@ def pick(
                                     min_tokens_per_s)
     frame = load(directory)
     warn_of(frame.attrs["damage"])
+    if representatives is not None:
+        from analysis.representatives import describe_representatives
+        from analysis.representatives import representatives as of
+
+        echo(describe_representatives(of(frame, representatives)) + "\nchoose one with --candidate")
+        return
     picked = choose(frame, constraints, candidate)
     path = write_pick(picked, out or location(directory) / "pick.json")
     echo(describe_pick(picked) + f"\n{path}")
@@ -117,10 +147,70 @@ def compare(
 def export(
     pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
     out: Out,
-    format: Annotated[str, typer.Option(help="dense (transformers), compressed, or compact: dead parts cut out.")] = "dense",
+    format: Annotated[str, typer.Option(help="hf: for transformers, vLLM and others, zeros and all; compact: what is left when "
+                                             "dead parts are cut out; sparse: bitmaps, for raysearch.load.")] = "hf",
 ) -> None:
     """Write the picked candidate as a deployment folder."""
     doing("exporting")
     from analysis.pick import read_pick
 
     echo(str(raysearch.export(read_pick(pick_file), out, format, echo)))
+
+
+@app.command()
+def verify(
+    what: Annotated[str, typer.Argument(help="Deployment folder, or pick.json of `raysearch pick`.", metavar="FOLDER|PICK")],
+    data_dir: Annotated[str | None, typer.Option(help="Where the study's evaluation files are now.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Where its corpus is now.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
+) -> None:
+    """Score a deployment folder or a picked candidate again, and compare it item by item with its study."""
+    doing("scoring")
+    from tempfile import TemporaryDirectory
+
+    from analysis.tables import aligned
+    from raysearch.deploy.verify import verify as run
+
+    if Path(what).is_dir():
+        compared = run(Path(what), data_dir, corpus, limit)
+    else:
+        from analysis.pick import check_pick, read_pick
+        from raysearch.deploy.export import export as write
+        from raysearch.study.ledger import Ledger
+
+        picked = read_pick(what)
+        check_pick(picked, echo)
+        with TemporaryDirectory() as folder:
+            written = write(Ledger.open(picked.study_directory), picked.key, Path(folder) / "deploy")
+            compared = run(written, data_dir, corpus, limit)
+    rows = [[each.metric, f"{each.recorded:.6g}", f"{each.found:.6g}", str(each.num_items), str(each.num_differing)]
+            for each in compared]
+    echo(aligned(["metric", "in the study", "here", "items", "differing"], rows, left=["metric"]) + f"{what}: verified")
+
+
+@app.command()
+def add(
+    directory: StudyDir,
+    folder: Annotated[Path, typer.Argument(help="A model that transformers or raysearch.load opens.")],
+    name: Annotated[str, typer.Option(help="What it is called beside the frontier.")],
+) -> None:
+    """Score a quantised, smaller or otherwise made model on a study's items, to stand beside its frontier."""
+    doing("scoring")
+    from raysearch.add import add as run
+
+    record = run(directory, folder, name, echo)
+    echo(f"{record.key}: raysearch compare {shlex.quote(directory)} dense {record.key}")
+
+
+@app.command()
+def generate(
+    folder: Annotated[str, typer.Argument(help="Deployment folder, or any model's.")],
+    prompt: str,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 50,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the tokenizer's chat template.")] = False,
+) -> None:
+    """Go on with a prompt, as the folder's generation settings say."""
+    doing("generating")
+    from raysearch.deploy.generate import generate as run
+
+    echo(run(folder, prompt, max_new_tokens, chat))

@@ -38,7 +38,7 @@ def run_demo(out: Path, echo: Callable[[str], None]) -> None:
     echo("4/4 pick and export\n")
     picked = pick(frame, parse_constraints(max_drop=[MAX_DROP]))
     pick_file = write_pick(picked, out / "pick.json")
-    deployed = export(Ledger.open(result.directory), picked.key, out / "deploy")
+    deployed = export(Ledger.open(result.directory), picked.key, out / "deploy", echo=echo)
     echo(results_table(frame, frontier_only=True))
     echo(describe_pick(picked))
     echo(f"\n{result.num_candidates} candidates in {time.monotonic() - started:.0f} s\n"

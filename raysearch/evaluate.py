@@ -1,4 +1,4 @@
-"""`raysearch evaluate`: a dense, pruned, compressed or compacted model on named tasks."""
+"""`raysearch evaluate`: a dense, pruned, sparse or compact model on named tasks."""
 
 import time
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from raysearch.deploy.export import COMPRESSED
+from raysearch.deploy.export import OWN_FILE
 from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
@@ -38,7 +38,7 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     if from_corpus := [name for name in names if name in HELDOUT_CONFIGS]:
         documents = split_documents(load_documents(corpus, text_field, say))["report"]
         tasks = heldout_tasks(documents, from_corpus, limit=limit) + tasks
-    if not (Path(model_path) / COMPRESSED).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
+    if not (Path(model_path) / OWN_FILE).is_file() and (note := dtype_note(model_path, stored_dtype(model_path))) is not None:
         say(note)
     model = open_model(model_path, "sparse" if backend == "auto" else "dense")
     check_causal(model)

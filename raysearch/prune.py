@@ -72,6 +72,6 @@ def run_prune(study_fields: dict[str, Any], config_fields: dict[str, Any], out: 
         if study.evaluation.tasks:
             report_round(worker, ledger.candidate(inputs.root_key))
             report_round(worker, last)
-        folder = export(ledger, last.key, ledger.directory / "model")
+        folder = export(ledger, last.key, ledger.directory / "model", echo=echo)
     echo(f"{last.stored_bytes:,} bytes in the smallest format, {last.resident_bytes:,} as plain matrices: {folder}")
     return folder

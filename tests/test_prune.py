@@ -68,7 +68,7 @@ def test_prune_with_fine_tuning_is_found_again(run: Run, tiny_model: Path, stori
     assert all(row["report/text/bits_per_byte"] for row in (rows[0], rows[2]))
     code, out, err = run("pick", "out", "--max-drop", "text/bits_per_byte=9")
     assert code == 0, err
-    assert run("export", "out/pick.json", "--out", "deploy", "--format", "compressed")[0] == 0
+    assert run("export", "out/pick.json", "--out", "deploy", "--format", "sparse")[0] == 0
     code, out, err = run("evaluate", "deploy", "--tasks", "text", "--corpus", stories, "--json")
     assert code == 0, err
     assert json.loads(out)["results"]["text"]["num_items"] > 0

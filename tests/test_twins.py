@@ -23,7 +23,6 @@ SUITES = {
     "test_cluster_files.py": "the YAML files for clusters",
     "test_docs.py": "what the documents say",
     "test_twins.py": "this file",
-    "analysis/test_notebook.py": "the notebook in docs/",
     "search/test_search_benchmark.py": "benchmarks/search",
     "evaluation/test_gpu.py": "all of the scorer on a GPU",
 }

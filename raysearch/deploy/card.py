@@ -41,7 +41,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"{record.provenance.device}, " + ", ".join(f"{k} {v}" for k, v in sorted(record.provenance.versions.items())) + ".",
         "", "## Load", "", "```python", f"model = {loader}", "```", "",
         "What pruning emptied is cut out." if compacted is not None else
-        "Pruned weights are zeros: in the dense format they save neither memory nor time by themselves." if
+        "Pruned weights are zeros: in the hf format they save neither memory nor time by themselves." if
         is_plain else "`raysearch.load` runs the model from its kept weights, on sparse kernels where some fit.", ""])
 
 

@@ -1,13 +1,14 @@
 """From a candidate to a deployment folder, and back: `export` writes it, `load` opens it.
 
-Three formats. "dense" is a plain Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads: pruned weights are
-stored as zeros, so it is as large as the dense model. "compressed" stores bitmaps and non-zero values and is as small as
+Three formats. "hf" is a plain Hugging Face folder that `AutoModelForCausalLM.from_pretrained` loads: pruned weights are
+stored as zeros, so it is as large as the dense model. "sparse" stores bitmaps and non-zero values and is as small as
 the candidate's `stored_bytes`; `raysearch.load` opens it. "compact" stores what is left when dead layers, heads and neurons are
 cut out: a plain, smaller Hugging Face folder where layers stay alike and the family's configuration can say it, and else a file
-that `raysearch.load` opens. Each is opened and compared before it is called done.
+that `raysearch.load` opens. Each is opened, compared and scored again before it is called done.
 """
 
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +17,36 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from raysearch.deploy.card import model_card
-from raysearch.deploy.load import COMPRESSED, candidate_model, load
+from raysearch.deploy.load import OWN_FILE, candidate_model, load
+from raysearch.deploy.verify import ITEMS, check, rescore
+from raysearch.evaluation import Task, tasks_fingerprint
 from raysearch.models.compact import Kept, are_close, compact, few_logits, plain_config
 from raysearch.models.model import prunable_parameters
 from raysearch.models.weights import saving, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
-from raysearch.study.ledger import Ledger
+from raysearch.study.items import write_items
+from raysearch.study.ledger import Ledger, Split
 from raysearch.study.storage import location
+from raysearch.training.corpus import quiet
+from raysearch.trial.inputs import read_inputs
 
 KEPT = ("*token*.json", "*vocab*", "merges*", "*.model", "*.spm", "*.tiktoken", "tekken.json", "*.jinja",
         "additional_chat_templates/*", "generation_config.json", "LICENSE*", "NOTICE*")
 """What belongs to a model beside its weights and config.json: tokenizer, chat templates, settings of generation, terms."""
+SPLITS: tuple[Split, Split] = ("report", "selection")
+NUM_RESCORED = 32
+"""Items of each task on which what was written is scored again; `raysearch verify` takes all."""
 
 
-def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
-    """Writes the candidate `key` of a study to the folder `out`, in the study's dtype, with a model card.
+def export(ledger: Ledger, key: str, out: Path, format: str = "hf", echo: Callable[[str], None] = quiet) -> Path:
+    """Writes the candidate `key` of a study to the folder `out`, in the study's dtype, with a model card and what it scored.
 
-    An `out` that is an earlier export is replaced; anything else in its place is refused. Raises ValueError for an
-    unknown format, a damaged weights file, and when what was written does not hold the candidate's zeros.
+    An `out` that is an earlier export is replaced; anything else in its place is refused. Raises ValueError for an unknown
+    format, a damaged weights file, and when what was written does not hold the candidate's zeros or scores otherwise than in
+    its study. Where the study's text and tasks are not here, `echo` says that it was not scored.
     """
-    if format not in ("dense", "compressed", "compact"):
-        raise ValueError(f"format must be dense, compressed or compact, got {format!r}")
+    if format not in ("hf", "sparse", "compact"):
+        raise ValueError(f"format must be hf, compact or sparse, got {format!r}")
     out = location(out)
     if out.exists() and not (out / "raysearch.json").is_file():
         raise ValueError(f"{out}: exists and is no export of raysearch; give a new folder with --out")
@@ -50,7 +60,9 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
                          f"{expected} in its record; its weights do not survive the rounding, so it is not exported")
     if (Path(study.study.model.path) / "generation_config.json").is_file():
         model.generation_config = GenerationConfig()  # transformers refuses to write some that it reads; it is copied
-    kept, is_plain, logits = {}, format == "dense", None
+    split, items = next(((split, items) for split in SPLITS if (items := ledger.items(key, split))), (SPLITS[0], {}))
+    tasks, reason = _tasks(ledger, split) if items else ([], "the study has no tasks")
+    kept, is_plain, logits = {}, format == "hf", None
     if format == "compact":
         kept, is_plain, logits = _cut(model, key)
     with new_directory(out) as folder:
@@ -59,22 +71,45 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "dense") -> Path:
                 model.save_pretrained(folder)
         else:
             model.config.save_pretrained(folder)
-            write_weights(folder / COMPRESSED, {name: to_store(
-                tensor, tensor != 0 if name in prunable and format == "compressed" else None)
+            write_weights(folder / OWN_FILE, {name: to_store(
+                tensor, tensor != 0 if name in prunable and format == "sparse" else None)
                                                 for name, tensor in own_tensors(model).items()})
         copy_companions(Path(study.study.model.path), folder)
         trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
                                                      ledger.report_metrics(study.root_key),
                                                      is_plain, recovered, model if format == "compact" else None))
+        if items:
+            write_items(folder / ITEMS, items)
         files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+        evaluation = {"split": split, "study": study.study.model_dump(mode="json"), "tasks_sha256": tasks_fingerprint(tasks)}
         write_json(folder / "raysearch.json", {"key": key, "study": str(ledger.directory), "format": format, "kept": kept,
+                                               "dtype": study.study.model.dtype,
+                                               "evaluation": evaluation if tasks else None, "not_scored": reason,
                                                "record": record.model_dump(mode="json"), "sha256": files,
                                                "recovered": recovered.model_dump(mode="json") if recovered else None})
         _check(folder, model, logits)
+        if tasks:
+            compared = rescore(folder, tasks, items, NUM_RESCORED)
+            check(out, compared)
+            echo(f"opened and scored again, {max((each.num_items for each in compared), default=0)} items of each task")
+        else:
+            echo(f"opened, not scored again: {reason}")
         if out.exists():  # the earlier export stays until the new one is whole
             shutil.rmtree(out)
     return out
+
+
+def _tasks(ledger: Ledger, split: Split) -> tuple[Sequence[Task], str | None]:
+    """(the study's tasks, None), or ([], why they are not to be had)."""
+    study = ledger.study()
+    try:
+        inputs = read_inputs(study.study)
+    except (ValueError, OSError) as error:
+        return [], str(error)
+    if inputs.root_key != study.root_key:
+        return [], "the files of the model, its tokenizer, the corpus or the tasks are not those of the study"
+    return inputs.tasks[split], None
 
 
 def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
@@ -85,7 +120,7 @@ def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
     cut = compact(model, reasons.append)
     if not cut.num_parameters:
         raise ValueError(f"candidate {key}: " + (reasons or ["it has no dead layer, head or neuron"])[0] + "; give format "
-                         "compressed, or prune with pattern head or neuron")
+                         "sparse, or prune with pattern head or neuron")
     config = plain_config(model)
     if config is None:
         return cut.kept, False, logits

@@ -5,26 +5,27 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from raysearch.kernels import SparseWeight
 from raysearch.models.compact import cut_to
-from raysearch.models.model import from_config, load_config, load_model, stored_dtype
+from raysearch.models.model import from_config, load_config, load_model, model_folder, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256
 from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.records import RoundRecord
 from raysearch.study.storage import as_file
+from raysearch.study.text import first_line
 
-COMPRESSED = "compressed.safetensors"
+OWN_FILE = "raysearch.safetensors"
 
 
 def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     """The model of an exported folder of any format, every file checked against its recorded sha256.
 
-    A compressed one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
+    A sparse one runs from its kept weights, on sparse kernels where some fit and slab by slab elsewhere: the dense
     matrices are never made. `backend="dense"` makes them, as transformers would serve the model.
     """
     if backend not in ("sparse", "dense"):
@@ -37,9 +38,9 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
     for name, sha256 in described["sha256"].items():  # a model card may be edited
         if name != "README.md" and (not (folder / name).is_file() or file_sha256(folder / name) != sha256):
             raise ValueError(f"{folder / name}: is missing or differs from the recorded checksum; export it again")
-    if COMPRESSED not in described["sha256"]:
+    if OWN_FILE not in described["sha256"]:
         return load_model(str(folder), getattr(torch, stored_dtype(str(folder))))
-    weights = read_sparse(folder / COMPRESSED, described["sha256"][COMPRESSED])
+    weights = read_sparse(folder / OWN_FILE, described["sha256"][OWN_FILE])
     dtype = next(weight.dtype for weight in weights.values() if isinstance(weight, Tensor) and weight.is_floating_point())
     model = from_config(load_config(str(folder)), dtype)
     if kept := described.get("kept"):
@@ -63,7 +64,7 @@ def load(folder: str | Path, backend: str = "sparse") -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.tie_weights()
     if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
-        raise ValueError(f"{folder / COMPRESSED}: {missing[0]} is missing; export it again")
+        raise ValueError(f"{folder / OWN_FILE}: {missing[0]} is missing; export it again")
     return model.eval()
 
 
@@ -89,5 +90,17 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
 
 def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:
     """The model of an exported folder, or of any Hugging Face one, `on_device`. `backend` as in `load`."""
-    return on_device(load(path, backend) if (Path(path) / COMPRESSED).is_file() else
+    return on_device(load(path, backend) if (Path(path) / OWN_FILE).is_file() else
                      load_model(path, getattr(torch, stored_dtype(path))))
+
+
+def open_other(folder: Path) -> PreTrainedModel:
+    """An export, a Hugging Face folder, or one that brings its own quantisation, which transformers alone understands."""
+    if (folder / "raysearch.json").is_file():
+        return on_device(load(folder))
+    if "quantization_config" not in json.loads((model_folder(str(folder)) / "config.json").read_text()):
+        return open_model(str(folder))
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, device_map="cuda" if torch.cuda.is_available() else "cpu").eval()
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ValueError(f"model {folder}: its quantised weights cannot be opened here ({first_line(error)})") from error

@@ -21,6 +21,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
+    others/NAME.json, ...    OtherRecord: a model of another origin beside the frontier (raysearch add), and its items
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
     ...damaged               a file as it was found damaged (damage.py), before the sweep made it again
 
@@ -48,8 +49,10 @@ from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.lease import holder, lease
 from raysearch.study.records import (
     FORMAT,
+    OTHER,
     JournalSeal,
     MicroBatches,
+    OtherRecord,
     Recovered,
     ReportRecord,
     RoundRecord,
@@ -330,7 +333,19 @@ class Ledger:
         return {path.parent.name: speed for path, speed in self._readable(
             paths, lambda path: self._read(path, SpeedRecord)).items()}
 
+    def others(self) -> list[OtherRecord]:
+        """By name; damaged ones are left out, to be added again."""
+        found = self._readable(self._matching("others", "*.json"), lambda path: self._read(path, OtherRecord))
+        return sorted(found.values(), key=lambda other: other.name)
+
+    def write_other(self, record: OtherRecord, items: Mapping[Split, Mapping[str, Items]]) -> None:
+        for split, of_split in items.items():
+            write_items(self.items_path(record.key, split), of_split)
+        persist(path := self.directory / "others" / f"{record.name}.json", lambda: write_record(path, record))
+
     def items_path(self, key: str, split: Split) -> AnyPath:
+        if key.startswith(OTHER):
+            return self.directory / "others" / f"{key.removeprefix(OTHER)}.{split}.npz"
         return self.round_directory(key) / f"items.{split}.npz"
 
     def items(self, key: str, split: Split) -> dict[str, Items] | None:

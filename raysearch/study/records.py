@@ -116,6 +116,32 @@ class Served(Frozen):
     """Of its weights in memory, in whatever form they were served."""
 
 
+class OtherRecord(Frozen):
+    """A model that the study did not make, such as a quantised or a smaller one, scored on its items to stand beside the
+    frontier."""
+
+    name: str
+    folder: str
+    """Where it was."""
+    num_parameters: int
+    num_nonzero: int
+    """Of the tensors as they are stored, also where one number of these stands for several weights."""
+    stored_bytes: int
+    """Tensor bytes of its files."""
+    resident_bytes: int
+    metrics: dict[str, dict[str, Metric]]
+    """By split and "task/metric"."""
+    provenance: Provenance
+
+    @property
+    def key(self) -> str:
+        return f"{OTHER}{self.name}"
+
+
+OTHER = "other-"
+"""Before the names of such models where keys of candidates stand."""
+
+
 class SpeedRecord(Frozen):
     """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
 

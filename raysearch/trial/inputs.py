@@ -73,21 +73,28 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
     if study.data.corpus is not None and study.data.context_tokens > limit:
         raise ValueError(f"context_tokens must be at most the model's {limit}, got {study.data.context_tokens}")
     blocks, documents = None, {}
-    evaluation = study.evaluation
-    heldout = [task for task in evaluation.tasks if task in HELDOUT_TASKS]
-    named = [task for task in evaluation.tasks if task not in HELDOUT_TASKS]
-    if heldout and study.data.corpus is None:
-        raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
-                         "give a corpus or other tasks")
     if study.data.corpus is not None:
         documents = split_documents(load_documents(study.data.corpus, study.data.text_field, say))
         blocks = pack(documents["train"], tokenizer, study.data.context_tokens, "train", say=say)
-    folder = Path(evaluation.data_dir) if evaluation.data_dir else None
-    tasks = {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
-             + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)
-             for split in ("selection", "report")}
+    tasks = read_tasks(study, documents)
     contents = [model_hash, blocks.fingerprint if blocks else None, *(tasks_fingerprint(each) for each in tasks.values())]
     return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks, tokenizer)
+
+
+def read_tasks(study: Study, documents: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Task]]:
+    """By split. `documents` are those of the corpus by split, where they were read already."""
+    evaluation, corpus = study.evaluation, study.data.corpus
+    heldout = [task for task in evaluation.tasks if task in HELDOUT_TASKS]
+    named = [task for task in evaluation.tasks if task not in HELDOUT_TASKS]
+    if heldout and corpus is None:
+        raise ValueError(f"tasks {', '.join(heldout)} are made from the corpus's held-out documents, but corpus is None; "
+                         "give a corpus or other tasks")
+    if documents is None:
+        documents = split_documents(load_documents(corpus, study.data.text_field)) if heldout and corpus else {}
+    folder = Path(evaluation.data_dir) if evaluation.data_dir else None
+    return {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
+            + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)
+            for split in ("selection", "report")}
 
 
 def check_objectives(study: Study, inputs: Inputs) -> None:

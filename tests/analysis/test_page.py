@@ -1,20 +1,22 @@
+import os
 import re
 import shlex
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import plotly.offline
 import pytest
 from browser import browsing
 from commands import Run
-from large_study import large_study
 from synthetic_study import SyntheticStudy
 
 from analysis.constraints import parse_constraints
 from analysis.load import load
-from analysis.page import write_page
+from analysis.page import watch_page, write_page
 from analysis.pick import pick
 
 
@@ -55,7 +57,7 @@ def test_one_file_that_loads_nothing(study_directory: Path, tmp_path: Path) -> N
 def test_what_it_says(study_directory: Path, tmp_path: Path) -> None:
     text = Page(write_page(study_directory, tmp_path / "r.html").read_text()).text
     for words in ("tiny-gpt: spaces.demo", "CPU, 2 cores", "trials: 7 done, 2 stopped, 2 failed, 1 running",
-                  "worker died: out of memory", "0123456789abcdef", "torch 2.13.0", "not measured", "2.352 ± 0.020",
+                  "worker died: out of memory", "0123456789abcdef", "torch 2.13.0", "not measured: fewer", "2.352 ± 0.020",
                   "cubic to 0.7 in 3, global, 3 ep, lr 0.0003, l1 0.0001", "time budget is spent"):
         assert words in text, words
 
@@ -118,6 +120,24 @@ def test_any_moment_of_a_study(tmp_path: Path) -> None:
     study.dense()
     study.trial(2, [0.3], report=True)
     assert "1 of 1 candidates scored on the report split" in Page(write_page(tmp_path / "study").read_text()).text
+
+
+def test_a_page_follows_a_study_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("analysis.page.WATCH_S", 0.2)
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    page = tmp_path / "study" / "report.html"
+    with study.ledger.lock():
+        watching = threading.Thread(target=watch_page, args=(tmp_path / "study",))
+        watching.start()
+        while not page.exists() or 'http-equiv="refresh" content="0.2"' not in page.read_text():
+            time.sleep(0.05)
+        study.trial(0, [0.5], report=True)
+        assert watching.is_alive()
+    watching.join(20)
+    assert not watching.is_alive()
+    assert 'http-equiv="refresh"' not in page.read_text()
+    assert "1 of 1 candidates scored on the report split" in page.read_text()
 
 
 def test_a_folder_is_not_a_page(study_directory: Path, tmp_path: Path) -> None:
@@ -196,7 +216,14 @@ def test_in_a_browser(study_directory: Path, tmp_path: Path, run: Run) -> None:
 
 @pytest.mark.slow
 def test_two_thousand_trials_are_a_page_in_seconds(tmp_path: Path) -> None:
-    large_study(tmp_path / "study", 2000)
+    study, generator = SyntheticStudy(tmp_path / "study"), np.random.default_rng(0)
+    study.dense()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        for number in range(2000):
+            end, rounds, tuning = generator.uniform(0.2, 0.97), int(generator.integers(1, 7)), float(generator.exponential(0.5))
+            study.trial(number, [end * (depth + 1) / rounds for depth in range(rounds)], report=number < 20, schedule="linear",
+                        finetune_epochs=tuning, learning_rate=float(10 ** generator.uniform(-5, -3)))
     began = time.process_time()
     page = write_page(tmp_path / "study")
     assert page.stat().st_size < 6_000_000

@@ -133,12 +133,21 @@ def test_trajectories(frame: pd.DataFrame) -> None:
     assert lines["trial 1"].x.tolist()[-6:] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.5])
     assert lines["trial 1"].y[-6] == 2.0
     assert len({trace.line.color for trace in lines.values()}) == len(lines)
-    (other,) = [trace for trace in figure.data if trace.name == "not on the frontier"]
+    (other,) = [trace for trace in figure.data if trace.name == "other trials"]
     assert np.isnan(other.y).sum() == 11 - len(lines)  # a gap before each; trial 8 has no finished round
     rounds = figure.layout.updatemenus[0].buttons[1].args[0]["x"][[trace.name for trace in figure.data].index("trial 1")]
     assert rounds.tolist()[-6:] == [0, 1, 2, 3, 4, 5]
     assert {trace.name for trace in figure.data if trace.mode == "markers"} == {
         "ended stopped", "ended failed", "still running"}
+
+
+def test_a_fork_goes_on_from_its_candidate(frame: pd.DataFrame) -> None:
+    frame["forked_from"] = frame["forked_from"].astype("object")
+    frame.loc[frame["trial"] == 3, "forked_from"] = "trial 5 round 1"
+    (line,) = [trace for trace in trajectory_figure(frame).data if trace.name == "trial 3"]
+    assert line.x.tolist()[-4:] == pytest.approx([0.4, 0.3, 0.55, 0.7])
+    assert line.y[-4] == pytest.approx(frame.loc[(frame["trial"] == 5) & (frame["round"] == 1),
+                                                 "selection/text/bits_per_byte"].item())
 
 
 def test_importance_figure_greys_what_chance_gives(frame: pd.DataFrame) -> None:

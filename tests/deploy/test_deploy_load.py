@@ -13,8 +13,8 @@ from raysearch.study.records import RoundRecord
 from raysearch.trial.worker import Worker
 
 
-def test_a_compressed_model_runs_from_its_kept_weights(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
-    small = export(worker.ledger, candidate.key, tmp_path / "small", "compressed")
+def test_a_sparse_model_runs_from_its_kept_weights(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
+    small = export(worker.ledger, candidate.key, tmp_path / "small", "sparse")
     model, dense = raysearch.load(small), raysearch.load(small, backend="dense")
     names = {p.name for p in worker.engine.prunables}
     assert names.isdisjoint(dict(model.named_parameters()))

@@ -27,7 +27,7 @@ def zeros(model: torch.nn.Module, worker: Worker) -> int:
 
 def test_both_formats_hold_the_candidate(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
     dense = export(worker.ledger, candidate.key, tmp_path / "dense")
-    small = export(worker.ledger, candidate.key, tmp_path / "small", "compressed")
+    small = export(worker.ledger, candidate.key, tmp_path / "small", "sparse")
     plain = AutoModelForCausalLM.from_pretrained(dense)  # no raysearch needed
     models = [plain, raysearch.load(dense), raysearch.load(small, backend="dense")]
     tokens = AutoTokenizer.from_pretrained(dense)("The red dog of house 7 saw", return_tensors="pt")["input_ids"]
@@ -39,7 +39,7 @@ def test_both_formats_hold_the_candidate(worker: Worker, candidate: RoundRecord,
     weights = dict(plain.named_parameters())
     assert all(torch.equal(worker.engine.gather(name), weights[name]) for name in weights)
 
-    file = small / "compressed.safetensors"
+    file = small / "raysearch.safetensors"
     header = int.from_bytes(file.read_bytes()[:8], "little") + 8
     assert file.stat().st_size - header == candidate.stored_bytes
     assert (dense / "model.safetensors").stat().st_size > candidate.resident_bytes > candidate.stored_bytes
@@ -69,8 +69,30 @@ def test_a_compact_export_is_what_is_left(worker: Worker, candidate: RoundRecord
         assert torch.equal(plain(tokens).logits, found(tokens).logits)
 
 
+@pytest.mark.parametrize(("format", "fields"), [
+    ("compact", {"criterion": "l0", "pattern": "head", "scope": "layer", "score_rate": 0.1, "mask_interval_steps": 1}),
+    ("compact", {"criterion": "l0", "pattern": "neuron", "score_rate": 0.1, "gate_penalty": 1.0, "mask_interval_steps": 1}),
+    ("compact", {"criterion": "l2", "pattern": "neuron", "group_lambda": 5.0}),
+    ("compact", {"criterion": "movement", "pattern": "hybrid", "mask_interval_steps": 1}),
+    ("compressed", {"pattern": "block"}),
+])
+def test_what_acts_on_units_is_kept_through_training_and_exported(worker: Worker, candidate: RoundRecord, tmp_path: Path,
+                                                                  format: str, fields: dict) -> None:
+    """And once more from the stored candidate, after which what was gone is gone."""
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.5, finetune_tokens=1024, learning_rate=1e-3, **fields))
+    gone = {p.name: worker.engine.gather(p.name) == 0 for p in worker.engine.prunables}
+    assert sum(int(each.sum()) for each in gone.values()) == round(record.sparsity * record.num_prunable) > 4000
+    masked = raysearch.load(export(worker.ledger, record.key, tmp_path / "dense"))
+    found, tokens = raysearch.load(export(worker.ledger, record.key, tmp_path / "out", format)), torch.arange(40).view(2, 20)
+    wanted = masked(tokens).logits.detach()
+    assert torch.allclose(found(tokens).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    again = run_round(worker, record, Action(sparsity=0.0, finetune_tokens=1024, learning_rate=1e-3))
+    assert again.sparsity >= record.sparsity
+    assert not any(worker.engine.gather(name)[mask].any() for name, mask in gone.items())
+
+
 def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format compressed"):
+    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format sparse"):
         export(worker.ledger, candidate.key, tmp_path / "out", "compact")
     assert not (tmp_path / "out").exists()
 
@@ -80,11 +102,11 @@ def test_a_family_that_is_not_known_is_not_exported_as_compact(family: str, tmp_
     random_model(STRANGERS[family]()).save_pretrained(tmp_path / "base")
     run_prune({"model": str(tmp_path / "base"), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    with pytest.raises(ValueError, match=f"heads and neurons stay in, for those of {family} are not known; give format compr"):
+    with pytest.raises(ValueError, match=f"heads and neurons stay in, for those of {family} are not known; give format spar"):
         export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compact")
 
 
-@pytest.mark.parametrize("format", ["dense", "compressed", "compact"])
+@pytest.mark.parametrize("format", ["hf", "sparse", "compact"])
 def test_an_export_that_does_not_open_as_the_candidate_is_not_left(
         worker: Worker, candidate: RoundRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str) -> None:
     """A loader that loses one weight, as of a family whose names are mapped otherwise."""
@@ -111,7 +133,7 @@ def test_an_export_is_replaced_and_nothing_else(worker: Worker, candidate: Round
     assert {p.name for p in tmp_path.iterdir()} == {"out", "mine"}
 
 
-@pytest.mark.parametrize("format", ["dense", "compressed"])
+@pytest.mark.parametrize("format", ["hf", "sparse"])
 def test_a_disk_that_is_full_is_named_and_keeps_nothing(format: str, worker: Worker, candidate: RoundRecord,
                                                         tmp_path: Path) -> None:
     with refusing(), pytest.raises(OSError, match=r"out.*: cannot be written \(.*File too large|File too large: '.*out'"):
@@ -152,7 +174,7 @@ def test_an_export_keeps_what_belongs_to_a_model(tiny_model: Path, tmp_path: Pat
         (model / name).write_text(content)
     dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "sparse")
     for folder in (dense, small):
         assert {name: (folder / name).read_text() for name in kept} == kept
         assert not {"optimizer.pt", "notes.md"} & {file.name for file in folder.iterdir()}
@@ -186,7 +208,7 @@ def test_a_head_that_is_not_the_embedding_stays_apart(tiny_model: Path, tmp_path
     save_file(weights, model / "model.safetensors", {"format": "pt"})
     dense = run_prune({"model": str(model), "corpus": None, "tasks": ()}, {"target_sparsity": 0.5}, tmp_path / "out", str)
     ledger = Ledger(tmp_path / "out")
-    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "compressed")
+    small = export(ledger, ledger.trials()[0].keys[-1], tmp_path / "small", "sparse")
     tokens = torch.arange(24)[None]
     plain = AutoModelForCausalLM.from_pretrained(dense)
     assert torch.equal(plain.lm_head.weight, weights["lm_head.weight"])

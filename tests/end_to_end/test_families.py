@@ -44,7 +44,7 @@ def test_a_family_goes_through_prune_fine_tuning_both_formats_and_scoring(
     record = ledger.candidate(ledger.trials()[0].keys[-1])
     assert record.sparsity == pytest.approx(0.6, abs=1e-4)
     assert record.num_prunable > 0.75 * (record.num_parameters - 2 * 257 * 32) - 64 * 32  # all but embeddings and vectors
-    dense, small = ledger.directory / "model", export(ledger, record.key, tmp_path / "small", "compressed")
+    dense, small = ledger.directory / "model", export(ledger, record.key, tmp_path / "small", "sparse")
 
     tokens = torch.arange(24).view(2, 12)
     plain = AutoModelForCausalLM.from_pretrained(dense)(tokens).logits  # no raysearch needed
@@ -89,7 +89,7 @@ def compact_is_what_was_masked(family: str, pattern: str, tiny_model: Path, tmp_
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in whole.parameters())
     assert record.compact_parameters == sum(p.numel() for p in cut.parameters())
     assert record.resident_bytes == tensor_bytes(small)
-    bits = export(ledger, record.key, tmp_path / "bits", "compressed")
+    bits = export(ledger, record.key, tmp_path / "bits", "sparse")
     assert record.stored_bytes == min(tensor_bytes(bits), tensor_bytes(small))
     cut.generate(tokens[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)
     wanted = whole(tokens).logits.detach()
@@ -124,7 +124,7 @@ def test_a_family_goes_through_the_command_line(run: Run, family: str, tiny_mode
     for command in (("prune", folder, "--out", "out", "--sparsity", 0.5, *settings), ("results", "out"),
                     ("pick", "out", "--max-drop", "text/bits_per_byte=9"),
                     ("export", "out/pick.json", "--out", "dense"), ("kernels", "dense", "--tokens", "1,64"),
-                    ("export", "out/pick.json", "--out", "small", "--format", "compressed")):
+                    ("export", "out/pick.json", "--out", "small", "--format", "sparse")):
         code, _, err = run(*command)
         assert code == 0, (command, err)
     scores = []

@@ -27,7 +27,7 @@ def test_a_trial_its_results_its_pick_and_its_export(tiny_model: Path, stories: 
     frame = analysis.load_study(tmp_path / "pruned")
     assert list(frame["sparsity"].round(2)) == [0.0, 0.5]
     picked = pick(frame, parse_constraints(max_bytes="1GB"))
-    model = raysearch.load(raysearch.export(picked, tmp_path / "deploy", "compressed", said.append), backend="dense")
+    model = raysearch.load(raysearch.export(picked, tmp_path / "deploy", "sparse", said.append), backend="dense")
     assert sum(int((parameter == 0).sum()) for parameter in model.parameters()) >= picked.num_parameters - picked.num_nonzero
     with pytest.raises(ValueError, match="study: model.path: Field required"):
         raysearch.run_trial({"model": {}}, {}, tmp_path / "other")

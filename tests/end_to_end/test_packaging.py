@@ -40,7 +40,7 @@ def test_the_readmes_own_model_from_the_wheel(tmp_path: Path) -> None:
     (built,) = tmp_path.glob("*.whl")
     install = ("install", "--quiet", "--no-deps", "--target", str(site), str(built))
     subprocess.run([sys.executable, "-m", "pip", *install], check=True)
-    assert (site / "analysis" / "notebooks" / "pareto.ipynb").is_file()
+    assert (site / "analysis" / "notebooks" / "pareto_report.ipynb").is_file()
     folder_with_foreign_modules(folder)
     steps = [
         ["pretrain", "--preset", "tiny", "--steps", "120", "--out", "models/mine"],
@@ -50,8 +50,11 @@ def test_the_readmes_own_model_from_the_wheel(tmp_path: Path) -> None:
         ["sweep", "search_spaces.mine", "--out", "studies/mine", "--trials", "2"],
         ["results", "studies/mine", "--frontier"],
         ["report", "studies/mine"],
+        ["notebook", "studies/mine"],
         ["pick", "studies/mine", "--max-drop", "text/bits_per_byte=9", "--max-bytes", "40MB"],
         ["export", "studies/mine/pick.json", "--out", "deploy"],
+        ["verify", "deploy", "--limit", "5"],
+        ["generate", "deploy", "Once upon a time", "--max-new-tokens", "5"],
         ["evaluate", "deploy", "--tasks", "text, last_word", "--limit", "5"],
     ]
     for step in steps:
