@@ -27,7 +27,7 @@ def set_environment() -> None:
 def sweep(study: Mapping[str, Any], space: Callable[[Any], dict[str, Any]], out: str | Path,
           echo: Callable[[str], None] = print, **options: Any) -> Any:
     """Runs, resumes or extends the study in the directory or URI `out`, as `raysearch sweep` does with a module's STUDY
-    and space(trial). `options` are those of raysearch.search.sweep.sweep (keep, autoscaling, mlflow_uri, wandb_project).
+    and space(trial). `options` are those of raysearch.search.sweep.sweep (keep, enqueued, warm_starts, max_disk_bytes, ...).
     Returns its SweepResult; ValueError of one sentence for bad input."""
     set_environment()
     from raysearch.config import Study, parse

@@ -1,7 +1,7 @@
 """The plot of docs/results/search.png: hypervolume over seconds, simulated and real.
 
     python benchmarks/search/plot.py simulate.curves.json end_to_end.json search.html
-    chromium --headless --no-sandbox --window-size=1200,560 --screenshot=docs/results/search.png search.html
+    chromium --headless --no-sandbox --hide-scrollbars --window-size=1220,580 --screenshot=docs/results/search.png search.html
 """
 
 import json
@@ -34,7 +34,7 @@ def main() -> None:
     figure.update_yaxes(title_text="hypervolume", range=[0.85 * min(final), 1.01 * max(final)], row=1, col=1)
     figure.update_xaxes(title_text="seconds")
     figure.update_layout(width=1200, height=560, template="plotly_white", legend={"orientation": "h", "y": -0.15})
-    figure.write_html(sys.argv[3], include_plotlyjs=True)
+    figure.write_html(sys.argv[3], include_plotlyjs=True, config={"displayModeBar": False})
 
 
 if __name__ == "__main__":

@@ -102,8 +102,9 @@ class Forks:
         is_useless = record.dominated_by is not None or any(by > 0 for name, by in missed.items() if name not in SIZES)
         if not is_useless and not (others <= losses).all(axis=1).any():
             stay = ~(losses <= others).all(axis=1)
-            self.frontier = [*(parent for parent, stays in zip(self.frontier, stay) if stays),
-                             Parent(record, actions, sum(action.finetune_tokens for action in actions))]
+            if not stay.all():
+                self.frontier = [parent for parent, stays in zip(self.frontier, stay) if stays]
+            self.frontier.append(Parent(record, actions, sum(action.finetune_tokens for action in actions)))
             self._losses = np.vstack([others[stay], losses])
 
     def _learn(self, actions: tuple[Action, ...], targets: Floats, seconds: float) -> None:

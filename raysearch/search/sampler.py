@@ -124,6 +124,7 @@ class Sampler:
             asked = self._given(number, self._enqueued.pop(0))
             if asked.actions not in self._proposed:
                 return asked
+            self.heard.tell(self._number_heard.pop(number), state=TrialState.FAIL)
         return None
 
     def _given(self, number: int, trial: GivenTrial) -> Asked:
