@@ -114,7 +114,7 @@ def main() -> None:
     moment("engine")
     candidate = dense_round(worker)
     moment("dense")
-    config = TrialConfig(schedule="linear", target_sparsity=0.5, num_rounds=2, finetune_epochs=1.0, learning_rate=1e-5)
+    config = TrialConfig(schedule="linear", target_sparsity=0.5, num_rounds=2, finetune_epochs=1.0, learning_rate=1e-7)
     for action in resolve_actions(config, study, inputs.num_train_tokens):
         candidate = run_round(worker, candidate, action)
         moment(f"round to {action.sparsity}")

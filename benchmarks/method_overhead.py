@@ -32,6 +32,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {"target_sparsity": 0.0}, "magnitude": {}, "gradual magnitude": {"criterion": "gradual_magnitude"},
     "movement": {"criterion": "movement"}, "soft movement": {"criterion": "soft_movement", "threshold": 0.3},
     "SR-STE 2:4": {"criterion": "sr_ste", "pattern": "2:4"}, "RigL": {"criterion": "rigl"}, "SET": {"criterion": "set"},
+    "gates of heads": {"criterion": "l0", "pattern": "head", "target_sparsity": 0.5},
+    "gates of neurons": {"criterion": "l0", "pattern": "neuron", "target_sparsity": 0.5},
+    "group lasso": {"pattern": "neuron", "target_sparsity": 0.5, "group_lambda": 0.01}, "LayerDrop": {"layer_drop": 0.2},
     "KL": {"distill_alpha": 2 / 3}, "KL and SquareHead": {"distill_alpha": 2 / 3, "distill_hidden": 1.0}}
 LIMITS = {name: 1.4 if name.startswith("KL") else 1.03 for name in METHODS}
 NUM_STEPS = 20

@@ -1,8 +1,8 @@
-"""Structured pruning: quality at equal bytes and at equal time, the speed of what is deployed, and what gates cost.
+"""Structured pruning: quality at equal bytes and at equal time, and the speed of what is deployed.
 
     python benchmarks/structured.py run OUT [--root ../shared] [--part 0/1] [--limit-s 600]      # quality, books-30m
     python benchmarks/structured.py table OUT [OUT ...]
-    python benchmarks/structured.py speed OUT.jsonl [--root ../shared]       # 124 and 950 M on a GPU; --cpu: books-30m
+    python benchmarks/structured.py speed OUT.jsonl       # 124 and 950 M on a GPU; --cpu: books-30m
 
 `run` prunes and fine-tunes as benchmarks/methods.py does, whose files and tables these are; the candidates of the first data
 seed are also timed, compact and through the dispatcher, beside the dense model. Half of the neurons, half of the heads and two
@@ -74,6 +74,9 @@ def structured() -> Iterator[Case]:
         for name, fields in units.items():
             yield (f"{name}, {criteria[name][1]}, CE, {STEPS} steps",
                    trained(STEPS, **fields, criterion=criteria[name][1]), seed)
+        for name in ("half of the heads", "half of the neurons"):
+            yield (f"{name}, l0, CE, {STEPS} steps",
+                   trained(STEPS, **units[name], criterion="l0", score_rate=0.1, gate_penalty=1.0), seed)
         for sparsity in (0.7, 0.8, 0.9, 0.95):
             for loss, alpha in (("CE", 0.0), ("2/3 KL", KL)):
                 yield (f"single weights, {sparsity}, {loss}, {STEPS} steps",

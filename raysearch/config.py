@@ -12,6 +12,7 @@ Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "co
 Scope = Literal["global", "layer", "row"]
 Budget = Literal["uniform", "erdos_renyi", "owl"]
 LrSchedule = Literal["cosine", "constant", "one_cycle"]
+Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
@@ -104,8 +105,8 @@ class TrialConfig(Frozen):
     threshold_unit: ThresholdUnit = "absolute"
     """`std`: the threshold counts standard deviations of each layer (Han et al. 2015)."""
     criterion: str = "magnitude"
-    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste`, `movement` and `soft_movement`
-    prune while they fine-tune; `rigl` and `set` then drop weights for others."""
+    """How weights are ranked: one of pruning.criteria.CRITERIA. `gradual_magnitude`, `sr_ste`, `movement`, `soft_movement`
+    and `l0` prune while they fine-tune; `rigl` and `set` then drop weights for others."""
     pattern: str = "unstructured"
     """Which weights go together: one of pruning.patterns.PATTERNS, and the sparsity is then that of the pattern's weights; or
     N:M ("2:4"): of every M consecutive inputs of an output at most N stay, and `target_sparsity` is 1 - N/M, given or not."""
@@ -130,6 +131,9 @@ class TrialConfig(Frozen):
     """Learning rate of the scores of `soft_movement`, whose `threshold` cuts their sigmoid."""
     score_penalty: float = Field(400.0, ge=0)
     """Lambda there: what it adds to the loss for the mean of that sigmoid, in nats per token."""
+    gate_penalty: float = Field(1.0, ge=0)
+    """Of `l0`: what it adds to the loss for the mean probability that a gate is open, in nats per token; `score_rate` is the
+    learning rate of its gates."""
     drop_fraction: float = Field(0.3, gt=0, le=1)
     """Of each layer's kept weights, the share that `rigl` and `set` drop for others at a time; half a cosine brings it to 0."""
     calibration_sequences: int = Field(128, ge=1)
@@ -137,6 +141,13 @@ class TrialConfig(Frozen):
     `owl` look at."""
     l1_lambda: float = Field(0.0, ge=0)
     """Strength of the proximal L1 step during fine-tuning, in units of the weights per unit of learning rate."""
+    layer_drop: float = Field(0.0, ge=0, lt=1)
+    """Chance that a layer is left out of a step of fine-tuning (LayerDrop), for masks that do not move meanwhile."""
+    trainable: Trainable = "all"
+    """What fine-tuning changes: `vectors` are biases and norms alone (PERP, Zimmer et al. 2023)."""
+    group_lambda: float = Field(0.0, ge=0)
+    """Strength of group lasso on whole units (pattern head, neuron or layer) during fine-tuning, in the same unit: a unit goes
+    when the root of its mean square falls to the learning rate times this."""
     distill_alpha: float = Field(0.0, ge=0, le=1)
     """Share of the dense model's logits in the loss of fine-tuning: (1 - alpha) CE + alpha temperature^2 KL."""
     temperature: float = Field(1.0, gt=0)
@@ -190,9 +201,13 @@ class Action(Frozen):
     drop_fraction: float = 0.0
     score_rate: float = 0.0
     score_penalty: float = 0.0
+    gate_penalty: float = 0.0
     calibration_sequences: int = 0
     """0 where criterion and budget look at weights alone."""
     l1_lambda: float = 0.0
+    layer_drop: float = 0.0
+    trainable: Trainable = "all"
+    group_lambda: float = 0.0
     distill_alpha: float = 0.0
     temperature: float = 1.0
     distill_hidden: float = 0.0

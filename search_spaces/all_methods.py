@@ -6,7 +6,7 @@ list of choices, so where the choices are fewer the name is another.
 
 from search_spaces.books_30m import STUDY as BOOKS
 
-STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 60}}
+STUDY = {**BOOKS, "search": {**BOOKS["search"], "num_trials": 90}}
 LAYER_ORDERS = ("top", "bottom", "alternate", "symmetric", "contribution")
 
 
@@ -17,12 +17,16 @@ def space(trial):
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
         criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "soft_movement", "rigl",
-                           "set", "taylor", "wanda", "ria", "sparsegpt", "l2", *LAYER_ORDERS)
+                           "set", "l0", "taylor", "wanda", "ria", "sparsegpt", "l2", *LAYER_ORDERS)
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0),
                   "distill_hidden": choice("distill_hidden", 0.0, 0.1, 1.0)}
+        if criterion in ("magnitude", "taylor", "l2", "wanda", "ria", "sparsegpt", *LAYER_ORDERS):
+            fields["layer_drop"] = choice("layer_drop", 0.0, 0.1, 0.2)
+            if not fields["l1_lambda"]:
+                fields["trainable"] = choice("trainable", "all", "vectors")
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
@@ -43,19 +47,32 @@ def space(trial):
                    "mask_interval_steps": choice("moving/mask_interval_steps", 10, 30, 100)}
     elif criterion in LAYER_ORDERS:
         fields["pattern"] = "layer"
+    elif criterion == "l0":
+        fields |= {"pattern": choice("l0/pattern", "head", "neuron"),
+                   "score_rate": trial.suggest_float("l0/score_rate", 3e-3, 0.3, log=True),
+                   "gate_penalty": trial.suggest_float("gate_penalty", 0.01, 10.0, log=True)}
     elif criterion == "l2":
-        fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer")
+        fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer", "block", "hybrid")
+    elif criterion == "taylor":
+        fields["pattern"] = choice("taylor/pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer")
     else:
-        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer")
-    is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement")
+        fields["pattern"] = choice("pattern", "unstructured", "2:4", "4:8", "1:4", "head", "neuron", "layer", "block",
+                                   "block64", "hybrid")
+    is_gradual = criterion in ("gradual_magnitude", "sr_ste", "movement", "l0")
     if criterion == "sr_ste":
         fields["mask_decay"] = trial.suggest_float("mask_decay", 1e-6, 1e-2, log=True)
     if is_gradual:
         fields["mask_interval_steps"] = choice("mask_interval_steps", 1, 5, 10)
     if ":" in fields["pattern"]:
         return fields
+    if epochs and fields["pattern"] in ("head", "neuron", "layer") and criterion != "l0" and not (
+            fields.get("layer_drop") or fields.get("trainable") == "vectors"):
+        fields["group_lambda"] = choice("group_lambda", 0.0, 0.1, 1.0)
     if fields["pattern"] == "layer":
         return fields | {"target_sparsity": trial.suggest_float("layer/target_sparsity", 0.1, 0.5)}
+    if fields["pattern"] in ("block", "block64", "hybrid"):
+        return fields | {"target_sparsity": trial.suggest_float("block/target_sparsity", 0.3, 0.9),
+                         "scope": choice("block/scope", "global", "layer")}
     if fields["pattern"] in ("head", "neuron"):
         fields |= {"target_sparsity": trial.suggest_float("unit/target_sparsity", 0.1, 0.7),
                    "scope": choice("unit/scope", "global", "layer")}

@@ -1,4 +1,4 @@
-"""books-30m, 29.7 M parameters, on GPUs: 24 trials of three or four rounds, several trials on one GPU.
+"""books-30m, 29.7 M parameters, on GPUs: 72 trials, of which four have three or four rounds and the others one.
 
 It reads `$RAYSEARCH_BOOKS/models/books-30m` (what `raysearch pretrain --preset books-30m` writes) and
 `$RAYSEARCH_BOOKS/data`, with books/train.txt and lambada/test.jsonl in it; RAYSEARCH_BOOKS is ../shared unless set.
@@ -16,7 +16,7 @@ STUDY = {
     "data": {"corpus": str(ROOT / "data" / "books" / "train.txt"), "context_tokens": 512, "epoch_tokens": 1_966_080},
     "training": {"batch_tokens": 65_536},
     "evaluation": {"tasks": ("text", "last_word", "choice", "lambada"), "data_dir": str(ROOT / "data"), "num_items": 300},
-    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 24, "max_concurrent": 4},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 72, "max_concurrent": 4},
     "cluster": {"gpus_per_rank": 0.5, "cpus_per_rank": 2.0},
 }
 

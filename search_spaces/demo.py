@@ -9,7 +9,7 @@ STUDY = {
     "data": {"corpus": "builtin", "context_tokens": 128, "epoch_tokens": 16_384},
     "training": {"batch_tokens": 1024},
     "evaluation": {"num_items": 60},
-    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 12, "max_concurrent": 2},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 32, "max_concurrent": 2},
 }
 
 

@@ -16,7 +16,7 @@ STUDY = {
     "data": {"corpus": "/shared/data/finetune", "context_tokens": 1024, "epoch_tokens": 10_485_760},
     "training": {"batch_tokens": 65_536},
     "evaluation": {"tasks": ("text", "last_word", "lambada"), "num_items": 1000},
-    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 48, "max_concurrent": 8},
+    "search": {"objectives": ("num_nonzero", "text/bits_per_byte"), "num_trials": 220, "max_concurrent": 8},
     "cluster": {"num_ranks": 2, "zero_stage": 1, "gpus_per_rank": 1.0, "cpus_per_rank": 4.0},
 }
 

@@ -46,7 +46,7 @@ class Search(Protocol):
     shares_rounds: bool
 
     def ask(self) -> tuple[int, tuple[Action, ...]]: ...
-    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
+    def observe(self, number: int, depth: int, key: str, state: State, seconds: float) -> bool | None:
         """True where the trial is to be stopped."""
     def end(self, number: int, keys: list[str]) -> None: ...
 
@@ -70,33 +70,33 @@ class Ours:
         self.asked[asked.number] = asked
         return asked.number, asked.actions
 
-    def observe(self, number: int, depth: int, key: str, state: State) -> None:
-        self.sampler.observe(number, self._record(depth, key, state))
+    def observe(self, number: int, depth: int, key: str, state: State, seconds: float) -> None:
+        self.sampler.observe(number, self._record(depth, key, state, seconds))
 
     def end(self, number: int, keys: list[str]) -> None:
         asked = self.asked[number]
         self.sampler.end(TrialRecord(number=number, config=asked.config, actions=asked.actions, keys=tuple(keys), status="done",
                                      forked_at=asked.forked_at, started_at=""))
 
-    def _record(self, depth: int, key: str, state: State) -> RoundRecord:
+    def _record(self, depth: int, key: str, state: State, seconds: float = 0.0) -> RoundRecord:
         table = self.table
         num_nonzero = table.num_parameters - round(state.sparsity * table.num_prunable)
         return RoundRecord(
             key=key, parent=None, action=None, depth=depth, num_parameters=table.num_parameters,
             num_prunable=table.num_prunable, num_nonzero=num_nonzero, sparsity=state.sparsity,
             model_sparsity=1 - num_nonzero / table.num_parameters, layer_sparsity={}, stored_bytes=0, resident_bytes=0,
-            train_loss=None, prune_s=0, finetune_s=0, evaluate_s=0,
+            train_loss=None, prune_s=0, finetune_s=seconds, evaluate_s=0,
             metrics={table.study.search.objective: Metric(value=state.value * table.dense_value, stderr=0.0, num_items=1)},
             weights_sha256=None, provenance=PROVENANCE)
 
 
 class Unlearned(Ours):
-    """Ours, with forks of random configurations."""
+    """Ours, with any fork of the pool."""
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         assert self.sampler.forks is not None
-        self.sampler.forks.learner.sampler = RandomSampler(seed=arguments[2])
+        self.sampler.forks.promise = lambda means, deviations, seconds: np.zeros(len(means))
 
 
 class LastRoundsOnly(Sampler):
@@ -119,7 +119,7 @@ class Plain:
         study = self.table.study
         return trial.number, resolve_actions(draw(self.space, trial), study, study.data.epoch_tokens or 0)
 
-    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
+    def observe(self, number: int, depth: int, key: str, state: State, seconds: float) -> bool | None:
         self.last[number] = (-state.sparsity, state.value)
 
     def end(self, number: int, keys: list[str]) -> None:
@@ -139,8 +139,8 @@ class MoAsha(Plain):
         self.study.sampler = RandomSampler(seed=arguments[2])
         self.reached: dict[int, dict[int, tuple[float, float]]] = {rung: {} for rung in self.rungs}
 
-    def observe(self, number: int, depth: int, key: str, state: State) -> bool | None:
-        super().observe(number, depth, key, state)
+    def observe(self, number: int, depth: int, key: str, state: State, seconds: float) -> bool | None:
+        super().observe(number, depth, key, state, seconds)
         if depth not in self.reached:
             return False
         rung = self.reached[depth]
@@ -194,8 +194,8 @@ def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: f
              ) -> tuple[list[tuple[float, State]], int, float]:
     """((time, candidate) in order, trials begun, seconds that workers spent on starting)."""
     found: list[tuple[float, State]] = []
-    stored: dict[str, State] = {}
-    events: list[tuple[float, int, int, tuple[Action, ...], list[str], State]] = []
+    stored: dict[str, tuple[State, float]] = {}
+    events: list[tuple[float, int, int, tuple[Action, ...], list[str], State, float]] = []
     num_trials, starting_s, order = 0, 0.0, 0
 
     def push(now: float, number: int, actions: tuple[Action, ...], keys: list[str], state: State) -> None:
@@ -203,11 +203,12 @@ def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: f
         nonlocal order
         key = round_key(keys[-1] if keys else "", actions[len(keys)])
         if search.shares_rounds and key in stored:
-            after, seconds = stored[key], 0.0
+            (after, seconds), spent = stored[key], 0.0
         else:
             after, seconds = surrogate(state, actions[len(keys)])
+            spent = seconds
         order += 1
-        heapq.heappush(events, (now + seconds, order, number, actions, [*keys, key], after))
+        heapq.heappush(events, (now + spent, order, number, actions, [*keys, key], after, seconds))
 
     def begin(now: float) -> None:
         nonlocal num_trials, starting_s
@@ -218,14 +219,14 @@ def simulate(search: Search, surrogate: Surrogate, num_workers: int, budget_s: f
     for _ in range(num_workers):
         begin(0.0)
     while events:
-        now, _, number, actions, keys, state = heapq.heappop(events)
+        now, _, number, actions, keys, state, seconds = heapq.heappop(events)
         if now > budget_s:
             break
-        stored[keys[-1]] = state
+        stored[keys[-1]] = state, seconds
         is_last = len(keys) == len(actions)
         if is_last or search.counts_every_round:
             found.append((now, state))
-        is_last |= bool(search.observe(number, len(keys), keys[-1], state))
+        is_last |= bool(search.observe(number, len(keys), keys[-1], state, seconds))
         if is_last:
             search.end(number, keys)
             begin(now)

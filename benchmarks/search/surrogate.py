@@ -1,9 +1,10 @@
 """A round of the recorded table, as a function: (parent's sparsity and quality, action) -> sparsity, quality, seconds.
 
-A Gaussian process (squared exponential, one length a feature, fitted by marginal likelihood) for log(quality / dense), one for
-the log density that a threshold leaves, and a line in the tokens for the seconds. A round's error is stated on rounds of trials
-that were held out; that of a chain, whose rounds start from predictions, on the last rounds of those trials. No recorded round
-diverged, so none diverges here. Whoever searches this function may also find its errors: it ranks nothing but whole methods.
+A Gaussian process (squared exponential, one length a feature, by the marginal likelihood of some of the rounds) for
+log(quality / dense), one for the log density that a threshold leaves, and a line in the tokens for the seconds. A round's error
+is stated on rounds of trials that were held out; that of a chain, whose rounds start from predictions, on the last rounds of
+those trials. No recorded round diverged, so none diverges here. Whoever searches this function may also find its errors: it
+ranks nothing but whole methods.
 """
 
 from pathlib import Path
@@ -19,6 +20,8 @@ from sklearn.model_selection import GroupKFold
 from raysearch.config import Action, Study
 
 Floats = NDArray[np.float64]
+MAX_LENGTHS = 300
+"""Rounds, spread over all, to which a process's lengths are fitted; its mean is of all."""
 
 
 class State(NamedTuple):
@@ -74,7 +77,9 @@ class Process:
     def __init__(self, features: Floats, values: Floats) -> None:
         self.shift, self.scale = features.mean(axis=0), features.std(axis=0) + 1e-9
         kernel = ConstantKernel(1.0) * RBF(2 * np.ones(features.shape[1]), (0.2, 1e3)) + WhiteKernel(1e-2)
-        fitted = GaussianProcessRegressor(kernel, normalize_y=True).fit(self._scaled(features), values)
+        some = np.unique(np.linspace(0, len(values) - 1, MAX_LENGTHS).astype(int))
+        lengths = GaussianProcessRegressor(kernel, normalize_y=True).fit(self._scaled(features)[some], values[some])
+        fitted = GaussianProcessRegressor(lengths.kernel_, optimizer=None, normalize_y=True).fit(self._scaled(features), values)
         self.variance, self.lengths = fitted.kernel_.k1.k1.constant_value, fitted.kernel_.k1.k2.length_scale
         self.points, self.weights = fitted.X_train_ / self.lengths, fitted.alpha_ * self.variance
         self.mean, self.deviation = float(values.mean()), float(values.std())

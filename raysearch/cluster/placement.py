@@ -89,7 +89,8 @@ def work_in_training(actions: Sequence[Action]) -> Work:
     """What the dearest of these rounds has in memory while it trains."""
     return Work(distils=any(action.distill_alpha or action.distill_hidden for action in actions),
                 follows_states=any(action.distill_hidden for action in actions),
-                bytes_beside=max((CRITERIA[action.criterion].bytes_beside for action in actions), default=0))
+                bytes_beside=max((max(CRITERIA[action.criterion].bytes_beside, 4 * bool(action.layer_drop))
+                                  for action in actions), default=0))
 
 
 def repays_compilation(size: ModelSize, tokens: float) -> bool:

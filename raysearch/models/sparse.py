@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from raysearch.kernels.backends import BACKENDS
-from raysearch.kernels.dispatch import NUM_PAIRS, Choice, best_backend, time_in_turn, token_bucket
+from raysearch.kernels.dispatch import NUM_PAIRS, WIN, Choice, best_backend, time_in_turn, token_bucket
 from raysearch.kernels.linear import linear
 from raysearch.kernels.weight import SparseWeight, compress, detect_pattern
 from raysearch.models.architectures import architecture, dense_weight
@@ -183,7 +183,8 @@ def _dense(layer: SparseLinear) -> nn.Linear:
 
 def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]], num_tokens: int,
                  forward: Callable[[int], object]) -> float:
-    """Time of the forward with the dense layers over that with the sparse ones, or 1.0 where that is below 1."""
+    """Time of the forward with the dense layers over that with the sparse ones, or 1.0 where that is below WIN: a gain within
+    the noise would cost the memory of both forms."""
     device = next(model.parameters()).device
 
     def run(which: int) -> Callable[[], object]:
@@ -197,7 +198,7 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
     times = time_in_turn([run(0), run(1)], device, NUM_PAIRS, as_graphs=known is not None and known.shares_prefixes)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
     run(0)()  # the dense layers again, until _install decides
-    return max(1.0, ratio)
+    return ratio if ratio >= WIN else 1.0
 
 
 def _install(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]],

@@ -38,6 +38,8 @@ class Criterion(NamedTuple):
     sequence's sum, over a unit where there are units."""
     statistic: Callable[[Tensor], Tensor] | None = None
     """inputs [positions, K] of a linear layer -> what is summed over calibration text, block after block of the model."""
+    has_gates: bool = False
+    """Learns a gate for each unit *during* its round; those whose gates open least go, along the path."""
     order: Callable[[int], Tensor] | None = None
     """L -> scores [L] of the layers of a model, by their place alone."""
     by_contribution: bool = False
@@ -51,7 +53,8 @@ class Criterion(NamedTuple):
         """Of each weight, while a round trains: what is gathered, what lies behind the masks, trained scores with their
         gradients and moments."""
         gathers = self.gather is not None and not self.by_sequence
-        return 4 * gathers + 4 * ((gathers and not self.moves) or self.trains_pruned) + 16 * self.is_soft
+        behind = (gathers and not self.moves) or self.trains_pruned or self.has_gates
+        return 4 * gathers + 4 * behind + 16 * self.is_soft
 
 
 def magnitude(weights: Tensor, gathered: Tensor | None) -> Tensor:
@@ -131,6 +134,7 @@ CRITERIA = {
     "sr_ste": Criterion(magnitude, is_gradual=True, trains_pruned=True),  # Zhou et al. 2021 (arXiv 2102.04010)
     "movement": Criterion(movement, gather_movement, is_gradual=True),
     "soft_movement": Criterion(movement, gather_movement, is_soft=True),
+    "l0": Criterion(None, has_gates=True),  # Voita et al. 2019 (arXiv 1905.09418), Louizos et al. 2018 (arXiv 1712.01312)
     "taylor": Criterion(movement, gather_movement, by_sequence=True),  # Molchanov et al. 2016 (arXiv 1611.06440)
     "top": Criterion(None, order=top),
     "bottom": Criterion(None, order=bottom),

@@ -111,6 +111,23 @@ def hypervolume(values: npt.ArrayLike, maximised: Sequence[bool], reference: Seq
     return _volume(points[(points < worst).all(axis=1) & np.isfinite(points).all(axis=1)], worst)
 
 
+def hypervolume_gains(front: npt.ArrayLike, points: npt.ArrayLike, reference: Sequence[float]) -> Floats:
+    """What each of the points (m, d) alone would add to the volume of `front` (n, d), all to be minimised: (m,). For two
+    objectives the strips between neighbours of the front, O(m n); else m hypervolumes."""
+    down, worst = [False] * len(reference), np.asarray(reference, dtype=np.float64)
+    each = np.asarray(points, dtype=np.float64).reshape(-1, len(worst))
+    known = np.asarray(front, dtype=np.float64).reshape(-1, len(worst))
+    if len(worst) != 2:
+        before = hypervolume(known, down, reference)
+        return np.array([hypervolume(np.vstack([known, point]), down, reference) - before for point in each])
+    known = np.unique(known[non_dominated(known, down)], axis=0)  # the one rises, the other falls
+    starts = np.concatenate([[-np.inf], known[:, 0]]).clip(max=worst[0])
+    heights = np.concatenate([[worst[1]], known[:, 1]]).clip(max=worst[1])
+    ends = np.append(starts[1:], worst[0])
+    widths = (ends - np.maximum(starts, each[:, :1])).clip(min=0)
+    return np.asarray((widths * (heights - each[:, 1:]).clip(min=0)).sum(axis=1), dtype=np.float64)
+
+
 def _volume(lower: Floats, worst: Floats) -> float:
     """Of points below `worst`."""
     front = lower[_front(lower)]

@@ -12,6 +12,7 @@ Legend: O outputs, K inputs of a matrix, N units of one module (heads, neurons),
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ class Part(NamedTuple):
     """int64 [C]; [1] for a vector."""
     goes_along: bool = False
     """Masked with its unit, but neither scored nor counted: a bias."""
+    reads: bool = False
+    """Inputs of a matrix that the units' outputs flow into: what scales them scales the unit."""
 
 
 class Units(NamedTuple):
@@ -88,7 +91,7 @@ def by_output(matrix: Matrix, unit: Tensor) -> list[Part]:
 def by_input(matrix: Matrix, unit: Tensor) -> Part:
     """The part of a matrix whose inputs belong to the units `unit` int64 [K]."""
     others = torch.zeros(matrix.num_outputs, dtype=torch.int64)
-    return Part(matrix.name, *((unit, others) if matrix.transposed else (others, unit)))
+    return Part(matrix.name, *((unit, others) if matrix.transposed else (others, unit)), reads=True)
 
 
 def heads(layout: Layout) -> Units:
@@ -115,6 +118,47 @@ def layers(layout: Layout) -> Units:
     return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
 
 
+def layer_outputs(layout: Layout) -> Units:
+    """Of each layer the last matrices of attention and MLP with their biases, without which it hands on what it gets. No
+    pattern: what is left behind would still be computed."""
+    last = {part.matrix.name for module in (*layout.attentions, *layout.mlps) for part in module if part.are_inputs}
+    if not layout.blocks or len(last) != 2 * len(layout.blocks):
+        raise ValueError("layer_drop needs a model whose blocks are known and add to what they get, and this one's are not; "
+                         "give layer_drop 0, or add its family to raysearch/models/architectures.py")
+    parts = [part for number, block in enumerate(layout.blocks) for matrix in block if matrix.name in last
+             for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
+    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+
+
+def blocks(layout: Layout, side: int = 32) -> Units:
+    """A block: `side` x `side` weights of a matrix, fewer at its ends, Lagunas et al. 2021 (arXiv 2109.04838) section 3.2.
+    Layers are matrices."""
+    return _tiles(layout.matrices, side)
+
+
+def hybrid(layout: Layout) -> Units:
+    """Blocks of 32 in attention, and the neurons of MLPs: "hybrid" of Lagunas et al. 2021 section 3.3. Differs in that a row of
+    a first matrix goes with the column of the last, so that both can be cut out. Layers are attention's matrices, then MLPs."""
+    attention = {part.matrix.name: part.matrix for module in layout.attentions for part in module}
+    if not attention:
+        raise ValueError("pattern hybrid needs a model whose heads and neurons are known, and this one's are not; give pattern "
+                         "block, or add its family to raysearch/models/architectures.py")
+    tiles, neurons = _tiles(list(attention.values()), 32), _of_modules(layout.mlps, "neuron")
+    behind = tuple(part._replace(rows=part.rows + len(tiles.group)) for part in neurons.parts)
+    return Units(tiles.parts + behind, torch.cat([tiles.group, neurons.group + len(attention)]))
+
+
+def _tiles(matrices: Sequence[Matrix], side: int) -> Units:
+    parts, group, num_units = [], [], 0
+    for layer, matrix in enumerate(matrices):
+        down, across = (-(-size // side) for size in matrix.shape)
+        rows, columns = (torch.arange(size) // side for size in matrix.shape)
+        parts.append(Part(matrix.name, num_units + rows * across, columns))
+        group.append(torch.full((down * across,), layer))
+        num_units += down * across
+    return Units(tuple(parts), torch.cat(group))
+
+
 def _of_modules(modules: Sequence[Sequence[UnitRows]], pattern: str) -> Units:
     if not modules:
         raise ValueError(f"pattern {pattern} needs a model whose {pattern}s are known, and this one's are not; give another "
@@ -139,6 +183,9 @@ PATTERNS: dict[str, Callable[[Layout], Units] | None] = {
     "head": heads,
     "neuron": neurons,
     "layer": layers,
+    "block": blocks,
+    "block64": partial(blocks, side=64),
+    "hybrid": hybrid,
 }
 
 

@@ -15,8 +15,8 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Study, is_maximised
-from raysearch.search.constraints import violations
 from raysearch.search.sampler import told_again
+from raysearch.search.violations import violations
 from raysearch.study.damage import journal_damage
 from raysearch.study.files import is_there, persist
 from raysearch.study.ledger import Ledger

@@ -14,9 +14,9 @@ from optuna.distributions import BaseDistribution, distribution_to_json, json_to
 from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
-from raysearch.search.constraints import violations
-from raysearch.search.forks import DIVERGED, Forks
+from raysearch.search.forks import Forks, Numbered
 from raysearch.search.space import GivenTrial, Proposals, Space, draw
+from raysearch.search.violations import violations
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 from raysearch.trial.actions import resolve_actions
 
@@ -42,16 +42,6 @@ class Asked(NamedTuple):
     """Why the space makes none."""
     forked_at: int | None = None
     """As in TrialRecord."""
-
-
-class Numbered:
-    """A trial of the sampler's own study, under the number that it is going to have in the journal."""
-
-    def __init__(self, trial: optuna.Trial, number: int) -> None:
-        self._trial, self.number = trial, number
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._trial, name)
 
 
 class Sampler:
@@ -94,16 +84,12 @@ class Sampler:
         self._asked[trial.number] = asked
         self._proposed.update(prefixes(trial.actions))
         self._num_whole += trial.forked_at is None
-        if self.forks is not None and trial.forked_at is not None:
-            self.forks.recall(trial.number, *known(trial, FORK))
         for depth, key in enumerate(trial.keys, start=1):
             is_heard = depth < len(trial.actions) and (trial.status == "failed" or self._prefix(asked, depth))
             is_own = self.forks is not None and depth > (trial.forked_at or 0)
             if (is_heard or is_own) and (record := candidate(key)) is not None:
                 self.observe(trial.number, record)
         self._hear_divergence(trial)
-        if trial.status != "running":
-            self._end_fork(trial)
 
     def ask(self) -> Asked | None:
         """The next trial; None where the space has none that was not proposed."""
@@ -126,18 +112,11 @@ class Sampler:
         """A round on a candidate of before; None where it is too early for one, and where none is new."""
         if self.forks is None or self._num_whole < NUM_WHOLE or len(self.forks.frontier) < 2:
             return None
-        for _ in range(NUM_DRAWS):
-            trial, parent = self.forks.ask(number)
-            actions, error = parent.actions, None
-            try:
-                actions = (*actions, self.forks.action(Numbered(trial, number), parent))
-            except ValueError as refused:
-                error = refused
-            asked = self._checked(trial, Asked(number, None, actions, {}, {}, error, len(parent.actions)), FORK)
-            if asked.error is not None or asked.actions not in self._proposed:
-                return asked
-            self.forks.tell(number, None)
-        return None
+        if (fork := self.forks.ask(number, self._proposed)) is None:
+            return None
+        parent = fork.parent.actions
+        actions = parent if fork.action is None else (*parent, fork.action)
+        return self._checked(fork.trial, Asked(number, None, actions, {}, {}, fork.error, len(parent)), FORK)
 
     def _first(self, number: int) -> Asked | None:
         """The next trial of the user's that was not proposed, in this sweep or before it."""
@@ -183,8 +162,9 @@ class Sampler:
     def _checked(self, trial: Any, asked: Asked, prefix: str = "") -> Asked:
         """With the trial's parameters, and without actions where they, or what was made of them, are not as they should be."""
         distributions, error = {name: distribution_to_json(each) for name, each in trial.distributions.items()}, asked.error
+        has_rule = prefix and self.forks is not None and self.forks.rule  # whose parameters are its own
         try:
-            if self.proposals is not None:
+            if self.proposals is not None and not has_rule:
                 self.proposals.check(distributions)
         except ValueError as refused:
             error = error or refused
@@ -231,9 +211,7 @@ class Sampler:
         if number is not None and candidate.depth < len(actions):
             self._hear(number, candidate.depth, values, missed, diverged=False)
         if self.forks is not None:
-            above = self.forks.observe(candidate, actions[:candidate.depth], missed)
-            if number is not None and candidate.depth == len(actions):
-                self.forks.tell(number, above)
+            self.forks.observe(candidate, actions[:candidate.depth], missed)
 
     def _hear(self, number: int, depth: int, values: Sequence[float] | None, missed: Mapping[str, float], diverged: bool
               ) -> None:
@@ -252,14 +230,15 @@ class Sampler:
         if trial.forked_at is None:
             tell(self.heard, self._number_heard[trial.number], *outcome(trial, values, missed))
         self._hear_divergence(trial)
-        self._end_fork(trial)
-
-    def _end_fork(self, trial: TrialRecord) -> None:
         if self.forks is not None:
-            self.forks.tell(trial.number, DIVERGED if trial.status == "failed" and not trial.crashed else None)
+            self.forks.ended(trial.number)
 
     def _hear_divergence(self, trial: TrialRecord) -> None:
-        if trial.status == "failed" and not trial.crashed and len(trial.keys) + 1 < len(trial.actions):
+        if trial.status != "failed" or trial.crashed:
+            return
+        if self.forks is not None:
+            self.forks.diverged(trial.actions[:len(trial.keys) + 1])
+        if len(trial.keys) + 1 < len(trial.actions):
             self._hear(trial.number, len(trial.keys) + 1, *self._last(trial), diverged=True)
 
     def _last(self, trial: TrialRecord) -> tuple[tuple[float, ...] | None, dict[str, float]]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
 from raysearch.study.files import new_file
-from raysearch.study.records import FORMAT, TrialRecord, hash_json
+from raysearch.study.records import TrialRecord, hash_json
 from raysearch.study.text import json_lines
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_space(name: str) -> tuple[Study, Space]:
         raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
                          f"{type(study).__name__} and {type(space).__name__}")
     if is_flat(study):
-        raise ValueError(f"search space {name}: its STUDY has no sections, as before format {FORMAT}; give "
+        raise ValueError(f"search space {name}: its STUDY has no sections, as before format 2; give "
                          f"STUDY = {nested(study)}")
     return parse(Study, study, f"{name}.STUDY"), space
 

@@ -44,5 +44,5 @@ def warm_start(sampler: Sampler, proposals: Proposals, directory: str | AnyPath,
 
     num_told = hears(sampler.heard, earlier.heard)
     if sampler.forks is not None and earlier.forks is not None:
-        num_told += hears(sampler.forks.learner, earlier.forks.learner)
+        num_told += sampler.forks.learn_from(earlier.forks)
     echo(f"--warm-start {directory}: the sampler hears of {num_told} observations from its {len(records)} trials")

@@ -158,11 +158,12 @@ class Engine:
         else:
             is_cut = dtype == "bfloat16" and self.micro_sequences < self.sequences_per_rank  # stage 1 would add up in bf16
             self._layout = Sharded(load, groups, max(zero_stage, 1 + is_cut), dtype, self.sequences_per_rank, CLIP_NORM,
-                                   **adamw)
+                                   compiled, **adamw)
         self.optimizer, self.model = self._layout.optimizer, cast(PreTrainedModel, self._layout.module)
         self._dense = functools.cache(lambda: self._layout.frozen(
             lambda: as_teacher(load_dense(), compiled and zero_stage < 3)))
         self._distillation: tuple[Tensor, Tensor, Tensor, bool] | None = None
+        self._trainable = "all"
         self.prunable_names = {p.name for p in self.prunables}
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
@@ -364,9 +365,10 @@ class Engine:
         return step
 
     def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0,
-                distill_hidden: float = 0.0) -> None:
+                distill_hidden: float = 0.0, trainable: str = "all") -> None:
         """A fresh optimizer: no moments, step 0, nothing gathered, no latent values; the masks as they are. With an alpha above
         0 the steps to come also follow the dense model's logits (loss.Teacher), with a `distill_hidden` its states."""
+        self._trainable = trainable
         self.optimizer.restart()
         self.optimizer.l1_lambda = l1_lambda
         alpha, tau, weight = torch.tensor((distill_alpha, temperature, distill_hidden), device=self.device)
@@ -380,7 +382,7 @@ class Engine:
         added up in fp32; this rank's loss."""
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate if self._trainable in ("all", group["name"]) else 0.0
         if self.device.type == "cuda":  # copied while the step before computes
             tokens = tokens.pin_memory().to(self.device, non_blocking=True)
         parts = tokens.split(self.micro_sequences)

@@ -53,12 +53,16 @@ class SparseAdamW(torch.optim.AdamW):
         self.latent_decay = 0.0
         """Added to the gradient of a trained latent, times the latent: SR-STE, Zhou et al. 2021 (arXiv 2102.04010).
         Differs in that AdamW takes the sum, and that the masks follow a path and settle."""
+        self.units: Any = None
+        """What acts on whole units (unit_lines.py, group_lasso.py): `before(master)` and `behind(master, learning_rate)` it."""
         self.clip_factor: float | Tensor = 1.0
         """What this step's gradients were multiplied with to clip them."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         for master in [master for group in self.param_groups for master in group["params"]]:
+            if self.units is not None:
+                self.units.before(master)
             if master in self.gathered:
                 self._look(master)
             if master in self.trained:
@@ -75,10 +79,13 @@ class SparseAdamW(torch.optim.AdamW):
         """The L1 step on what is prunable, and the masks, on the masters of this `step`: DeepSpeed calls it once per group."""
         for group in self.param_groups:
             amount = learning_rate * self.l1_lambda * (group.get("name") not in SPARED)
-            for master in filter(self.masks.__contains__, group["params"]):
+            for master in group["params"]:
                 if master in self.trained:
                     torch.sub(master, master * self.masks[master], out=self.latents[master])
-                soft_threshold_(master, amount).mul_(self.masks[master])
+                if master in self.masks:
+                    soft_threshold_(master, amount).mul_(self.masks[master])
+                if self.units is not None:
+                    self.units.behind(master, learning_rate)
 
     def restart(self) -> None:
         """Forgets the moments, the step count, and what was gathered for the round before."""
@@ -95,6 +102,7 @@ class SparseAdamW(torch.optim.AdamW):
     def hold_masks(self) -> None:
         """Masks move no more: what was gathered, and what lies behind them, is gone."""
         self.gather, self.gathered, self.latents, self.trained, self.latent_decay = None, {}, {}, {}, 0.0
+        self.units = None
 
     def forget_moments(self, master: Tensor, where: Tensor) -> None:
         """Sets Adam's moments to 0 where the mask changed: those of another weight would move it."""

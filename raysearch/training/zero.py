@@ -40,14 +40,17 @@ class Sharded:
     """The module under DeepSpeed; of `replicated.Replicated`'s methods each means the same here."""
 
     def __init__(self, load: Callable[[], PreTrainedModel], groups_of: Callable[[PreTrainedModel], list[dict[str, Any]]],
-                 stage: int, dtype: str, num_sequences: int, clip_norm: float, **adamw: Any) -> None:
+                 stage: int, dtype: str, num_sequences: int, clip_norm: float, compiled: bool, **adamw: Any) -> None:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(verbose=False)
         self.stage = stage
         settings = {
             "train_micro_batch_size_per_gpu": num_sequences,
             "gradient_clipping": clip_norm,
-            "zero_optimization": {"stage": stage, "round_robin_gradients": False, "reduce_bucket_size": BUCKET},
+            # the linear layer that does not keep gathered weights for the backward pass is one for eager blocks: compiled ones
+            # keep none, and torch 2.11 compiled it anew for each (a Llama of 7 B ran eagerly from the ninth block on)
+            "zero_optimization": {"stage": stage, "round_robin_gradients": False, "reduce_bucket_size": BUCKET,
+                                  "memory_efficient_linear": not compiled},
             # bf16 has fp32's range; the check takes six kernels and a conversion for every parameter
             "bf16": {"enabled": dtype == "bfloat16", "check_grad_overflow": False},
             "zero_allow_untested_optimizer": True,

@@ -24,7 +24,7 @@ def looks_at_text(method: TrialConfig | Action) -> bool:
 def changes_masks(method: TrialConfig | Action) -> bool:
     """Whether masks change while it fine-tunes."""
     criterion = CRITERIA[method.criterion]
-    return criterion.is_gradual or criterion.moves or criterion.is_soft
+    return criterion.is_gradual or criterion.moves or criterion.is_soft or criterion.has_gates
 
 
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
@@ -38,13 +38,31 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
         raise ValueError(f"pattern {pattern} is ranked over the model or a layer, by absolute scores, so scope row and "
                          f"threshold_unit std do not go with it, got {scope} and {method.threshold_unit}")
     if criterion == "l2" and (group is not None or pattern == "unstructured"):
-        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head, neuron or layer, got "
+        raise ValueError(f"criterion l2 is a norm of units, so it needs pattern head, neuron or another of units, got "
                          f"{pattern}; magnitude ranks single weights alike")
     ranks_layers = CRITERIA[criterion].order is not None or CRITERIA[criterion].by_contribution
     if (ranks_layers and (pattern != "layer" or method.threshold is not None)) or (pattern == "layer" and scope != "global"):
         raise ValueError(f"criterion {criterion} with pattern {pattern}: layers are compared with each other, so pattern layer "
                          f"needs scope global, and top, bottom, alternate, symmetric and contribution need pattern layer and "
                          f"no threshold, got scope {scope} and threshold {method.threshold}")
+    of_units = group is None and pattern != "unstructured"
+    if CRITERIA[criterion].has_gates and pattern not in ("head", "neuron"):
+        raise ValueError(f"criterion {criterion} learns gates of heads or neurons, so it needs pattern head or neuron, got "
+                         f"{pattern}")
+    lies_across = pattern in ("block", "block64", "hybrid")
+    if lies_across and (CRITERIA[criterion].by_sequence or method.group_lambda):
+        raise ValueError(f"pattern {pattern} has units that are parts of rows, which criterion taylor and group_lambda do not "
+                         f"take; give another pattern, got criterion {criterion} and group_lambda {method.group_lambda:g}")
+    if method.group_lambda and (not of_units or CRITERIA[criterion].has_gates):
+        raise ValueError(f"group_lambda shrinks whole units, so it needs pattern head, neuron or layer and another criterion "
+                         f"than l0, whose gates shrink them, got pattern {pattern} and criterion {criterion}")
+    if method.layer_drop and (changes_masks(method) or method.group_lambda):
+        raise ValueError(f"layer_drop leaves layers out whose masks stay, so it needs a criterion that prunes at once and no "
+                         f"group_lambda, got criterion {criterion} and group_lambda {method.group_lambda:g}")
+    if method.trainable == "vectors" and (changes_masks(method) or method.group_lambda or method.l1_lambda):
+        raise ValueError(f"trainable vectors leaves matrices as they are, so it needs a criterion that prunes at once, and "
+                         f"l1_lambda and group_lambda 0, got criterion {criterion}, {method.l1_lambda:g} and "
+                         f"{method.group_lambda:g}")
     if method.uniform and (pattern not in ("head", "neuron") or scope != "layer"):
         raise ValueError(f"uniform keeps as many heads or neurons in every layer, so it needs pattern head or neuron and scope "
                          f"layer, got {pattern} and {scope}")
@@ -114,10 +132,15 @@ def check_actions(actions: Sequence[Action], study: Study, num_train_tokens: int
             (not criterion.is_soft or (action.score_rate > 0 and action.score_penalty >= 0),
              f"criterion {action.criterion} needs a score_rate above 0 and a score_penalty of at least 0, got "
              f"{action.score_rate} and {action.score_penalty}"),
+            (not criterion.has_gates or (action.score_rate > 0 and action.gate_penalty >= 0),
+             f"criterion {action.criterion} needs a score_rate above 0 and a gate_penalty of at least 0, got "
+             f"{action.score_rate} and {action.gate_penalty}"),
             (not criterion.moves or 0 < action.drop_fraction <= 1,
              f"criterion {action.criterion} needs a drop_fraction above 0 and at most 1, got {action.drop_fraction}"),
-            (min(action.l1_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
-             "l1_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
+            (0 <= action.layer_drop < 1 and (not action.layer_drop or action.finetune_tokens > 0),
+             f"layer_drop must be at least 0 and below 1, and needs finetune_tokens, got {action.layer_drop}"),
+            (min(action.l1_lambda, action.group_lambda, action.learning_rate, action.mask_decay, action.distill_hidden) >= 0,
+             "l1_lambda, group_lambda, learning_rate, mask_decay and distill_hidden must be at least 0"),
             (0 <= action.distill_alpha <= 1 and action.temperature > 0,
              f"distill_alpha must be 0 to 1 and temperature above 0, got {action.distill_alpha} and {action.temperature}"),
         )
@@ -142,7 +165,7 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if config.finetune_epochs and not num_steps:
         raise ValueError(f"finetune_epochs must be 0 or make at least one step of {study.training.batch_tokens} tokens, got "
                          f"{config.finetune_epochs:g} epochs of {epoch_tokens} tokens; raise it, or give a corpus")
-    for field in ("l1_lambda", "distill_alpha", "distill_hidden"):
+    for field in ("l1_lambda", "group_lambda", "layer_drop", "distill_alpha", "distill_hidden"):
         if (value := getattr(config, field)) and not num_steps:
             raise ValueError(f"{field} acts during fine-tuning, so finetune_epochs must be above 0 with it, got {field} "
                              f"{value:g} and finetune_epochs 0")
@@ -172,12 +195,15 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
         fixed |= {"drop_fraction": config.drop_fraction}
     if CRITERIA[config.criterion].is_soft:
         fixed |= {"score_rate": config.score_rate, "score_penalty": config.score_penalty}
+    if CRITERIA[config.criterion].has_gates:
+        fixed |= {"score_rate": config.score_rate, "gate_penalty": config.gate_penalty}
     if config.budget == "owl":
         fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
     if looks_at_text(config):
         fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
     if num_steps:
-        fixed |= config.model_dump(include={"l1_lambda", "distill_alpha", "distill_hidden", "learning_rate", "lr_schedule"})
+        fixed |= config.model_dump(include={"l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha",
+                                            "distill_hidden", "learning_rate", "lr_schedule"})
         fixed |= {"seed": study.data.seed}
     if config.distill_alpha:
         fixed |= {"temperature": config.temperature}

@@ -10,7 +10,7 @@ from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.patterns import Units
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
-from raysearch.trial.units import unit_counts, unit_sums
+from raysearch.trial.unit_lines import SCALE, unit_lines
 
 TINY = torch.finfo(torch.float64).tiny
 
@@ -39,12 +39,16 @@ def _sequences(engine: Engine, action: Action, text: Blocks) -> Iterator[dict[Te
 
 
 def _of_units(engine: Engine, action: Action, text: Blocks, units: Units) -> Tensor:
-    """|what was gathered, summed over the weights of each unit|, over their number; divided by the norm of its layer's scores,
-    as in their section 2.2."""
-    sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
+    """|dL / d gate|, where a gate of 1 scales what each unit gives to the matrix that reads it: the sum of w dL/dw over the
+    columns that do; divided by the norm of its layer's scores, as in their section 2.2. Of heads those are the scores of
+    Michel et al. 2019 (arXiv 1905.10650) eq. 2. A layer is read by no matrix: its gate scales all of its own weights."""
+    are_read = any(part.reads for part in units.parts)
+    lines = unit_lines(engine, units, lambda part: part.reads or not (are_read or part.goes_along))
     scores = torch.zeros(len(units.group), dtype=torch.float64)
     for gathered in _sequences(engine, action, text):
-        sums = unit_sums(engine, units, sizes, lambda shard, gathered=gathered: shard.of(gathered))
-        scores += sums.abs() / sizes.clamp(min=1)
+        sums = torch.zeros(len(units.group) + 1, dtype=torch.int64, device=engine.device)
+        for each in (each for of_master in lines.values() for each in of_master):
+            each.add_to(sums, each.shard.part(gathered[each.shard.master]))
+        scores += engine.all_reduce(sums)[:-1].cpu().double().abs() / SCALE
     squares = torch.zeros(int(units.group.max()) + 1, dtype=torch.float64).index_add_(0, units.group, scores.square())
     return scores / squares.sqrt()[units.group].clamp(min=TINY)

@@ -3,7 +3,7 @@ what flows into them."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.models.model import Prunable
 from raysearch.pruning.budgets import erdos_renyi, num_to_prune, owl
-from raysearch.pruning.criteria import CRITERIA, squares, wanda
+from raysearch.pruning.criteria import CRITERIA, moments, squares, std_threshold, wanda
 from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.selection import group_masks, row_masks
 from raysearch.training.calibration import Statistic, stream
@@ -107,3 +107,32 @@ def prune_block_by_block(engine: Engine, action: Action, text: Blocks | None, sh
                     shard.values.copy_(prunable.stored(weights)[here])
                     masks[index] = prunable.stored(mask)[here]
         engine.set_masks(masks)
+
+
+def masks_by_row(engine: Engine, action: Action, group: NOfM | None, of_layer: Mapping[str, float], scores: Sequence[Tensor]
+              ) -> list[Tensor]:
+    """Of the prunable shards, each matrix gathered after the other: a row may lie on several ranks. Collective."""
+    here = {shard.name: (shard, score) for shard, score in zip(engine.prunable_shards, scores)}
+    parts: dict[str, Tensor] = {}
+    for prunable in engine.prunables:
+        whole = torch.zeros(math.prod(prunable.shape), device=engine.device)
+        shard, score = here.get(prunable.name, (None, whole[:0]))
+        if shard is not None:
+            whole[shard.start:shard.start + len(score)] = score
+        mask = matrix_mask(prunable.rows(engine.all_reduce(whole)), action.scope, group, of_layer[prunable.name])
+        if shard is not None:
+            parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
+    return [parts[shard.name] for shard in engine.prunable_shards]
+
+
+def thresholds(engine: Engine, action: Action) -> list[float]:
+    """The cut of each prunable shard: a threshold is the budget whose selection is a comparison. Collective."""
+    cut, shards = action.threshold, engine.prunable_shards
+    assert cut is not None
+    if action.threshold_unit == "absolute":
+        return [cut] * len(shards)
+    of_layer = {}
+    for prunable in engine.prunables:
+        values = [shard.values for shard in shards if shard.name == prunable.name]
+        of_layer[prunable.name] = std_threshold(cut, *engine.all_reduce(moments(values).to(engine.device)).tolist())
+    return [of_layer[shard.name] for shard in shards]

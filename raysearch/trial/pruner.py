@@ -16,7 +16,7 @@ from raysearch.config import Action
 from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
-from raysearch.pruning.criteria import CRITERIA, magnitude, moments, std_threshold
+from raysearch.pruning.criteria import CRITERIA, magnitude
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
 from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
@@ -24,7 +24,10 @@ from raysearch.training.engine import Engine, Shard
 from raysearch.trial.contribution import contributions
 from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.first_order import first_order
-from raysearch.trial.matrices import LayerSparsities, budget_of, matrix_mask, prune_block_by_block
+from raysearch.trial.gates import Gates
+from raysearch.trial.group_lasso import GroupLasso
+from raysearch.trial.layer_drop import LayerDrop
+from raysearch.trial.matrices import LayerSparsities, budget_of, masks_by_row, prune_block_by_block, thresholds
 from raysearch.trial.soft_movement import SoftMovement
 from raysearch.trial.units import unit_counts, unit_masks, unit_sums
 
@@ -45,10 +48,15 @@ class Pruner:
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
         self._before: Masks
-        self._by_itself: DropAndGrow | SoftMovement | None = None
+        self._by_itself: DropAndGrow | Gates | LayerDrop | SoftMovement | None = None
 
     def begin(self) -> None:
         """Prunes by the weights as they are, or gets ready to prune while it trains."""
+        self._begin()
+        if self.action.layer_drop:
+            self._by_itself = LayerDrop(self.engine, self.action)
+
+    def _begin(self) -> None:
         self._of_layer = budget_of(self.engine, self.action, self.text)
         self._before = self.engine.masks() if self.units else []
         if self.criterion.statistic is not None:
@@ -56,6 +64,12 @@ class Pruner:
             return
         if self.criterion.is_soft:
             self._by_itself = SoftMovement(self.engine, self.action, self.num_steps)
+            return
+        if self.units is not None and self.action.group_lambda:
+            GroupLasso(self.engine, self.units, self.action.group_lambda)
+        if self.criterion.has_gates and self.units is not None:
+            kept, total = self._kept()
+            self._by_itself = Gates(self.engine, self.action, self.num_steps, self.units, 1 - kept / total, self._masks_by)
             return
         if self.criterion.by_sequence:
             self._of_units = first_order(self.engine, self.action, self.text, self.units)
@@ -87,6 +101,8 @@ class Pruner:
 
     def end(self) -> None:
         """What the round's training brought to exactly 0 is pruned from now on."""
+        if isinstance(self._by_itself, LayerDrop):
+            self._by_itself.end()
         self.engine.settle_masks()
 
     # ---- masks ----
@@ -107,11 +123,11 @@ class Pruner:
             # selection reads |w| off the weights; a pruned one is 0 and comes first
             values = [shard.values for shard in shards]
             if sparsity is None:
-                return threshold_masks(values, self._thresholds(shards))
+                return threshold_masks(values, thresholds(self.engine, self.action))
             return self._selected(values, selection_passes(self.engine.device), sparsity)
         scores = [self._scores(shard) for shard in shards]
         if sparsity is None:
-            return [score >= cut for score, cut in zip(scores, self._thresholds(shards))]
+            return [score >= cut for score, cut in zip(scores, thresholds(self.engine, self.action))]
         keep = self._selected(scores, SCORES, sparsity)  # where fewer are to go than are gone, all that are gone stay so
         return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)]
 
@@ -126,7 +142,7 @@ class Pruner:
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
         if self.n_of_m is not None:
-            stays = self._row_masks(scores, sparsity)
+            stays = masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
             if sparsity >= self.n_of_m.sparsity:
                 return stays
             # on the way there: the lowest of those that are to go
@@ -140,7 +156,7 @@ class Pruner:
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
         if action.scope == "row":
-            return self._row_masks(scores, sparsity)
+            return masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
         of_layer, parts = self._of_layer(sparsity), dict[str, Tensor]()
         here = {shard.name: score for shard, score in zip(shards, scores)}
         for prunable in engine.prunables:  # a rank that holds nothing of it takes part with an empty shard: it is collective
@@ -149,22 +165,6 @@ class Pruner:
             (parts[prunable.name],) = keep_masks([score], [0], num_prune, all_reduce=engine.all_reduce, rank=rank,
                                                  world_size=world_size, passes=passes)
         return [parts[shard.name] for shard in shards]
-
-    def _row_masks(self, scores: Sequence[Tensor], sparsity: float) -> list[Tensor]:
-        """Of each prunable matrix, one gathered after the other: a row may lie on several ranks."""
-        of_layer = self._of_layer(sparsity)
-        here = {shard.name: (shard, score) for shard, score in zip(self.engine.prunable_shards, scores)}
-        parts: dict[str, Tensor] = {}
-        for prunable in self.engine.prunables:
-            whole = torch.zeros(math.prod(prunable.shape), device=self.engine.device)
-            shard, score = here.get(prunable.name, (None, whole[:0]))
-            if shard is not None:
-                whole[shard.start:shard.start + len(score)] = score
-            rows = prunable.rows(self.engine.all_reduce(whole))
-            mask = matrix_mask(rows, self.action.scope, self.n_of_m, of_layer[prunable.name])
-            if shard is not None:
-                parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
-        return [parts[shard.name] for shard in self.engine.prunable_shards]
 
     def _scores(self, shard: Shard) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""
@@ -177,25 +177,16 @@ class Pruner:
         latents = shard.of(self.engine.optimizer.latents)
         return shard.values != 0 if latents is None else (shard.values != 0) | (latents != 0)
 
-    def _thresholds(self, shards: Sequence[Shard]) -> list[float]:
-        """The cut of each shard: a threshold is the budget whose selection is a comparison."""
-        cut, engine = self.action.threshold, self.engine
-        assert cut is not None
-        if self.action.threshold_unit == "absolute":
-            return [cut] * len(shards)
-        of_layer = {}
-        for prunable in engine.prunables:
-            values = [shard.values for shard in shards if shard.name == prunable.name]
-            sums = engine.all_reduce(moments(values).to(engine.device))
-            of_layer[prunable.name] = std_threshold(cut, *sums.tolist())
-        return [of_layer[shard.name] for shard in shards]
-
     # ---- units ----
 
     def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
         sizes, eligible = unit_counts(self.engine, units, self._eligible)
         scores = self._unit_scores(units, sizes)
         return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible, self._before)
+
+    def _masks_by(self, scores: Tensor, sparsity: float) -> Masks:
+        self._of_units = scores
+        return self._masks(sparsity)
 
     def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
         """fp64 [U]: the mean over a unit's weights."""

@@ -179,7 +179,7 @@ def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: in
     engine, times = worker.engine, [time.perf_counter()]
     torch.manual_seed(action.seed + engine.rank)  # of dropout, which many a model brings
     pruner = Pruner(engine, action, action.finetune_tokens // worker.study.training.batch_tokens, worker.inputs.blocks)
-    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature, action.distill_hidden)
+    engine.restart(action.l1_lambda, action.distill_alpha, action.temperature, action.distill_hidden, action.trainable)
     pruner.begin()
     times.append(time.perf_counter())
     train_loss = None

@@ -86,7 +86,9 @@ def test_the_work_of_a_study_is_that_of_its_trials() -> None:
     assert work_of(auto(), []) == Work()
     assert work_in_training([Action(distill_hidden=1.0), Action(criterion="movement")]) == Work(
         distils=True, follows_states=True, bytes_beside=8)
-    beside = {"magnitude": 0, "gradual_magnitude": 0, "taylor": 0, "set": 0, "rigl": 4, "sr_ste": 4, "soft_movement": 24}
+    assert work_in_training([Action(layer_drop=0.1)]).bytes_beside == 4
+    beside = {"magnitude": 0, "gradual_magnitude": 0, "taylor": 0, "set": 0, "rigl": 4, "sr_ste": 4, "l0": 4,
+              "soft_movement": 24}
     assert {criterion: work_in_training([Action(criterion=criterion)]).bytes_beside for criterion in beside} == beside
 
 

@@ -69,6 +69,28 @@ def test_a_compact_export_is_what_is_left(worker: Worker, candidate: RoundRecord
         assert torch.equal(plain(tokens).logits, found(tokens).logits)
 
 
+@pytest.mark.parametrize(("format", "fields"), [
+    ("compact", {"criterion": "l0", "pattern": "head", "scope": "layer", "score_rate": 0.1, "mask_interval_steps": 1}),
+    ("compact", {"criterion": "l0", "pattern": "neuron", "score_rate": 0.1, "gate_penalty": 1.0, "mask_interval_steps": 1}),
+    ("compact", {"criterion": "l2", "pattern": "neuron", "group_lambda": 5.0}),
+    ("compact", {"criterion": "movement", "pattern": "hybrid", "mask_interval_steps": 1}),
+    ("compressed", {"pattern": "block"}),
+])
+def test_what_acts_on_units_is_kept_through_training_and_exported(worker: Worker, candidate: RoundRecord, tmp_path: Path,
+                                                                  format: str, fields: dict) -> None:
+    """And once more from the stored candidate, after which what was gone is gone."""
+    record = run_round(worker, dense_round(worker), Action(sparsity=0.5, finetune_tokens=1024, learning_rate=1e-3, **fields))
+    gone = {p.name: worker.engine.gather(p.name) == 0 for p in worker.engine.prunables}
+    assert sum(int(each.sum()) for each in gone.values()) == round(record.sparsity * record.num_prunable) > 4000
+    masked = raysearch.load(export(worker.ledger, record.key, tmp_path / "dense"))
+    found, tokens = raysearch.load(export(worker.ledger, record.key, tmp_path / "out", format)), torch.arange(40).view(2, 20)
+    wanted = masked(tokens).logits.detach()
+    assert torch.allclose(found(tokens).logits, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    again = run_round(worker, record, Action(sparsity=0.0, finetune_tokens=1024, learning_rate=1e-3))
+    assert again.sparsity >= record.sparsity
+    assert not any(worker.engine.gather(name)[mask].any() for name, mask in gone.items())
+
+
 def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format sparse"):
         export(worker.ledger, candidate.key, tmp_path / "out", "compact")

@@ -68,6 +68,19 @@ def test_a_loaded_layer_is_tried_by_its_pattern(pattern: str, block: int, monkey
     assert torch.equal(tried[0].to_dense(), weight)
 
 
+@pytest.mark.parametrize(("ratio", "is_kept"), [(1.04, True), (1.02, False), (0.9, False)])
+def test_a_gain_within_the_noise_is_none(ratio: float, is_kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would hold both forms of the weights."""
+    pytest.importorskip("raysearch.kernels.cpu").library()
+    monkeypatch.setattr(sparse, "best_backend", lambda weight, tokens, cache: Choice(
+        backend="csr", variant=0, dense_us=20.0, sparse_us=10.0))
+    monkeypatch.setattr(sparse, "time_in_turn", lambda *_, **__: [[ratio] * 3, [1.0] * 3])
+    model = pruned_model()
+    found = sparsify_for_inference(model, num_tokens=64)
+    assert found.model_ratio == {64: ratio if is_kept else 1.0}
+    assert bool(sparse_layers(model)) == is_kept
+
+
 def test_the_model_goes_back_to_dense_when_the_sum_is_not_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     choose(monkeypatch, "csr", 1.0)
     model = pruned_model()

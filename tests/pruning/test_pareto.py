@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raysearch.pruning.pareto import hypervolume, knee, non_dominated, pareto_front
+from raysearch.pruning.pareto import hypervolume, hypervolume_gains, knee, non_dominated, pareto_front
 
 VALUES = st.sampled_from([0.0, 1.0, 2.0, 3.0, 5.5, float("nan"), float("inf"), float("-inf")])  # many ties
 POINTS = st.lists(st.tuples(VALUES, VALUES), max_size=12)
@@ -120,3 +120,16 @@ def test_the_knee_is_the_farthest_below_the_chord(points: list[tuple[int, int]])
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"equal length, got shapes \(2,\) and \(1,\)"):
         pareto_front([1, 2], [1])
+
+
+@pytest.mark.parametrize("num_objectives", [2, 3])
+def test_the_gain_of_a_point_is_the_difference_of_two_volumes(num_objectives: int) -> None:
+    generator = np.random.default_rng(0)
+    reference = [0.9] * num_objectives  # some points lie beyond it
+    for size in (0, 1, 2, 20):
+        front, points = generator.random((size, num_objectives)), generator.random((30, num_objectives))
+        points[0], points[1] = front[0] if size else points[0], 0.0  # one that is there already, one that beats all
+        down = [False] * num_objectives
+        by_hand = [hypervolume(np.vstack([front, point]), down, reference) - hypervolume(front, down, reference)
+                   for point in points]
+        assert hypervolume_gains(front, points, reference) == pytest.approx(by_hand, abs=1e-12)

@@ -12,6 +12,7 @@ from raysearch.pruning.patterns import (
     Units,
     by_output,
     heads,
+    hybrid,
     layers,
     n_of_m,
     neurons,
@@ -125,6 +126,40 @@ def test_a_neuron_is_a_row_of_each_first_matrix_and_a_column_of_the_last() -> No
     (bias,) = [part for part in units.parts if part.goes_along]
     assert (bias.name, bias.rows.tolist()) == ("0.fc.bias", list(range(7)))  # that of the last matrix is of no neuron
     assert units.group.tolist() == [0] * 7 + [1] * 4
+
+
+@pytest.mark.parametrize(("name", "side"), [("block", 32), ("block64", 64)])
+def test_a_block_is_a_square_of_a_matrix(name: str, side: int) -> None:
+    """In loops; the ends are ragged."""
+    shapes = {"a": (70, 40), "b": (64, 130), "c": (3, 5)}
+    matrices = [Matrix(each, shape, False, None) for each, shape in shapes.items()]
+    units, first = PATTERNS[name](Layout(matrices)), 0
+    for layer, matrix in enumerate(matrices):
+        table, across = whole(units, matrix), -(-matrix.shape[1] // side)
+        for r in range(0, matrix.shape[0]):
+            for c in range(0, matrix.shape[1]):
+                assert table[r, c] == first + (r // side) * across + c // side
+        num = -(-matrix.shape[0] // side) * across
+        assert units.group[first:first + num].tolist() == [layer] * num
+        first += num
+    assert len(units.group) == first
+
+
+def test_hybrid_is_blocks_of_attention_and_neurons() -> None:
+    units, described = hybrid(layout()), layout()
+    own = neurons(layout())
+    num = len(units.group) - len(own.group)
+    assert num == 6  # one block for each matrix of attention, which are small
+    for matrix in described.matrices:
+        table = whole(units, matrix)
+        of_neurons = whole(own, matrix)
+        if (of_neurons >= 0).any():
+            assert torch.equal(table, of_neurons + num)
+        else:
+            assert len(table.unique()) == 1
+    assert {part.name for part in units.parts if part.goes_along} == {"0.fc.bias"}
+    with pytest.raises(ValueError, match="pattern hybrid needs a model whose heads and neurons are known"):
+        hybrid(Layout(described.matrices))
 
 
 def test_a_layer_is_all_that_its_block_has() -> None:

@@ -303,7 +303,7 @@ def test_two_gloo_processes_agree_with_one(tmp_path: Path) -> None:
     assert sum(int((~m).sum()) for m in masks) == 7
 
 
-@pytest.mark.parametrize(("num_kept", "size"), [(2, 4), (1, 4), (4, 8), (3, 5)])
+@pytest.mark.parametrize(("num_kept", "size"), [(2, 4), (1, 4), (4, 8), (3, 5), (8, 16), (9, 20)])  # compared, and selected
 @pytest.mark.parametrize("num_columns", [40, 39, 41, 3])
 def test_groups_keep_exactly_n_of_m(num_kept: int, size: int, num_columns: int) -> None:
     """Against three nested loops; scores of both signs, many ties, some reserved at -inf."""

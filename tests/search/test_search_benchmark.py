@@ -36,7 +36,7 @@ class Fixed:
     def ask(self) -> tuple[int, tuple[Action, ...]]:
         return 0, self.actions
 
-    def observe(self, number: int, depth: int, key: str, state: Any) -> None:
+    def observe(self, number: int, depth: int, key: str, state: Any, seconds: float) -> None:
         self.heard.append((depth, state.sparsity))
 
     def end(self, number: int, keys: list[str]) -> None:

@@ -87,7 +87,7 @@ def test_a_gang_larger_than_the_cluster_is_refused_with_numbers(tmp_path: Path, 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"objectives": ("num_nonzero", "text/acc")},
-     r"objectives must be sizes \(num_nonzero, .* and metrics \(text/bits_per_byte, .*text/token_perplexity, last_word/acc, "
+     r"objectives must be of sizes \(num_nonzero, .* and metrics \(text/bits_per_byte, .*text/token_perplexity, last_word/acc, "
      r"last_word/perplexity\), got 'text/acc'; change it in STUDY"),
     ({"objectives": ("num_nonzero", "lambada/acc")}, r"and metrics \(text/.*\), got 'lambada/acc'"),
     ({"tasks": ()}, r"and metrics \(there is no task\), got 'text/bits_per_byte'; .* add its task"),

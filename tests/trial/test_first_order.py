@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from raysearch.config import Action
 from raysearch.models.architectures import layout
-from raysearch.pruning.patterns import heads
+from raysearch.pruning.patterns import PATTERNS
 from raysearch.trial.first_order import first_order
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
@@ -50,18 +50,23 @@ def test_each_weights_score_is_the_sum_of_sizes_over_sequences(worker: Worker, p
     engine.restart(0.0)
 
 
-def test_a_heads_score_is_the_sum_of_sizes_of_its_sums_over_its_layers_norm(worker: Worker, products: list) -> None:
-    engine = worker.engine
+@pytest.mark.parametrize("pattern", ["head", "neuron"])
+def test_a_units_score_is_its_gates_gradient_over_its_layers_norm(worker: Worker, tiny_model: Path, pattern: str) -> None:
+    """Michel's gates, and Molchanov's feature maps: real factors of 1 in the graph, one sequence after the other."""
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine, num = worker.engine, 2 if pattern == "head" else 128
     engine.restart(0.0)
-    found = first_order(engine, ACTION, worker.inputs.blocks, heads(layout(engine.model, engine.prunables)))
-    width, wanted = engine.model.config.n_embd // 2, []
-    for layer in range(2):
-        total = [0.0, 0.0]
-        for product in products:
-            fused = product[f"transformer.h.{layer}.attn.c_attn.weight"].view(-1, 3, 2, width)
-            output = product[f"transformer.h.{layer}.attn.c_proj.weight"].view(2, width, -1)
-            for head in range(2):
-                total[head] += abs(float(fused[:, :, head].sum() + output[head].sum()))
-        wanted += [each / (total[0] ** 2 + total[1] ** 2) ** 0.5 for each in total]
-    assert found.tolist() == pytest.approx(wanted, rel=1e-3)
+    found = first_order(engine, ACTION, worker.inputs.blocks, PATTERNS[pattern](layout(engine.model, engine.prunables)))
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    gates = [torch.ones(num, requires_grad=True) for _ in range(2)]
+    for block, gate in zip(model.transformer.h, gates):
+        reader = block.attn.c_proj if pattern == "head" else block.mlp.c_proj
+        reader.register_forward_pre_hook(lambda _, x, gate=gate: (x[0] * gate.repeat_interleave(x[0].shape[-1] // num),))
+    wanted = torch.zeros(2, num)
+    for tokens in worker.inputs.blocks.stream(0, 3, 0):
+        loss = model(input_ids=tokens[None], labels=tokens[None]).loss
+        wanted += torch.stack(torch.autograd.grad(loss, gates)).abs()
+    wanted /= wanted.norm(dim=1, keepdim=True)
+    assert torch.allclose(found.float(), wanted.flatten(), rtol=1e-3, atol=1e-5)
     engine.restart(0.0)

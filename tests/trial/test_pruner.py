@@ -32,6 +32,9 @@ COMBINATIONS = [(criterion, pattern, scope)
 COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
                  (("magnitude", "neuron"), ("l2", "neuron"), ("movement", "neuron"), ("sr_ste", "neuron"), ("l2", "head"))
                  for scope in ("global", "layer")]
+COMBINATIONS += [(criterion, pattern, scope) for criterion, pattern in
+                 (("magnitude", "block"), ("movement", "block"), ("l2", "block"), ("movement", "hybrid"), ("sr_ste", "hybrid"))
+                 for scope in ("global", "layer")]
 COMBINATIONS += [(criterion, "layer", "global") for criterion in ("magnitude", "movement", "top", "symmetric")]
 COMBINATIONS += [(criterion, pattern, "global") for criterion in ("magnitude", "gradual_magnitude", "sr_ste", "movement")
                  for pattern in ("2:4", "3:5")]
@@ -202,6 +205,31 @@ def test_soft_movement_keeps_as_many_for_every_stage_and_world_size(measured: di
     assert min(kept) > 1000
     assert max(kept) < 0.75 * 24576
     assert max(kept) - min(kept) <= 0.002 * 24576
+
+
+def test_layer_drop_and_vectors_alone_are_the_same_for_every_stage_and_world_size(measured: dict) -> None:
+    cases = [case["at_layers"] for by_stage in measured.values() for case in by_stage.values()]
+    for case in cases:
+        assert case["losses"] == pytest.approx(cases[0]["losses"], rel=1e-3)
+        assert case["weights"] == pytest.approx(cases[0]["weights"], abs=5e-4)
+        assert case["num_zeros"] == 0  # all layers are back
+        assert case["changed"] == cases[0]["changed"]
+        assert not any(name.endswith(("attn.weight", "proj.weight", "fc.weight", "te.weight")) for name in case["changed"])
+        assert len(case["changed"]) == 2 * 8 + 2
+    assert len({round(loss, 3) for loss in cases[0]["losses"]}) == len(cases[0]["losses"])
+
+
+def test_gates_and_group_lasso_are_the_same_for_every_stage_and_world_size(measured: dict) -> None:
+    """Draws and sums over units are; a near tie is one neuron for another."""
+    cases = [case["at_units"] for by_stage in measured.values() for case in by_stage.values()]
+    for case in cases:
+        assert case["head"] == cases[0]["head"]
+        apart = [np.frombuffer(bytes.fromhex(each["neuron"]), np.uint8) for each in (case, cases[0])]
+        assert int(np.unpackbits(apart[0] ^ apart[1]).sum()) <= 2 * 2 * 32
+        assert case["log_alpha"] == pytest.approx(cases[0]["log_alpha"], abs=2e-3)
+        assert case["num_revived"] == 0
+        assert case["units_at_0"] == cases[0]["units_at_0"]
+        assert 20 < len(case["units_at_0"]) < 236
 
 
 def test_latents_come_back(measured: dict) -> None:
@@ -681,6 +709,67 @@ def soft_round(engine: Any) -> dict[str, Any]:
             "num_revived": sum(int((after[name] & ~mask).sum()) for name, mask in before.items())}
 
 
+def at_units(engine: Any) -> dict[str, Any]:
+    """What acts on whole units in every step: gates, hexadecimal masks; and the neurons that group lasso brought to 0."""
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    found: dict[str, Any] = {"num_revived": 0}
+    for pattern in ("head", "neuron"):
+        engine.load_base()
+        engine.restart(0.0)
+        Pruner(engine, Action(sparsity=0.2), 0).begin()
+        before = {p.name: engine.gather_mask(p.name) for p in engine.prunables}
+        action = Action(criterion="l0", pattern=pattern, scope="layer", sparsity=0.5, score_rate=0.1, gate_penalty=2.0,
+                        mask_interval_steps=2, seed=3)
+        pruner = Pruner(engine, action, STEPS)
+        pruner.begin()
+        for step, tokens in enumerate(batches(), start=1):
+            engine.train_step(tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], RATE)
+            pruner.after_step(step)
+        found["log_alpha"] = pruner._by_itself.log_alpha.tolist()[:4]
+        pruner.end()
+        engine.restart(0.0)
+        masks = {name: engine.gather_mask(name) for name in before}
+        found["num_revived"] += sum(int((masks[name] & ~mask).sum()) for name, mask in before.items())
+        found[pattern] = np.packbits(torch.cat([mask.cpu().flatten() for mask in masks.values()]).numpy()).tobytes().hex()
+    engine.load_base()
+    engine.restart(0.0)
+    Pruner(engine, Action(pattern="neuron", sparsity=0.0, group_lambda=0.028 / RATE), STEPS).begin()
+    for tokens in [*batches()][:2]:
+        engine.train_step(tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], RATE)
+    readers = [engine.gather(f"transformer.h.{layer}.mlp.c_proj.weight") for layer in range(2)]
+    found["units_at_0"] = (torch.cat(readers) == 0).all(1).nonzero().flatten().tolist()
+    engine.restart(0.0)
+    return found
+
+
+def at_layers(engine: Any) -> dict[str, Any]:
+    from raysearch.config import Action
+    from raysearch.trial.pruner import Pruner
+
+    def mine(tokens: Tensor) -> Tensor:
+        return tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+
+    engine.load_base()
+    engine.restart(0.0)
+    pruner, losses = Pruner(engine, Action(sparsity=0.0, layer_drop=0.5, finetune_tokens=128, seed=7), STEPS), []
+    pruner.begin()
+    for step, tokens in enumerate(batches(), start=1):
+        losses.append(engine.mean(engine.train_step(mine(tokens), RATE)))
+        pruner.after_step(step)
+    pruner.end()
+    names = [f"transformer.h.{layer}.{part}.c_proj.weight" for layer in range(2) for part in ("attn", "mlp")]
+    whole = torch.cat([engine.gather(name).flatten() for name in names])
+    engine.load_base()
+    engine.restart(0.0, trainable="vectors")
+    before = {name: engine.gather(name).clone() for name in engine.shapes}
+    engine.train_step(mine(next(batches())), RATE)
+    changed = [name for name, weights in before.items() if not torch.equal(engine.gather(name), weights)]
+    engine.restart(0.0)
+    return {"losses": losses, "weights": whole[::500].tolist(), "num_zeros": int((whole == 0).sum()), "changed": changed}
+
+
 def come_back(engine: Any) -> dict[str, bool]:
     """A weight that is pruned while masks move leaves its value behind, and takes it up again without moments."""
     engine.load_base()
@@ -745,7 +834,8 @@ def main(model: str) -> dict[str, Any]:
                            "calibrated": {each: calibrated_rounds(engine, each) for each in (*BY_TEXT, "sparsegpt")},
                            **{each: gradual_round(engine, each) for each in IN_THE_ROUND},
                            "moved": {each: moved_masks(engine, each) for each in ("rigl", "set")},
-                           "taylor": taylor_masks(engine), "soft": soft_round(engine)}
+                           "taylor": taylor_masks(engine), "soft": soft_round(engine), "at_units": at_units(engine),
+                           "at_layers": at_layers(engine)}
     return measured
 
 
