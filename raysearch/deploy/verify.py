@@ -20,8 +20,8 @@ ITEMS = "raysearch-items.npz"
 READ = ("*.json", "*.safetensors", "*.bin", "*.model", "*.spm", "*.tiktoken", "*.jinja", "*vocab*", "merges*")
 """What loaders look for."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
-"""Of an item, beside 1: another device or batch adds in another order, and a logit of 20 in bfloat16 is known to 0.06. books-30m
-in bfloat16, scored again in fp32: 0.039 at most (2026-11-27)."""
+"""Of an item, beside 1: another device or batch adds in another order, and a logit of 20 in bfloat16 is known to 0.06.
+books-30m in bfloat16, scored again in fp32: 0.039 at most (2026-11-27)."""
 FLIPPED = {"float32": 0.02, "bfloat16": 0.1}
 """Share of the items, one at least, on which an answer may turn from right to wrong or back: where two are nearly even."""
 
