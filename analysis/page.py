@@ -137,7 +137,7 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
     except ValueError as error:
         return {"lead": f"{asked}{error}", "sizes": []}
     assert baseline is not None
-    table = compare(frame, "dense", picked.key)
+    table, row = compare(frame, "dense", picked.key), frame[frame["key"] == picked.key].iloc[0]
     limits = " ".join(map(str, constraints))
     where = shlex.quote(setting(frame, "directory"))
     sizes = {"non-zero parameters": (human_count, picked.num_nonzero, picked.dense_num_nonzero),
@@ -149,7 +149,7 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
                        if check.bound is not None and check.constraint.kind == "max_drop")
     return {
         "lead": f"Trial {picked.trial} round {picked.round} is the smallest candidate within {limits}{words}. Its drop: "
-                f"{bounds or 'as below'}. It was pruned {describe_config(picked.config)}.",
+                f"{bounds or 'as below'}. It was pruned {describe_config(row)}.",
         "sizes": [(form(value), f"{name}, {value / of_dense:.0%} of dense") for name, (form, value, of_dense) in sizes.items()],
         "header": ("metric", "change", "95 % interval", "this", "dense", "items"), "costs": costs,
         "caption": f"On the {table.attrs['split']} split, item by item against the dense baseline; an interval that holds 0 is "
@@ -157,6 +157,7 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
                    + "".join(f" Left out: {reason}." for reason in table.attrs["left_out"]),
         "deploy": [("choose it", f"raysearch pick {where} {limits.replace(',', '')} --out pick.json"),
                    ("write the folder, which is opened and scored again", "raysearch export pick.json --out deploy"),
+                   ("score it again, item by item against the study", "raysearch verify deploy"),
                    ("score it on other data", "raysearch evaluate deploy --tasks lambada")]}
 
 

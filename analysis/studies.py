@@ -9,7 +9,7 @@ from plotly.colors import qualitative
 
 from analysis.candidates import dense, frontier, frontier_split, pruned, quality, relative_hypervolume, relative_points, setting
 from analysis.candidates import relative_hypervolume_interval as interval
-from analysis.plots import style
+from analysis.plots import AMBER, BLUE, PINK, style
 from raysearch.config import higher_is_better
 from raysearch.pruning.pareto import hypervolume
 
@@ -82,6 +82,6 @@ def progress_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
 def _lines(drawn: Mapping[str, tuple[pd.Series, pd.Series]], frames: Sequence[pd.DataFrame]) -> go.Figure:
     look = {"mode": "lines+markers", "marker": {"size": 5}, "line": {"shape": "hv"}}
     figure = go.Figure([go.Scatter(x=x.to_numpy(), y=y.to_numpy(), name=name, **look) for name, (x, y) in drawn.items()])
-    figure.update_layout(colorway=qualitative.Safe)
+    figure.update_layout(colorway=[BLUE, AMBER, PINK, *qualitative.Safe])
     style(figure, frames[0])
     return figure

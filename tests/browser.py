@@ -80,7 +80,7 @@ def browsing() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("needs Chromium")
     (theirs_in, ours_out), (ours_in, theirs_out) = os.pipe(), os.pipe()
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
                    "--hide-scrollbars", f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         shell = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'

@@ -79,10 +79,10 @@ def evaluate(scorer: LM, tasks: Sequence[Task], *, limit: int | None = None, num
 
 
 def tasks_fingerprint(tasks: Sequence[Task]) -> str:
-    """Hex; equal for equal names and items."""
+    """Hex; equal for equal names and items, and for a user's own tasks for equal files of their folder."""
     digest = hashlib.sha256()
     for task in tasks:
-        for row in [task.config.task, *task.eval_docs]:
+        for row in [task.config.task, *getattr(task, "written", ()), *task.eval_docs]:
             digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
+from raysearch.evaluation.own_tasks import check_own, is_own, own_tasks
 from raysearch.study.text import json_lines, open_text
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
 
 def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Split = "all",
                limit: int | None = None) -> "list[Task]":
-    """Tasks by name: the paper's six from files below `data_dir`, or from the hub without it; any other of lm-eval's.
+    """Tasks by name: the paper's six from files below `data_dir`, or from the hub without it; any other of lm-eval's; those of
+    a YAML file in lm-eval's form, or of a folder of them (`is_own`), whose data files are named from their folder.
 
     split: "selection" or "report" keep the half of the items that a hash of the item assigns to them. limit: the first
     items only; lines after the last one needed are not read. ValueError for an unknown name (with the nearest ones), a
@@ -197,7 +199,10 @@ def load_tasks(names: Sequence[str], *, data_dir: Path | None = None, split: Spl
         elif name in HELDOUT_CONFIGS:
             raise ValueError(f"task {name!r} is made from held-out documents: it needs a corpus, not a data directory")
         else:
-            tasks.extend(_hub_tasks(name, split, limit))
+            for task in own_tasks(name) if is_own(name) else _hub_tasks(name):
+                if split != "all" or limit is not None:
+                    _keep(task, split, limit)
+                tasks.append(task)
     return tasks
 
 
@@ -253,7 +258,9 @@ def _description(name: str, items: str, config: Mapping[str, Any], variant: str)
 
 def check_task(name: str) -> None:
     """ValueError of one sentence for a task that there is not, without lm-eval's index."""
-    if name not in FILE_TASKS and name not in HELDOUT_CONFIGS:
+    if is_own(name):
+        check_own(name)
+    elif name not in FILE_TASKS and name not in HELDOUT_CONFIGS:
         stems, occurs = _lm_eval_files(name)
         if not occurs:
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]))
@@ -306,7 +313,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Item]]:
             yield reader.line_num, {field: value for field, value in row.items() if field and value is not None}
 
 
-def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
+def _hub_tasks(name: str) -> "list[Task]":
     import lm_eval.tasks
     from lm_eval.api.task import ConfigurableTask
 
@@ -326,8 +333,6 @@ def _hub_tasks(name: str, split: Split, limit: int | None) -> "list[Task]":
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *_lm_eval_files(name)[0], *manager.all_tasks]))
         tasks = _downloaded(name, lambda: manager.load([name])["tasks"])
     for task in tasks.values():
-        if split != "all" or limit is not None:
-            _keep(task, split, limit)
         if name in FILE_TASKS:
             task.config.task = name  # its name here, for lambada and for lambada_openai
     return list(tasks.values())

@@ -37,3 +37,8 @@ def test_the_command_computes_the_same_rounds(study: Study, worker: Worker, tmp_
     code, _, err = run(*shlex.split(command)[1:])
     assert code == 0, err
     assert Ledger.open(tmp_path / "again").trial(0).keys == ledger.trial(0).keys
+
+
+def test_every_setting_of_a_trial_is_an_option_of_prune() -> None:
+    command = typer.main.get_command(app).commands["prune"]
+    assert set(TrialConfig.model_fields) <= {parameter.name for parameter in command.params}

@@ -106,13 +106,15 @@ def test_an_answer_may_flip_and_a_likelihood_may_round() -> None:
     n = np.arange(100)
     right = Items((n % 2).astype(float), np.ones(100), n.astype(np.uint64), n)
     flipped = right._replace(numerator=np.where(n < 3, 1 - right.numerator, right.numerator))
-    found = compare("task/acc", flipped, right, 1e-3)
+    found = compare("task/acc", flipped, right, "float32")
     assert (found.num_differing, found.may_differ, found.num_items) == (3, 2, 100)
     nats = right._replace(numerator=n + 1.0)
-    assert compare("task/perplexity", nats._replace(numerator=nats.numerator * 1.0005), nats, 1e-3).num_differing == 0
-    assert compare("task/perplexity", nats._replace(numerator=nats.numerator * 1.01), nats, 1e-3).num_differing > 50
+    assert compare("task/perplexity", nats._replace(numerator=nats.numerator * 1.0005), nats, "float32").num_differing == 0
+    assert compare("task/perplexity", nats._replace(numerator=nats.numerator * 1.01), nats, "float32").num_differing > 50
+    assert compare("task/perplexity", nats._replace(numerator=nats.numerator * 1.04), nats, "bfloat16").num_differing == 0
+    assert compare("task/acc", flipped, right, "bfloat16").may_differ == 10
     few = Items(*(each[90:] for each in right))
-    assert compare("task/acc", few, right, 1e-3).num_items == 10
+    assert compare("task/acc", few, right, "float32").num_items == 10
 
 
 def test_the_command_verifies_a_folder_and_a_pick(worker: Worker, candidate: RoundRecord, deployed: Path, run: Run,
