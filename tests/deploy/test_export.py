@@ -74,7 +74,7 @@ def test_a_compact_export_is_what_is_left(worker: Worker, candidate: RoundRecord
     ("compact", {"criterion": "l0", "pattern": "neuron", "score_rate": 0.1, "gate_penalty": 1.0, "mask_interval_steps": 1}),
     ("compact", {"criterion": "l2", "pattern": "neuron", "group_lambda": 5.0}),
     ("compact", {"criterion": "movement", "pattern": "hybrid", "mask_interval_steps": 1}),
-    ("compressed", {"pattern": "block"}),
+    ("sparse", {"pattern": "block"}),
 ])
 def test_what_acts_on_units_is_kept_through_training_and_exported(worker: Worker, candidate: RoundRecord, tmp_path: Path,
                                                                   format: str, fields: dict) -> None:
