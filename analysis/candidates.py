@@ -10,6 +10,8 @@ from raysearch.config import higher_is_better, is_maximised
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
 from raysearch.study.ledger import Split
 
+MOST_PAIRED = 100
+"""Rows whose items are read for the error of what they lose."""
 FAR = 5.0
 """Standard errors, of each of two candidates, behind which no resample brings the one before the other."""
 
@@ -56,11 +58,31 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
 
 def losses(rows: pd.DataFrame, reference: pd.Series, split: str) -> tuple[pd.Series, pd.Series]:
     """(what each row loses against `reference` in the objective's unit, positive when worse; its standard error). The error is
-    as if the two scores were independent: they share their items, so the true one is usually smaller."""
+    that of paired differences where the items of both are known, of up to MOST_PAIRED rows; else as if the two scores were
+    independent: they share their items, so the true one is usually smaller."""
     column = f"{split}/{setting(rows, 'objective')}"
     value = float(reference[column]) * (1 if higher_is_better(setting(rows, "objective")) else -1)
     stderr = 0.0 if pd.isna(reference[f"{column}_stderr"]) else float(reference[f"{column}_stderr"])
-    return value - quality(rows, split), (quality_stderr(rows, split).fillna(0) ** 2 + stderr**2) ** 0.5
+    noise = (quality_stderr(rows, split).fillna(0) ** 2 + stderr**2) ** 0.5
+    if 0 < len(rows) <= MOST_PAIRED:
+        apart = _paired_stderr(pd.concat([rows, reference.to_frame().T]), str(reference["key"]), split)
+        noise = rows["key"].map(apart).fillna(noise).astype(float)
+    return value - quality(rows, split), noise
+
+
+def _paired_stderr(rows: pd.DataFrame, reference: str, split: str) -> dict[str, float]:
+    """By key, of the difference from the row with the key `reference`; those whose items are not known are left out."""
+    objective = setting(rows, "objective")
+    recorded = rows.drop_duplicates("key").set_index("key")[[f"{split}/{objective}"]].dropna().set_axis([objective], axis=1)
+    items = whole_items(setting(rows, "directory"), recorded, "report" if split == "report" else "selection")[objective]
+    if reference not in items:
+        return {}
+    keys = [reference, *(key for key in items if key != reference)]
+    try:
+        draws = resample(objective, [items[key] for key in keys])
+    except ValueError:  # items of few documents: no error is known
+        return {}
+    return {key: float(paired(draws, index, 0)[1].std()) for index, key in enumerate(keys) if index}
 
 
 def frontier_split(frame: pd.DataFrame) -> Split:

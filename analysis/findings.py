@@ -153,7 +153,7 @@ def _describe_smallest(frame: pd.DataFrame, smallest: pd.DataFrame, words: str, 
         compared = (f", dense control {with_stderr(*metric_pair(trained, objective, split))}: a drop of {to_dense} against "
                     f"dense and of {to_control} against the control")
     share, stored_share = (best[name] / baseline[name] for name in ("num_nonzero", "stored_bytes"))
-    return (f"Smallest within {words}: sparsity {best['sparsity']:.2f} (trial {best['trial']} round "
+    return (f"By scores alone, smallest within {words}: sparsity {best['sparsity']:.2f} (trial {best['trial']} round "
             f"{best['round']}), {human_count(best['num_nonzero'])} non-zero parameters ({share:.0%} of dense), "
             f"{human_bytes(best['stored_bytes'])} stored ({stored_share:.0%}), {objective} {value}, "
             f"dense {reference}{compared}.")

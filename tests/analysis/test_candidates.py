@@ -27,6 +27,7 @@ from analysis.candidates import (
     relative_hypervolume_interval,
     setting,
 )
+from analysis.compare import compare
 from analysis.load import load
 from raysearch.study.items import write_items
 from raysearch.study.ledger import Ledger
@@ -203,4 +204,7 @@ def test_losses_by_hand(controlled: pd.DataFrame) -> None:
     value = 2 + 1.2 * 0.064 - 0.2 / 3 + 0.015
     for reference, expected in ((dense(controlled), value - 2.01), (control(controlled), value - 1.935)):
         (loss,), (stderr,) = losses(rows, reference, "report")
-        assert (loss, stderr) == pytest.approx((expected, 0.02 * math.sqrt(2)))
+        of_pair = compare(controlled, rows["key"].iloc[0], reference["key"]).set_index("metric").loc["text/bits_per_byte"]
+        assert (loss, stderr) == pytest.approx((expected, of_pair["stderr"]))
+        unknown = rows.assign(key="0" * 16)  # whose items are nowhere
+        assert losses(unknown, reference, "report")[1].tolist() == pytest.approx([0.02 * math.sqrt(2)])
