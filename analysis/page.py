@@ -121,6 +121,7 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
     reported = pruned(frame)[lambda rows: quality(rows, "report").notna()][["trial", "round"]]
     return json.dumps({
         "figures": plain, "texts": texts, "directory": shlex.quote(setting(frame, "directory")),
+        "trial": shlex.quote(str(location(setting(frame, "directory")) / "trials" / "NUMBER.json")),
         "prune": study_options(record.study), "reported": [f"{trial}/{depth}" for trial, depth in reported.to_numpy()]},
                       cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -214,11 +214,12 @@ def replicate(
     from analysis.replicas import describe_spread, spread
     from raysearch.replicate import REPLICAS
     from raysearch.replicate import replicate as run
+    from raysearch.study.storage import location
 
     picked = read_pick(pick_file)
     made = run(picked.study_directory, picked.key, seeds, echo)
     echo(describe_spread(spread(load(picked.study_directory), picked.key, made)))
-    replicas = shlex.quote(f"{picked.study_directory}/{REPLICAS}")
+    replicas = shlex.quote(str(location(picked.study_directory) / REPLICAS))
     echo(f"the replicas are a study of their own, and on no frontier of this one: raysearch results {replicas}")
 
 

@@ -1,6 +1,7 @@
 """`raysearch replicate`: the same rounds with other seeds, apart from the study, and how far their numbers spread."""
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,13 @@ from synthetic_study import SyntheticStudy, metrics
 from analysis.compare import compare
 from analysis.load import load
 from analysis.replicas import describe_spread, spread
+from analysis.reproduce import study_options
 from raysearch.config import Action, Study
+from raysearch.replicate import reseeded
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord, TrialRecord
+from raysearch.study.storage import StorePath
 from raysearch.trial.round import dense_round, report_round
 from raysearch.trial.run import run_trial
 from raysearch.trial.worker import Worker
@@ -70,6 +74,29 @@ def test_the_seeds_of_a_fork_are_run_once_and_leave_the_study_as_it_is(directory
     assert line in again[1]
 
 
+@pytest.mark.parametrize("changes", [{"finetune_tokens": 256}, {"criterion": "wanda", "scope": "layer"},
+                                     {"criterion": "taylor"}, {"criterion": "contribution", "pattern": "layer"},
+                                     {"budget": "owl", "scope": "layer"}])
+def test_a_seed_is_of_every_round_that_reads_text(changes: dict[str, object]) -> None:
+    action = FIRST.model_copy(update={**changes, "seed": 7, "data_start_tokens": 1024})
+    assert reseeded((FIRST, action), 2) == (FIRST, action.model_copy(update={"seed": 9}))
+
+
+def test_a_study_on_a_store_has_its_replicas_there(directory: Path, store: StorePath, run: Run) -> None:
+    for file in directory.rglob("*"):
+        if file.is_file():
+            (store / str(file.relative_to(directory))).write_bytes(file.read_bytes())
+    assert run("pick", store, "--candidate", "1/2", "--out", "pick.json")[0] == 0
+    code, out, err = run("replicate", "pick.json", "--seeds", 2)
+    assert code == 0, err
+    shown = shlex.split(out.splitlines()[-1])[-1]
+    code, out, err = run("results", shown)
+    assert (code, err, out.count("  done  ")) == (0, "", 4), out
+    record = store / "trials" / "00001.json"
+    code, _, err = run(*study_options(Ledger.open(store).study().study).split()[1:], "--actions", record, "--out", "again")
+    assert (code, Ledger.open("again").trial(0).keys) == (0, Ledger.open(store).trial(1).keys), err
+
+
 def test_what_cannot_be_replicated_is_one_sentence(directory: Path, run: Run) -> None:
     assert run("pick", directory, "--candidate", "0/2")[0] == 0
     code, _, err = run("replicate", directory / "pick.json")
@@ -111,8 +138,6 @@ def test_the_spread_is_that_of_the_replicas_and_the_items_that_of_the_pair(tmp_p
 
 def test_the_record_of_a_fork_runs_it_again_under_its_keys(directory: Path, run: Run) -> None:
     """By the line that the page shows."""
-    from analysis.reproduce import study_options
-
     ledger = Ledger.open(directory)
     command = study_options(ledger.study().study).split()[1:]
     record = directory / "trials" / "00001.json"
