@@ -24,7 +24,7 @@ _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambd
            "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS)
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
            "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, *HYPERPARAMETERS, "action_sparsity",
-           "action_threshold", "finetune_tokens", "trained_tokens", "prune_s", "finetune_s", "evaluate_s", "seconds",
+           "action_threshold", "finetune_tokens", "trained_tokens", "action", "prune_s", "finetune_s", "evaluate_s", "seconds",
            "trial_seconds")
 
 
@@ -39,6 +39,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * A trial without a finished round keeps one row, with round and key NA, so that no failure is lost.
     * `forked_from` says of a fork which candidate it goes on from ("trial 3 round 2"); its rounds are counted from the dense
       baseline on, and those before it are rows of the trials that made them.
+    * `action` is what its round did, as JSON, for a trial that has no configuration: a fork, or one given as actions.
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
@@ -100,7 +101,9 @@ def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Rep
     for number, (key, action) in enumerate(zip(trial.keys, trial.actions), start=1):
         trained_tokens += action.finetune_tokens
         if key in rounds and number > (trial.forked_at or 0):
-            rows.append({**common, "round": number, "trained_tokens": trained_tokens, **_round_cells(rounds[key], reports)})
+            done = None if trial.config or trial.is_control else action.model_dump_json(exclude_defaults=True)
+            rows.append({**common, "round": number, "trained_tokens": trained_tokens, "action": done,
+                         **_round_cells(rounds[key], reports)})
     return rows or [common]
 
 

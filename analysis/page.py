@@ -121,6 +121,7 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
     reported = pruned(frame)[lambda rows: quality(rows, "report").notna()][["trial", "round"]]
     return json.dumps({
         "figures": plain, "texts": texts, "directory": shlex.quote(setting(frame, "directory")),
+        "trial": shlex.quote(str(location(setting(frame, "directory")) / "trials" / "NUMBER.json")),
         "prune": study_options(record.study), "reported": [f"{trial}/{depth}" for trial, depth in reported.to_numpy()]},
                       cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
 
@@ -280,7 +281,7 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
         ("report split", "other documents, scored only for the candidates that the search chose, and for the dense "
          "baseline."),
         ("standard error", "over the items of a task, as lm-eval gives it; it does not cover the luck of the training "
-         "seed."),
+         "seed, which `raysearch replicate` measures."),
         ("dense control", "the dense model after the longest trial's rounds of fine-tuning, with that trial's learning rate, "
          "without pruning and L1: what a candidate gains from training alone. It is the control of a pruned model only at "
          "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains

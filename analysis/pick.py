@@ -62,7 +62,9 @@ class Candidate(Frozen):
     metrics: dict[str, Measured]
     """On the report split."""
     config: dict[str, bool | str | int | float | None]
-    """The trial's hyper-parameters."""
+    """The trial's hyper-parameters; none of a fork."""
+    how: str = ""
+    """How it was made, in words."""
     checks: tuple[Check, ...]
 
 
@@ -220,7 +222,7 @@ def describe_pick(result: Pick) -> str:
     """The pick for a terminal, without a final newline: what it is, its metrics beside those of the dense baseline and the
     dense control, every constraint with its margin, what it loses against the control, and the runners-up."""
     text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
-            f"pruned {describe_config(result.config)}\n")
+            f"pruned {result.how}\n")
     others = {"dense": result.dense_metrics} | ({"control": result.control_metrics} if result.control_metrics else {})
     rows = [[name, with_stderr(*_pair(measured)), *(with_stderr(*_pair(of_other.get(name))) for of_other in others.values())]
             for name, measured in result.metrics.items()]
@@ -359,7 +361,7 @@ def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
         resident_bytes=int(row["resident_bytes"]),
         **{name: None if pd.isna(row[name]) else float(row[name]) for name in ("scoring_tokens_per_s", "decode_ms")},
         metrics=_measured(row),
-        config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS},
+        config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS}, how=describe_config(row),
         checks=checks)
 
 

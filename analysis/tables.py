@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.candidates import control, front_probability, frontier, frontier_split, pruned, setting
-from raysearch.config import TrialConfig
+from raysearch.config import Action, TrialConfig
 from raysearch.units import human_bytes, human_count
 
 Row = pd.Series | Mapping[Any, Any]
@@ -60,7 +60,8 @@ def metric_pair(row: pd.Series, metric: str, split: str) -> tuple[float, float]:
 
 
 def describe_config(row: Row) -> str:
-    """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"."""
+    """How the trial was asked to prune, in a few words: "cubic to 0.7 in 3, global, 3 ep, lr 0.0003"; of a fork from which
+    round it goes on, and what it did: "from trial 3 round 2 on: to 0.7, layer, wanda, 1.05M tokens, lr 0.0003"."""
     if pd.isna(row["schedule"]):
         return {"dense": "dense baseline", "control": "dense control", "other": f"added: {str(row.get('key'))[6:]}"}.get(
             str(row.get("status")), _given_actions(row))
@@ -73,27 +74,36 @@ def describe_config(row: Row) -> str:
     if row["initial_sparsity"]:
         aim = f"from {row['initial_sparsity']:.3g} {aim}"
     parts = [f"{row['schedule']} {aim}".strip() + (f" in {row['num_rounds']}" if pd.notna(row["num_rounds"]) else "")]
-    if pd.isna(row["threshold"]):
-        parts.append(str(row["scope"]) + (", uniform" if row["uniform"] else ""))
-    parts += [str(row[name]) for name in ("criterion", "pattern", "budget")
-              if row[name] != TrialConfig.model_fields[name].default]
-    if row["finetune_epochs"]:
-        path = "" if row["lr_schedule"] == "cosine" else f" {row['lr_schedule']}"
-        parts.append(f"{row['finetune_epochs']:.3g} ep, lr {row['learning_rate']:.2g}{path}")
-    if row["trainable"] != "all":
-        parts.append(f"{row['trainable']} alone")
-    parts += [f"{word} {row[name]:.2g}" for name, word in (
+    return ", ".join([*parts, *_method(row, f"{row['finetune_epochs']:.3g} ep" if row["finetune_epochs"] else "")])
+
+
+def _method(fields: Row, training: str) -> list[str]:
+    """Of a configuration or an action: what differs from the defaults, and how long it trained."""
+    parts: list[str] = []
+    if pd.isna(fields["threshold"]):
+        parts.append(str(fields["scope"]) + (", uniform" if fields["uniform"] else ""))
+    parts += [str(fields[name]) for name in ("criterion", "pattern", "budget")
+              if fields[name] != TrialConfig.model_fields[name].default]
+    if training:
+        path = "" if fields["lr_schedule"] == "cosine" else f" {fields['lr_schedule']}"
+        parts.append(f"{training}, lr {fields['learning_rate']:.2g}{path}")
+    if fields["trainable"] != "all":
+        parts.append(f"{fields['trainable']} alone")
+    return parts + [f"{word} {fields[name]:.2g}" for name, word in (
         ("distill_alpha", "KL"), ("distill_hidden", "SquareHead"), ("layer_drop", "LayerDrop"), ("l1_lambda", "l1"),
-        ("group_lambda", "group lasso")) if row[name]]
-    return ", ".join(parts)
+        ("group_lambda", "group lasso")) if fields[name]]
 
 
 def _given_actions(row: Row) -> str:
-    """Of a trial without a configuration: what its round did."""
-    sparsity, threshold, tokens = (row.get(name) for name in ("action_sparsity", "action_threshold", "finetune_tokens"))
-    cut = f", to {sparsity:.3g}" if pd.notna(sparsity) else f", threshold {threshold:.3g}" if pd.notna(threshold) else ""
-    origin = "given as actions" if pd.isna(row.get("forked_from")) else f"from {row['forked_from']}"
-    return origin + cut + (f", {human_count(tokens)} tokens" if pd.notna(tokens) and tokens else "")
+    """Of a trial without a configuration: where it began, and what its round did."""
+    origin = "by a list of actions" if pd.isna(row.get("forked_from")) else f"from {row['forked_from']} on"
+    if pd.isna(row.get("action")):
+        return origin
+    action = Action.model_validate_json(str(row["action"])).model_dump()
+    cut = f"threshold {action['threshold']:.3g}" if action["sparsity"] is None else f"to {action['sparsity']:.3g}"
+    cut += " std" if action["threshold_unit"] == "std" else ""
+    tokens = f"{human_count(action['finetune_tokens'])} tokens" if action["finetune_tokens"] else ""
+    return f"{origin}: {', '.join([cut, *_method(action, tokens)])}"
 
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:

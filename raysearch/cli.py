@@ -123,6 +123,8 @@ def prune(
     finetune_epochs: float = 0.0,
     learning_rate: float = 3e-4,
     lr_schedule: Annotated[str, typer.Option(help="Within a round: cosine, constant or one_cycle.")] = "cosine",
+    actions: Annotated[str | None, typer.Option(help="Instead of all of these the rounds themselves: a trial's record in a "
+                                                     "study, or a JSON list.", metavar="FILE")] = None,
     prunable: Annotated[str, typer.Option(help="matrices, or all to add the embeddings.")] = "matrices",
     corpus: Annotated[str | None, typer.Option(help="Text to fine-tune and evaluate on.")] = None,
     text_field: TextField = "text",
@@ -144,18 +146,24 @@ def prune(
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
     default = ("text", "last_word", "choice") if corpus else ()
     given = context.params | {"tasks": comma_separated(tasks, "--tasks") if tasks else default}
-    del given["out"]
+    del given["out"], given["actions"]
     if not context_tokens:  # run_prune has a default that the model's limit bounds
         del given["context_tokens"]
     config = {name: given.pop(name) for name in TrialConfig.model_fields if name in given}
     check_study(study_of(**given))
     trial = parse(TrialConfig, config, "prune")
+    if actions and (changed := [name for name, field in TrialConfig.model_fields.items() if config[name] != field.default]):
+        raise ValueError(f"--actions {actions} says all of every round, so the settings {', '.join(changed)} contradict it; "
+                         "leave them out")
+    from raysearch.search.space import read_actions
     from raysearch.trial.actions import check_names  # torch alone: 1 s
 
-    check_names(trial)
+    asked = read_actions(actions) if actions else None
+    for each in asked or (trial,):
+        check_names(each)
     from raysearch.prune import run_prune
 
-    run_prune(given, config, out, echo)
+    run_prune(given, asked or config, out, echo)
 
 
 @app.command()

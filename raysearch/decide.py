@@ -203,6 +203,27 @@ def add(
 
 
 @app.command()
+def replicate(
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    seeds: Annotated[int, typer.Option(min=2, help="Other seeds of the order of the text and of what is drawn from it.")] = 3,
+) -> None:
+    """Run a picked candidate's rounds again with other seeds: how far its numbers spread, beside the items' error."""
+    doing("training")
+    from analysis.load import load
+    from analysis.pick import read_pick
+    from analysis.replicas import describe_spread, spread
+    from raysearch.replicate import REPLICAS
+    from raysearch.replicate import replicate as run
+    from raysearch.study.storage import location
+
+    picked = read_pick(pick_file)
+    made = run(picked.study_directory, picked.key, seeds, echo)
+    echo(describe_spread(spread(load(picked.study_directory), picked.key, made)))
+    replicas = shlex.quote(str(location(picked.study_directory) / REPLICAS))
+    echo(f"the replicas are a study of their own, and on no frontier of this one: raysearch results {replicas}")
+
+
+@app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Deployment folder, or any model's.")],
     prompt: str,

@@ -29,9 +29,8 @@ function choose(trial, round) {
     lines.push(command("not scored on the report split, by which a pick is judged; items beside dense",
                        `raysearch compare ${data.directory} dense ${name}`));
   }
-  if (asked.startsWith("--")) {
-    lines.push(command(`run its trial again, which has it after round ${round}`, `${data.prune} ${asked} --out again`));
-  }
+  const given = asked.startsWith("--") ? asked : `--actions ${data.trial.replace("NUMBER", String(trial).padStart(5, "0"))}`;
+  lines.push(command(`run its trial again, which has it after round ${round}`, `${data.prune} ${given} --out again`));
   document.getElementById("chosen").replaceChildren(...lines);
 }
 

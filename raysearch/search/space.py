@@ -6,6 +6,7 @@ Heavy imports are inside, so that a mistyped name is told at once.
 import importlib
 import importlib.resources
 import importlib.util
+import json
 import keyword
 import os
 import sys
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
-from raysearch.study.files import new_file
+from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
+from raysearch.study.storage import location
 from raysearch.study.text import json_lines
 
 if TYPE_CHECKING:
@@ -157,6 +159,19 @@ def read_trials(file: Path, option: str = "--trials-from") -> list[GivenTrial]:
     if not trials:
         raise ValueError(f"{option} {file}: holds no trial; give one object of trial settings in each line")
     return trials
+
+
+def read_actions(file: str, option: str = "--actions") -> tuple[Action, ...]:
+    """Those of a trial's record, or of a file with one JSON list of them; ValueError names the file."""
+    try:
+        content = json.loads(unsealed(location(file).read_bytes()))
+    except ValueError as error:
+        raise ValueError(f"{option} {file}: is no JSON, or damaged ({error}); give a trial's record or a list of actions"
+                         ) from error
+    actions = content.get("actions") if isinstance(content, dict) else content
+    if not isinstance(actions, list) or not actions or not all(isinstance(action, dict) for action in actions):
+        raise ValueError(f"{option} {file}: must be a trial's record (DIR/trials/NUMBER.json), or a JSON list of actions")
+    return tuple(parse(Action, action, f"{option} {file}, action {index}") for index, action in enumerate(actions, 1))
 
 
 def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> None:

@@ -5,7 +5,6 @@ influence it, and its key (ledger.round_key) names it for ever: resuming, extend
 """
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -20,9 +19,8 @@ from raysearch.study.records import Provenance, RoundRecord, round_key
 from raysearch.study.storage import as_file
 from raysearch.training.finetune import Diverged, finetune
 from raysearch.trial.candidate import intact, restore_items, store_round, store_weights, weigh, written_meanwhile
-from raysearch.trial.inputs import read_inputs
 from raysearch.trial.pruner import Pruner
-from raysearch.trial.worker import Worker
+from raysearch.trial.worker import Worker, lone_worker
 
 ROUNDING = 1e-5
 """Of a perplexity: with logits that are all equal it is the vocabulary's size but for the rounding of fp32."""
@@ -146,16 +144,8 @@ def recover_weights(ledger: Ledger, key: str, echo: Callable[[str], None]) -> No
     record = ledger.candidate(key)
     if record.action is None or intact(ledger, record):
         return
-    described = ledger.study()
-    if not described.study.cluster.gpus_per_rank:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    inputs = read_inputs(described.study)
-    if inputs.root_key != described.root_key:
-        raise ValueError(f"candidate {key}: its weights are gone, and they cannot be computed again because the files of the "
-                         "model, the corpus or the tasks are not the study's; put those back")
     echo(f"the weights of candidate {key} are gone or damaged; computing them again, up to {record.depth} rounds ...")
-    study = described.study.replaced(num_ranks=1, zero_stage=record.provenance.zero_stage or 0)
-    load_candidate(Worker(study, ledger, inputs), record)
+    load_candidate(lone_worker(ledger, record, "its weights are gone, and they cannot be computed again"), record)
 
 
 def train_candidate(worker: Worker, parent: RoundRecord, action: Action,

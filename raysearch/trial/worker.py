@@ -1,5 +1,6 @@
 """What one rank keeps between trials: the engine, the text, the evaluation."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
 from raysearch.training.engine import Engine, can_compile, device_type, memory_bytes
-from raysearch.trial.inputs import Inputs
+from raysearch.trial.inputs import Inputs, read_inputs
 
 START_LIMIT_S = 600.0
 """Shortest timeout of the process group: its ranks also wait for each other's imports."""
@@ -110,3 +111,16 @@ class Worker:
         if best is None or items is None:
             return None, np.empty(0)
         return best.key, item_losses(in_item_order(items[objective], self.study.data.seed), is_up)
+
+
+def lone_worker(ledger: Ledger, record: RoundRecord, what_fails: str) -> Worker:
+    """A gang of one rank in this process, which computes as the one that made a candidate. ValueError where the files of the
+    study's model, text or tasks are others now."""
+    described = ledger.study()
+    if not described.study.cluster.gpus_per_rank:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    inputs = read_inputs(described.study)
+    if inputs.root_key != described.root_key:
+        raise ValueError(f"candidate {record.key}: {what_fails} because the files of the model, the corpus or the tasks are "
+                         "not the study's; put those back")
+    return Worker(described.study.replaced(num_ranks=1, zero_stage=record.provenance.zero_stage or 0), ledger, inputs)

@@ -188,5 +188,5 @@ def test_a_fork_has_a_row_for_its_own_round_and_says_from_where(tmp_path: Path) 
     rows = rows.where(rows.notna(), None)
     assert list(zip(rows["trial"], rows["round"], rows["forked_from"], rows["trained_tokens"])) == [
         (1, 3, "trial 0 round 2", 500), (2, 1, "the dense model", 500), (3, None, None, None)]  # the last one has only begun
-    assert describe_config(rows.iloc[0]) == "from trial 0 round 2, to 0.7, 500 tokens"
+    assert describe_config(rows.iloc[0]) == "from trial 0 round 2 on: to 0.7, global, 500 tokens, lr 0"
     assert not frame["is_alias"].any()

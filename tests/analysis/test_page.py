@@ -12,12 +12,14 @@ import plotly.offline
 import pytest
 from browser import browsing
 from commands import Run
-from synthetic_study import SyntheticStudy
+from synthetic_study import SyntheticStudy, metrics
 
 from analysis.constraints import parse_constraints
 from analysis.load import load
 from analysis.page import watch_page, write_page
-from analysis.pick import pick
+from analysis.pick import describe_pick, pick
+from raysearch.config import Action
+from raysearch.study.records import TrialRecord
 
 
 class Page(HTMLParser):
@@ -212,6 +214,29 @@ def test_in_a_browser(study_directory: Path, tmp_path: Path, run: Run) -> None:
         code, out, err = run(*shlex.split(command)[1:], "--out", tmp_path / "pick.json")
         assert (code, err) == (0, ""), err
     assert out.startswith("picked trial 2 round 1 ")
+
+
+def test_a_fork_says_from_where_it_goes_on_and_runs_again_by_its_record(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "a study")
+    study.dense()
+    first = study.trial(0, [0.3], report=True)
+    action = Action(sparsity=0.6, scope="layer", criterion="wanda", finetune_tokens=2000, learning_rate=1e-3)
+    study.ledger.write_trial(TrialRecord(number=1, config=None, actions=(*study.ledger.trial(0).actions, action), forked_at=1,
+                                         started_at=""))
+    (*_, key) = study.finish(1)
+    study._report(key, metrics(0.6, 0.0))
+    page = write_page(tmp_path / "a study", max_drop=["text/bits_per_byte=1@95%"])
+    how = "from trial 0 round 1 on: to 0.6, layer, wanda, 2k tokens, lr 0.001"
+    assert first[0] != key
+    assert f"It was pruned {how}." in Page(page.read_text()).text
+    assert f"pruned {how}" in describe_pick(pick(load(tmp_path / "a study"), [], "1/2"))
+    with browsing() as browser:
+        browser.open(page, 1400)
+        browser.run('document.querySelector(\'[data-candidate="1/2"]\').click()')
+        _, again = browser.run('[...document.querySelectorAll("#chosen code")].map((code) => code.textContent)')
+    _, prune, *options = shlex.split(again)
+    assert prune == "prune"
+    assert options[-4:] == ["--actions", str(study.ledger.trial_path(1)), "--out", "again"]
 
 
 @pytest.mark.slow

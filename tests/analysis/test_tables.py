@@ -120,4 +120,4 @@ def test_a_trial_that_was_given_as_actions_says_so(tmp_path: Path) -> None:
     study.trial(0, [0.5])
     study.ledger.write_trial(study.ledger.trial(0).model_copy(update={"config": None}))
     assert [line.split("  ")[-1] for line in results_table(load(tmp_path / "study")).splitlines()[1:3]] == [
-        "dense baseline", "given as actions, to 0.5"]
+        "dense baseline", "by a list of actions: to 0.5, global"]
