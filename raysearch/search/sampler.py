@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from raysearch.config import Action, Study, TrialConfig
 from raysearch.search.forks import Forks, Numbered
-from raysearch.search.space import GivenTrial, Proposals, Space, draw
+from raysearch.search.space import GivenTrial, Proposals, Space, draw, given_as
 from raysearch.search.violations import violations
 from raysearch.study.records import RoundRecord, TrialRecord, objective_values
 from raysearch.trial.actions import resolve_actions
@@ -46,14 +46,16 @@ class Asked(NamedTuple):
 
 class Sampler:
     """Asks for trials and observes rounds. `journal` holds what was told before and hears one entry a trial, for people and
-    the next sweep; `given` trials are proposed in their order instead of what `sampler` (the study's) makes of `space`, and
-    those of `enqueued` before it, each once; `proposals`, the fingerprint of the study's space, is what each trial is checked
-    against."""
+    the next sweep; `given` trials are proposed instead of what `sampler` (the study's) makes of `space`, in their order but for
+    those that wait for rounds of a running one, and those of `enqueued` before it, each once; `proposals`, the fingerprint of
+    the study's space, is what each trial is checked against."""
 
     def __init__(self, journal: optuna.Study, study: Study, space: Space, given: Sequence[GivenTrial] | None = None,
                  num_asked: int = 0, proposals: Proposals | None = None, num_train_tokens: int = 0,
                  sampler: optuna.samplers.BaseSampler | None = None, enqueued: Sequence[GivenTrial] = ()) -> None:
-        self.journal, self.study, self.space, self.given = journal, study, space, given
+        self.journal, self.study, self.space = journal, study, space
+        self._left = None if given is None else list(given)
+        """The given trials that did not begin."""
         self._enqueued = list(enqueued)
         self.num_asked, self.proposals, self.num_train_tokens = num_asked, proposals, num_train_tokens
         """Trials that count: those that began, in this sweep and before it."""
@@ -82,6 +84,8 @@ class Sampler:
         asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions,
                       forked_at=trial.forked_at)
         self._asked[trial.number] = asked
+        if self._left is not None:
+            self._left.remove(given_as(trial))
         self._proposed.update(prefixes(trial.actions))
         self._num_whole += trial.forked_at is None
         for depth, key in enumerate(trial.keys, start=1):
@@ -94,8 +98,8 @@ class Sampler:
     def ask(self) -> Asked | None:
         """The next trial; None where the space has none that was not proposed."""
         number = len(self.journal.get_trials(deepcopy=False))
-        if self.given is not None:
-            asked: Asked | None = self._given(number, self.given[self.num_asked])
+        if self._left is not None:
+            asked: Asked | None = self._given(number, self._left.pop(self._apart()))
         else:
             asked = self._first(number) or self._fork(number) or self._new(number)
         if asked is not None:
@@ -127,11 +131,22 @@ class Sampler:
             self.heard.tell(self._number_heard.pop(number), state=TrialState.FAIL)
         return None
 
+    def _apart(self) -> int:
+        """Position of the first given trial that has no round in common with those that running trials have still to do, which
+        would be computed twice; 0 where there is none."""
+        assert self._left is not None
+        due = {chain for trial in self.journal.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+               if trial.number in self._asked
+               for chain in prefixes(self._asked[trial.number].actions)[len(self.observations.get(trial.number, ())):]}
+        return next((position for position, trial in enumerate(self._left)
+                     if due.isdisjoint(prefixes(self._resolved(trial)))), 0)
+
     def _given(self, number: int, trial: GivenTrial) -> Asked:
         self._number_heard[number] = self.heard.ask().number
-        if isinstance(trial, TrialConfig):
-            return Asked(number, trial, resolve_actions(trial, self.study, self.num_train_tokens), {}, {})
-        return Asked(number, None, trial, {}, {})
+        return Asked(number, trial if isinstance(trial, TrialConfig) else None, self._resolved(trial), {}, {})
+
+    def _resolved(self, trial: GivenTrial) -> tuple[Action, ...]:
+        return resolve_actions(trial, self.study, self.num_train_tokens) if isinstance(trial, TrialConfig) else trial
 
     def _new(self, number: int) -> Asked | None:
         for study in [self.heard] * NUM_DRAWS + [self._chance] * NUM_RANDOM_DRAWS:

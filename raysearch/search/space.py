@@ -174,15 +174,21 @@ def read_actions(file: str, option: str = "--actions") -> tuple[Action, ...]:
     return tuple(parse(Action, action, f"{option} {file}, action {index}") for index, action in enumerate(actions, 1))
 
 
+def given_as(trial: TrialRecord) -> GivenTrial:
+    return trial.actions if trial.config is None else trial.config
+
+
 def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> None:
-    """ValueError unless the study's trials are the first of the given ones, and none is missing."""
+    """ValueError unless each of the study's trials is one of the given ones."""
     if len(trials) > len(given):
         raise ValueError(f"the study has {len(trials)} trials, more than the {len(given)} that are given; give the same list, "
                          "longer or not, or a new directory with --out")
-    for position, (one, trial) in enumerate(zip(given, trials), start=1):
-        if one != (trial.actions if trial.config is None else trial.config):
-            raise ValueError(f"trial {trial.number} of the study is not number {position} of the given trials; give the same "
-                             "list, longer or not, or a new directory with --out")
+    left = list(given)
+    for trial in trials:
+        if given_as(trial) not in left:
+            raise ValueError(f"trial {trial.number} of the study is not among the given trials; give the same list, longer or "
+                             "not, or a new directory with --out")
+        left.remove(given_as(trial))
 
 
 def sample_trials(study: Study, space: Space, inputs: "Inputs", num_trials: int) -> list[tuple[Action, ...]]:

@@ -54,9 +54,10 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
           keep: Keep = "all", max_disk_bytes: int | None = None, autoscaling: bool = False,
           mlflow_uri: str | None = None, wandb_project: str | None = None) -> SweepResult:
     """Runs, resumes or extends the study in `directory` until its trials, or its time, are spent; then deletes the
-    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run, in
-    their order, instead of what the sampler makes of `space`; a longer list extends the study. `enqueued` ones run before
-    that, and the sampler hears of the studies in `warm_starts`. Weights above `max_disk_bytes` are deleted as they come.
+    weights that `keep` does not name. With `autoscaling` trials wait for nodes that the cluster adds. `given` trials run
+    instead of what the sampler makes of `space`, in their order but for those that wait for rounds of a running one; a longer
+    list extends the study. `enqueued` ones run before the sampler's, which hears of the studies in `warm_starts`. Weights above
+    `max_disk_bytes` are deleted as they come.
 
     Raises ValueError of one sentence for bad input, before anything is written.
     """

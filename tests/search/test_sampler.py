@@ -54,10 +54,23 @@ def test_trials_are_numbered_and_drawn_from_the_space(sampler: Sampler) -> None:
     assert all(0.1 <= sparsity <= 0.9 for sparsity in drawn)
 
 
-def test_given_trials_come_in_their_order_after_those_that_began() -> None:
+def test_given_trials_that_did_not_begin_come_in_their_order() -> None:
     given = [TrialConfig(target_sparsity=sparsity) for sparsity in (0.1, 0.2, 0.3)]
     sampler = Sampler(optuna.create_study(), STUDY, space, given, num_asked=1)
-    assert [sampler.ask().config for _ in range(2)] == given[1:]
+    sampler.recall(ended(0, "done").model_copy(update={"config": given[1]}), lambda key: None)
+    assert [sampler.ask().config for _ in range(2)] == [given[0], given[2]]
+
+
+def test_a_given_trial_waits_for_a_running_one_that_makes_its_rounds() -> None:
+    """Chains of one rate, shortest first, and two workers: none begins with a round that is being made."""
+    chains = [[TrialConfig(schedule="constant", rate=rate, num_rounds=length) for length in (1, 2, 3)] for rate in (0.1, 0.3)]
+    sampler = Sampler(optuna.create_study(directions=["minimize", "minimize"]), STUDY, space, [*chains[0], *chains[1]])
+    assert [sampler.ask().config for _ in range(2)] == [chains[0][0], chains[1][0]]
+    assert sampler.ask().config == chains[0][1]  # all that are left collide, so the first one begins
+    sampler.observe(0, candidate("a", 0.1, 1))
+    sampler.end(ended(0, "done", ("a",)))
+    sampler.observe(1, candidate("b", 0.3, 1))
+    assert sampler.ask().config == chains[1][1]  # its first round is there, though trial 1 has not ended
 
 
 def test_a_space_that_fails_late_costs_that_trial_alone(sampler: Sampler) -> None:

@@ -1,6 +1,8 @@
 """The searches of benchmarks/search in simulated time: what a simulation counts, and that every method runs in it."""
 
 import argparse
+from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,8 @@ import numpy as np
 import optuna
 import pytest
 
-from raysearch.config import Action
+from raysearch.config import Action, TrialConfig
+from raysearch.search.sampler import Sampler
 from raysearch.search.space import load_space
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "search"
@@ -54,6 +57,33 @@ def test_a_trial_takes_its_start_and_the_rounds_that_are_not_stored(benchmark: A
     assert [when for when, _ in found] == times
     assert search.heard == [(1, 0.5), (2, 0.75)] * (len(times) // 2)
     assert num_trials == starting_s == len(times) // 2 + 1  # the last one had begun
+
+
+@pytest.mark.parametrize("num_workers", [1, 4, 8])
+@pytest.mark.parametrize("by", ["chain", "length", "longest first"])
+def test_the_papers_60_configurations_compute_at_most_60_percent_of_their_180_rounds(benchmark: Any, by: str,
+                                                                                    num_workers: int) -> None:
+    given = [TrialConfig(schedule="constant", rate=rate, l1_lambda=l1, finetune_epochs=epochs, num_rounds=length)
+             for rate in (0.1, 0.3, 0.5) for l1 in (1e-5, 1e-3) for epochs in (0.5, 1.0) for length in (1, 2, 3, 4, 5)]
+    if by != "chain":
+        given.sort(key=lambda one: one.num_rounds, reverse=by == "longest first")
+    computed = Counter()
+
+    class Set(benchmark.Ours):
+        def ask(self) -> tuple[int, tuple[Action, ...]]:
+            return super().ask() if self.sampler.num_asked < len(given) else (len(given), (Action(sparsity=0.0),))
+
+    def four_seconds(parent: Any, action: Action) -> tuple[Any, float]:
+        if not action.sparsity:
+            return parent, 1e9
+        computed[parent, action] += 1
+        return benchmark.State(action.sparsity, parent.value + action.l1_lambda + 1e-9 * action.finetune_tokens), 4.0
+
+    table = benchmark.read_table(FOLDER / "tiny.parquet")
+    search = Set(table, load_space("search_spaces.magnitude")[1], 0, 0.4, brain=partial(Sampler, given=given))
+    found, _, _ = benchmark.simulate(search, four_seconds, num_workers, 1e6)
+    assert (len(given), len(found), len(computed)) == (60, 180, 60)
+    assert computed.total() <= 0.6 * 180
 
 
 def test_hypervolume_is_of_what_was_found_until_then(benchmark: Any) -> None:

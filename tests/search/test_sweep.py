@@ -141,7 +141,7 @@ def test_given_trials_run_in_their_order_and_are_extended_but_not_exchanged(tmp_
     after = records()
     assert (len(after), before.items() <= after.items()) == (len(before) + 1, True)
 
-    for given, sentence in ((changed, "trial 1 of the study is not number 2 of the given trials; give the same list"),
+    for given, sentence in ((changed, "trial 1 of the study is not among the given trials; give the same list"),
                             (None, "holds another study, which differs in")):  # whose trials would be sampled
         code, out, err = run(given)
         assert (code, err.count("\n")) == (2, 1), err

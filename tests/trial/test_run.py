@@ -1,11 +1,15 @@
 """A trial: its record after every round, its end, and a gang that was given up."""
 
+from pathlib import Path
+
 import pytest
 
 from raysearch.config import Action, Study, TrialConfig
+from raysearch.study.ledger import Ledger
 from raysearch.study.records import TrialRecord, round_key
 from raysearch.trial.actions import control_actions, resolve_actions
-from raysearch.trial.round import dense_round, run_round
+from raysearch.trial.inputs import read_inputs
+from raysearch.trial.round import dense_round, run_round, train_candidate
 from raysearch.trial.run import Superseded, run_trial
 from raysearch.trial.worker import Worker
 
@@ -67,3 +71,33 @@ def test_a_control_is_scored_on_every_item_in_a_study_with_racing(apart: Worker,
     whole = apart.ledger.candidate(control.keys[0])
     assert whole.dominated_by is None
     assert whole.metrics["text/bits_per_byte"].num_items == dense.metrics["text/bits_per_byte"].num_items
+
+
+def test_chains_of_all_lengths_compute_each_round_once_and_give_what_each_gives_alone(
+        apart: Worker, study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paper's kind of set: for two (rate, L1, epochs) the constant rate for 1 to 5 rounds."""
+    computed = []
+    monkeypatch.setattr("raysearch.trial.round.train_candidate",
+                        lambda worker, parent, action: computed.append(action) or train_candidate(worker, parent, action))
+
+    def run(worker: Worker, number: int, config: TrialConfig) -> TrialRecord:
+        *_, last = run_trial(worker, TrialRecord(number=number, config=config, actions=resolve_actions(config, study, 10**6),
+                                                 started_at=""))
+        return last
+
+    configs = [TrialConfig(schedule="constant", rate=rate, l1_lambda=l1, finetune_epochs=0.5, learning_rate=1e-3,
+                           num_rounds=length)
+               for rate, l1 in ((0.1, 1e-3), (0.3, 1e-5)) for length in (1, 2, 3, 4, 5)]
+    together = [run(apart, number, config) for number, config in enumerate(configs)]
+    assert [len(trial.keys) for trial in together] == [1, 2, 3, 4, 5] * 2
+    assert len(computed) == 10  # of 30
+    for number in (4, 7):
+        alone = Worker(study, Ledger(tmp_path / f"alone{number}"), read_inputs(study))
+        before = len(computed)
+        keys = run(alone, number, configs[number]).keys
+        assert (len(computed) - before, keys) == (len(keys), together[number].keys)
+        for key in keys:
+            files = [ledger.weights_path(key).read_bytes() for ledger in (apart.ledger, alone.ledger)]
+            assert files[0] == files[1]
+            records = [ledger.candidate(key) for ledger in (apart.ledger, alone.ledger)]
+            assert (records[0].metrics, records[0].train_loss) == (records[1].metrics, records[1].train_loss)
