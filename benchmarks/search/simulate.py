@@ -96,13 +96,28 @@ class Unlearned(Ours):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         assert self.sampler.forks is not None
-        self.sampler.forks.promise = lambda means, deviations, seconds: np.zeros(len(means))
+        self.sampler.forks.promise = lambda means, deviations: np.zeros(len(means))
 
 
 class LastRoundsOnly(Sampler):
-    """Ours without the harvest."""
+    """Ours without the harvest: neither the sampler of whole trials nor forks hear of a round that is not the last."""
 
-    def _hear(self, *_: Any, **__: Any) -> None:
+    def observe(self, number: int | None, candidate: RoundRecord) -> None:
+        if number is None or candidate.depth == len(self._asked[number].actions):
+            super().observe(number, candidate)
+
+
+class Unaware(Ours):
+    """Ours, whose forks do not count what is running as come out."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        assert self.sampler.forks is not None
+        self.sampler.forks._expected = Forgetful()
+
+
+class Forgetful(dict[int, Any]):
+    def __setitem__(self, number: int, losses: Any) -> None:
         pass
 
 
@@ -180,6 +195,8 @@ def methods(options: argparse.Namespace) -> dict[str, Callable[[Table, Space, in
         "ours": lambda table, space, seed: Ours(table, space, seed, warm),
         "ours, cold": lambda table, space, seed: Ours(table, space, seed, cold),
         "ours, forks not learned": lambda table, space, seed: Unlearned(table, space, seed, warm),
+        "ours, running forks not counted": lambda table, space, seed: Unaware(table, space, seed, warm),
+        "ours, last rounds only": lambda table, space, seed: Ours(table, space, seed, warm, brain=LastRoundsOnly),
         "ours, no forks": lambda table, space, seed: Ours(whole(table), space, seed, warm),
         "ours, no forks, last rounds only": lambda table, space, seed: Ours(whole(table), space, seed, warm,
                                                                             brain=LastRoundsOnly),
@@ -295,10 +312,12 @@ def main() -> None:
     parser.add_argument("--start-s", type=float, default=0.4)
     parser.add_argument("--plain-start-s", type=float, default=7.0)
     parser.add_argument("--methods", help="names with ; between; all by default")
+    parser.add_argument("--goal", type=float, help="hypervolume, instead of plain's last, which is then not searched for")
     parser.add_argument("--processes", type=int, default=1, help="of this machine, for seeds at the same time")
     parser.add_argument("--curves", type=Path, help="file for the quartiles of each method's hypervolume over time")
     options = parser.parse_args()
-    wanted = options.methods and ["plain", *options.methods.split(";")]
+    wanted = options.methods and ["plain"] * (options.goal is None) + options.methods.split(";")
+    goal = options.goal
     names = [name for name in methods(options) if wanted is None or name in wanted]
     results, curves = {}, {}
     with Pool(options.processes) as pool:
@@ -306,7 +325,7 @@ def main() -> None:
                 for name in names}
         for name, job in jobs.items():
             runs = job.get()
-            if name == "plain":
+            if goal is None:  # plain is the first
                 goal = float(np.median([run[0][-1] for run in runs]))
             results[name] = summary(options, runs, goal)
             curves[name] = np.quantile([run[0] for run in runs], (0.25, 0.5, 0.75), axis=0).round(5).tolist()

@@ -1,10 +1,9 @@
-"""Forks: single rounds on stored candidates, the one of many that promises the most hypervolume per second.
+"""Forks: single rounds on stored candidates, the one of many that promises the most hypervolume.
 
 A round is a step from a state, so a search may go on from the best candidate of any size with another rate, criterion,
 learning rate or epochs than made it: it finds schedules that no fixed formula writes. A pool of random rounds on random
 candidates of the frontier is drawn, a model of all rounds so far says what each would give, and the one with the largest
-expected gain per second is taken (expected hypervolume improvement, Emmerich et al. 2006, by samples; differs in the division
-by the round's seconds).
+expected gain is taken (expected hypervolume improvement, Emmerich et al. 2006, by samples).
 """
 
 import contextlib
@@ -25,7 +24,9 @@ from raysearch.study.records import RoundRecord, objective_values
 from raysearch.trial.actions import check_actions, resolve_actions
 
 NUM_DRAWS = 100
-"""Random configurations of the space, from which its reach is taken, and rounds in a pool."""
+"""Random configurations of the space, from which its reach is taken."""
+POOL = 20
+"""Random rounds of which the best is taken."""
 NUM_SAMPLES = 8
 """Of the model's targets for each proposal; the same normal deviates for all."""
 MIN_ROUNDS = 8
@@ -77,7 +78,6 @@ class Forks:
         self._starts: dict[tuple[Action, ...], Start] = {}
         self._steps: list[Step] = []
         self._targets: list[Floats] = []
-        self._seconds: list[float] = []
         self._expected: dict[int, Floats] = {}
         """By running fork, the losses that the model expects of it: (d,)."""
         self._model = RoundModel()
@@ -96,8 +96,7 @@ class Forks:
         losses, others = losses / self._scale, self._losses
         is_whole = not self._targets or len(self._targets[0]) == len(losses) + len(missed)  # no metric is missing
         if actions and actions not in self._starts and actions[:-1] in self._starts and is_whole:
-            seconds = record.prune_s + record.finetune_s + record.evaluate_s
-            self._learn(actions, np.array([*losses, *missed.values()]), seconds)
+            self._learn(actions, np.array([*losses, *missed.values()]))
         self._starts[actions] = Start(record.sparsity, losses)
         is_useless = record.dominated_by is not None or any(by > 0 for name, by in missed.items() if name not in SIZES)
         if not is_useless and not (others <= losses).all(axis=1).any():
@@ -107,10 +106,9 @@ class Forks:
             self.frontier.append(Parent(record, actions, sum(action.finetune_tokens for action in actions)))
             self._losses = np.vstack([others[stay], losses])
 
-    def _learn(self, actions: tuple[Action, ...], targets: Floats, seconds: float) -> None:
+    def _learn(self, actions: tuple[Action, ...], targets: Floats) -> None:
         self._steps.append((self._starts[actions[:-1]], actions[-1]))
         self._targets.append(targets)
-        self._seconds.append(seconds)
 
     def diverged(self, actions: tuple[Action, ...]) -> None:
         """The last of these rounds did: it counts as no smaller than its parent, and as bad as the worst that was seen."""
@@ -118,12 +116,11 @@ class Forks:
             worst, d = np.max(self._targets, axis=0), self._losses.shape[1]
             sizes = [name in SIZES for name in self.study.search.objectives]
             worst[:d] = np.where(sizes, self._starts[actions[:-1]].losses, worst[:d])
-            self._learn(actions, worst, float(np.mean(self._seconds)))
+            self._learn(actions, worst)
 
     def learn_from(self, earlier: "Forks") -> int:
         """All rounds that an earlier search of the same model saw; how many."""
         self._steps, self._targets = earlier._steps + self._steps, earlier._targets + self._targets
-        self._seconds = earlier._seconds + self._seconds
         return len(earlier._steps)
 
     def ended(self, number: int) -> None:
@@ -135,7 +132,7 @@ class Forks:
         able = [parent for parent in self.frontier if parent.num_tokens < self.reach.num_tokens]
         able = able or [min(self.frontier, key=lambda parent: parent.num_tokens)]
         asked = optuna.create_study(sampler=self._sampler)
-        pool = [self._drawn(asked.ask(), able[self._chance.integers(len(able))], number) for _ in range(NUM_DRAWS)]
+        pool = [self._drawn(asked.ask(), able[self._chance.integers(len(able))], number) for _ in range(POOL)]
         if all(fork.error is not None for fork in pool):
             return pool[0]
         pool = [fork for fork in pool if fork.action is not None and (*fork.parent.actions, fork.action) not in known]
@@ -144,13 +141,13 @@ class Forks:
         steps = [(self._starts[fork.parent.actions], fork.action) for fork in pool if fork.action is not None]
         self._model.fit(self._steps, np.array(self._targets))
         means, deviations = self._model(steps)
-        best = int(self.promise(means, deviations, self._costs(steps)).argmax())
+        best = int(self.promise(means, deviations).argmax())
         self._expected[number] = means[best, :self._losses.shape[1]]
         return pool[best]
 
-    def promise(self, means: Floats, deviations: Floats, seconds: Floats) -> Floats:
-        """Expected gain of hypervolume per second of each proposal, beside what is running: (m, t), (m, t), (m,) -> (m,). Where
-        none gains anything, minus what each is expected to miss of its constraints."""
+    def promise(self, means: Floats, deviations: Floats) -> Floats:
+        """Expected gain of hypervolume of each proposal, beside what is running: (m, t), (m, t) -> (m,). Where none gains
+        anything, minus what each is expected to miss of its constraints."""
         d = self._losses.shape[1]
         dense = self._starts[()].losses if () in self._starts else np.ones(d)
         reference = [loss + (name not in SIZES) for name, loss in zip(self.study.search.objectives, dense)]
@@ -159,14 +156,7 @@ class Forks:
         samples = means[:, None] + deviations[:, None] * deviates  # (m, samples, t)
         gains = hypervolume_gains(front, samples[:, :, :d].reshape(-1, d), reference).reshape(-1, NUM_SAMPLES)
         gains = np.where((samples[:, :, d:] <= 0).all(axis=2), gains, 0.0).mean(axis=1)
-        return gains / seconds if gains.any() else -means[:, d:].clip(min=0).sum(axis=1)
-
-    def _costs(self, steps: list[Step]) -> Floats:
-        """Seconds of each, a line in the tokens of those that were seen; never below a tenth of their mean."""
-        tokens = np.array([[1.0, action.finetune_tokens] for _, action in self._steps])
-        line = np.linalg.lstsq(tokens, np.array(self._seconds), rcond=None)[0]
-        costs = np.array([[1.0, action.finetune_tokens] for _, action in steps]) @ line
-        return np.maximum(costs, 0.1 * np.mean(self._seconds) or 1.0)
+        return gains if gains.any() else -means[:, d:].clip(min=0).sum(axis=1)
 
     def _drawn(self, trial: optuna.Trial, parent: Parent, number: int) -> Fork:
         try:
