@@ -165,6 +165,7 @@ class Engine:
         self._distillation: tuple[Tensor, Tensor, Tensor, bool] | None = None
         self._trainable = "all"
         self.prunable_names = {p.name for p in self.prunables}
+        self.prunable_at = {list(self.shapes).index(p.name): p for p in self.prunables}
         self.shards = self._shards()
         self.prunable_shards = [shard for shard in self.shards if shard.name in self.prunable_names]
         self._positions: dict[Tensor, list[int]] = {}

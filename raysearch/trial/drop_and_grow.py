@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.pruning.budgets import masks_are_due, pruning_steps
@@ -40,22 +39,19 @@ class DropAndGrow:
     def _move(self, fraction: float) -> None:
         engine = self.engine
         rank, world_size = engine.shard_rank
-        masks, num_kept, moves = engine.masks(), engine.kept_counts(), {}
-        places = {shard.name: place for place, shard in enumerate(engine.shards)}
-        growth: dict[str, Tensor | None] = {shard.name: shard.of(engine.optimizer.gathered) for shard in engine.prunable_shards}
-        for index, name in enumerate(engine.shapes):
-            if name in engine.prunable_names:
-                num_weights, kept = math.prod(engine.shapes[name]), num_kept[name]
-                moves[index] = Moves(num_weights, kept, math.floor(fraction * kept))
+        masks, num_kept, shards = engine.masks(), engine.kept_counts(), engine.prunable_shards
+        places = [place for place, shard in enumerate(engine.shards) if shard.name in engine.prunable_names]
+        moves = {index: Moves(math.prod(p.shape), num_kept[p.name], math.floor(fraction * num_kept[p.name]))
+                 for index, p in engine.prunable_at.items()}
+        growth = {shard.name: shard.of(engine.optimizer.gathered) for shard in shards}
         for prunable in engine.prunables if self.gather is None else ():  # every rank draws for every layer
             anywhere = random_growth(math.prod(prunable.shape), self.generator)
-            if prunable.name in growth:
-                shard = engine.shards[places[prunable.name]]
-                growth[prunable.name] = anywhere[shard.start:shard.start + len(shard.values)].clone()
-        shards = engine.prunable_shards
-        moved = drop_and_grow([shard.values for shard in shards], [masks[places[shard.name]] for shard in shards],
-                              [growth[shard.name] for shard in shards], [shard.index for shard in shards], moves,
-                              all_reduce=engine.all_reduce, rank=rank, world_size=world_size)
-        for shard, mask in zip(shards, moved):
-            masks[places[shard.name]] = mask
+            for shard in shards:
+                if shard.name == prunable.name:
+                    growth[shard.name] = anywhere[shard.start:shard.start + len(shard.values)].clone()
+        moved = drop_and_grow([shard.values for shard in shards], [masks[place] for place in places], list(growth.values()),
+                              [shard.index for shard in shards], moves, all_reduce=engine.all_reduce, rank=rank,
+                              world_size=world_size)
+        for place, mask in zip(places, moved, strict=True):
+            masks[place] = mask
         engine.set_masks(masks, grows=True)

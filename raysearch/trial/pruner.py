@@ -158,8 +158,7 @@ class Pruner:
         if action.scope == "row":
             return masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
         of_layer = self._of_layer(sparsity)
-        of_parameter = {index: num_to_prune(of_layer[name], math.prod(shape))
-                        for index, (name, shape) in enumerate(engine.shapes.items()) if name in engine.prunable_names}
+        of_parameter = {index: num_to_prune(of_layer[p.name], math.prod(p.shape)) for index, p in engine.prunable_at.items()}
         return keep_masks(scores, [shard.index for shard in shards], of_parameter, all_reduce=engine.all_reduce, rank=rank,
                           world_size=world_size, passes=passes)
 
