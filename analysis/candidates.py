@@ -4,7 +4,16 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import metric_names
-from analysis.uncertainty import NUM_DRAWS, front_share, frontier_band, hypervolume_interval, paired, resample, whole_items
+from analysis.uncertainty import (
+    NUM_DRAWS,
+    Draws,
+    front_share,
+    frontier_band,
+    hypervolume_interval,
+    paired,
+    resample,
+    whole_items,
+)
 from raysearch import config
 from raysearch.config import higher_is_better, is_maximised
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
@@ -56,33 +65,41 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.iloc[0]
 
 
+def loss(rows: pd.DataFrame, reference: pd.Series, split: str) -> pd.Series:
+    """What each row loses against `reference` in the objective's unit, positive when worse."""
+    objective = setting(rows, "objective")
+    return float(reference[f"{split}/{objective}"]) * (1 if higher_is_better(objective) else -1) - quality(rows, split)
+
+
 def losses(rows: pd.DataFrame, reference: pd.Series, split: str) -> tuple[pd.Series, pd.Series]:
-    """(what each row loses against `reference` in the objective's unit, positive when worse; its standard error). The error is
-    that of paired differences where the items of both are known, of up to MOST_PAIRED rows; else as if the two scores were
-    independent: they share their items, so the true one is usually smaller."""
+    """(`loss`, its standard error): of paired differences where the items of both are known, of up to MOST_PAIRED rows; else
+    as if the two scores were independent: they share their items, so the true one is usually smaller."""
     column = f"{split}/{setting(rows, 'objective')}"
-    value = float(reference[column]) * (1 if higher_is_better(setting(rows, "objective")) else -1)
     stderr = 0.0 if pd.isna(reference[f"{column}_stderr"]) else float(reference[f"{column}_stderr"])
     noise = (quality_stderr(rows, split).fillna(0) ** 2 + stderr**2) ** 0.5
     if 0 < len(rows) <= MOST_PAIRED:
-        apart = _paired_stderr(pd.concat([rows, reference.to_frame().T]), str(reference["key"]), split)
-        noise = rows["key"].map(apart).fillna(noise).astype(float)
-    return value - quality(rows, split), noise
+        both = pd.concat([rows, reference.to_frame().T])
+        if (found := _apart(both, str(reference["key"]), "report" if split == "report" else "selection")) is not None:
+            keys, _, apart = found
+            of_pairs = {key: float(each.std()) for key, each in zip(keys, apart.T) if key != reference["key"]}
+            noise = rows["key"].map(of_pairs).fillna(noise).astype(float)
+    return loss(rows, reference, split), noise
 
 
-def _paired_stderr(rows: pd.DataFrame, reference: str, split: str) -> dict[str, float]:
-    """By key, of the difference from the row with the key `reference`; those whose items are not known are left out."""
+def _apart(rows: pd.DataFrame, reference: str, split: Split) -> tuple[list[str], Draws, Floats] | None:
+    """(keys of the k rows whose items are known, draws of their objective, those of the paired differences from the row with
+    the key `reference` [b, k]); None without its items, and for items of few documents, where no error is known."""
     objective = setting(rows, "objective")
     recorded = rows.drop_duplicates("key").set_index("key")[[f"{split}/{objective}"]].dropna().set_axis([objective], axis=1)
-    items = whole_items(setting(rows, "directory"), recorded, "report" if split == "report" else "selection")[objective]
+    items = whole_items(setting(rows, "directory"), recorded, split)[objective]
     if reference not in items:
-        return {}
-    keys = [reference, *(key for key in items if key != reference)]
+        return None
     try:
-        draws = resample(objective, [items[key] for key in keys])
-    except ValueError:  # items of few documents: no error is known
-        return {}
-    return {key: float(paired(draws, index, 0)[1].std()) for index, key in enumerate(keys) if index}
+        draws = resample(objective, list(items.values()))
+    except ValueError:
+        return None
+    root = list(items).index(reference)
+    return list(items), draws, np.column_stack([paired(draws, i, root)[1] for i in range(len(items))])
 
 
 def frontier_split(frame: pd.DataFrame) -> Split:
@@ -131,24 +148,19 @@ def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame
     """By size: columns size, low and high, sorted by size: between these, all at once at 95 %, is the true best of candidates
     that are no larger, if dense is worth what it scored (uncertainty.frontier_band of paired differences, better known than
     values). Of dense and of what is not far behind the frontier by some size; {} where items are not known."""
-    pool, objective = candidates(frame), setting(frame, "objective")
+    pool, objective, baseline = candidates(frame), setting(frame, "objective"), dense(frame)
     near = pd.Series(False, index=pool.index)
     for size in config.SIZES:
         values = _objectives(frame, pool, split, size).dropna()
         near[values.index] |= _within_reach(pool.loc[values.index], values, split)
-    rows = pool[near | (pool["status"] == "dense")].set_index("key")
-    recorded = rows[[f"{split}/{objective}"]].dropna().set_axis([objective], axis=1)
-    items = whole_items(setting(frame, "directory"), recorded, split)[objective]
-    roots = [i for i, key in enumerate(items) if rows.loc[key, "status"] == "dense"]
-    try:
-        draws = resample(objective, list(items.values()) if roots else [])
-    except ValueError:  # no items, or those of few documents: no error is known
+    rows = pool[near | (pool["status"] == "dense")]
+    if baseline is None or (found := _apart(rows, str(baseline["key"]), split)) is None:
         return {}
-    differences = np.column_stack([paired(draws, i, roots[0])[1] for i in range(len(items))])
-    draws = draws._replace(drawn=draws.value[roots[0]] + differences)
+    keys, draws, apart = found
+    draws, rows = draws._replace(drawn=draws.value[keys.index(baseline["key"])] + apart), rows.set_index("key")
     bounds, sign = {}, 1 if higher_is_better(objective) else -1
     for size in config.SIZES:
-        ends = np.column_stack(frontier_band(sizes := rows.loc[list(items), size].astype(float), draws)) * sign
+        ends = np.column_stack(frontier_band(sizes := rows.loc[keys, size].astype(float), draws)) * sign
         bounds[size] = pd.DataFrame({size: sizes, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
     return bounds
 

@@ -10,6 +10,7 @@ from analysis.candidates import (
     frontier,
     frontier_split,
     knee_of,
+    loss,
     losses,
     pruned,
     quality,
@@ -78,7 +79,7 @@ def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | Non
     for name, reference in (("dense", baseline), ("the dense control", trained)):
         if reference is not None:
             limit = 0.01 if higher_is_better(objective) else 0.01 * abs(reference[f"{split}/{objective}"])
-            found.append((f"{words} of {name}", _smallest(scored[losses(scored, reference, split)[0] <= limit], split)))
+            found.append((f"{words} of {name}", _smallest(scored[loss(scored, reference, split) <= limit], split)))
     if len(found) == 2 and found[0][1]["key"].tolist() == found[1][1]["key"].tolist():
         return [(f"{words} of dense, and of the dense control", found[0][1])]
     return found
@@ -86,14 +87,14 @@ def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | Non
 
 def _better(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str) -> str | None:
     """How many candidates are better than dense, and what that says; None where none is."""
-    loss, noise = losses(scored, baseline, split)
-    better = scored[loss < -noise]
+    lost, noise = losses(scored, baseline, split)
+    better = scored[lost < -noise]
     if better.empty:
         return None
     sentence = f"Better than the dense baseline by more than one standard error: {len(better)}"
     if trained is not None:
-        loss, noise = losses(scored, trained, split)
-        return f"{sentence}; than the dense control: {int((loss < -noise).sum())}."
+        lost, noise = losses(scored, trained, split)
+        return f"{sentence}; than the dense control: {int((lost < -noise).sum())}."
     num_trained = int((better["trained_tokens"] > 0).sum())
     if num_trained:
         which = "them" if num_trained == len(better) else f"{num_trained} of them"
@@ -110,10 +111,10 @@ def _scored_control(frame: pd.DataFrame, split: str) -> pd.Series | None:
 
 def _gain_of_training(frame: pd.DataFrame, baseline: pd.Series, trained: pd.Series, split: str) -> str:
     objective = setting(frame, "objective")
-    (loss,), (stderr,) = losses(control_rows(frame), baseline, split)
+    (lost,), (stderr,) = losses(control_rows(frame), baseline, split)
     scores = [with_stderr(*metric_pair(row, objective, split)) for row in (trained, baseline)]
     return (f"The dense control, which has the longest trial's fine-tuning and is not pruned, is at {objective} {scores[0]}, "
-            f"dense at {scores[1]}: fine-tuning alone gains {with_stderr(-loss, stderr)}.")
+            f"dense at {scores[1]}: fine-tuning alone gains {with_stderr(-lost, stderr)}.")
 
 
 def optimism(frame: pd.DataFrame) -> pd.DataFrame:
