@@ -160,8 +160,7 @@ def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
     num_rows, num_columns = scores.shape
     if not 0 <= num_prune_per_row <= num_columns:
         raise ValueError(f"the number of weights to prune per row must be 0 to {num_columns}, got {num_prune_per_row}")
-    if scores.isnan().any():
-        raise ValueError("scores must be numbers, got NaN")
+    _refuse_any_nan(scores)
     mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=scores.device)
     if num_prune_per_row == 0:
         return mask
@@ -192,8 +191,7 @@ def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
 
 def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     """As `row_masks`, of many small rows: by comparing each score with each, since a GPU selects in one row at a time."""
-    if groups.isnan().any():
-        raise ValueError("scores must be numbers, got NaN")
+    _refuse_any_nan(groups)
     size = groups.shape[1]
     num_before = torch.zeros(groups.shape, dtype=torch.int8, device=groups.device)
     for column in range(size):
@@ -201,6 +199,11 @@ def _ranked(groups: Tensor, num_kept: int) -> Tensor:
         num_before[:, :column] += of_column < groups[:, :column]
         num_before[:, column + 1:] += of_column <= groups[:, column + 1:]
     return num_before >= size - num_kept
+
+
+def _refuse_any_nan(scores: Tensor) -> None:
+    if scores.isnan().any():
+        raise ValueError("scores must be numbers, got NaN")
 
 
 class _Cut(NamedTuple):
