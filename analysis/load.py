@@ -17,15 +17,16 @@ HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 SPLITS: tuple[Split, Split] = ("selection", "report")
 SPEEDS = ("scoring_tokens_per_s", "decode_ms", "served_bytes")
 """Columns of what `raysearch measure` found; NaN where nothing was measured."""
-LATENCIES = ("decode_ms", "scoring_ms")
-"""Columns of times that lie beside sizes: of a step of decoding, and of scoring 1,000 tokens."""
+LATENCIES = ("decode_of_dense", "scoring_of_dense")
+"""Columns of what lies beside sizes: the time of a step of decoding, and of scoring, over that of the dense model in the same
+process and in turn. The milliseconds of two that are served alike may differ by half where others share the machine."""
 _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
              "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
-           "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS, "scoring_ms")
+           "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS, *LATENCIES)
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
-           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, "scoring_ms", *HYPERPARAMETERS,
+           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, *LATENCIES, *HYPERPARAMETERS,
            "action_sparsity", "action_threshold", "finetune_tokens", "trained_tokens", "action", "prune_s", "finetune_s",
            "evaluate_s", "seconds", "trial_seconds")
 
@@ -45,8 +46,8 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
-    * SPEEDS are those of the form that was served, medians of one run beside the dense model (records.SpeedRecord); only what
-      was measured as the newest was, on its device and by its `serving`: other times say nothing beside these.
+    * SPEEDS and LATENCIES are those of the form that was served, medians of one run beside the dense model (SpeedRecord); only
+      what was measured as the newest was, on its device and by its `serving`: other times say nothing beside these.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
@@ -79,8 +80,9 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
     speeds, how_measured = _measured_alike(ledger.speeds())
     for key, speed in speeds.items():
-        frame.loc[frame["key"] == key, list(SPEEDS)] = [*speed.served.model_dump().values()]
-    frame["scoring_ms"] = 1e6 / frame["scoring_tokens_per_s"]
+        frame.loc[frame["key"] == key, [*SPEEDS, *LATENCIES]] = [
+            *speed.served.model_dump().values(), speed.served.decode_ms / speed.dense.decode_ms,
+            speed.dense.scoring_tokens_per_s / speed.served.scoring_tokens_per_s]
     devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model.path, objective=search.objective,
                        size=search.size, objectives=search.objectives, device=", ".join(devices), speed=how_measured,

@@ -211,6 +211,8 @@ def _frontier_caption(frame: pd.DataFrame) -> str:
     colours = ("Blue: candidates that no other one beats in both size and quality; the band holds, all along at 95 %, the best "
                "quality that candidates of a size or less would have on other items on which dense stays where it is. Grey: "
                f"all candidates. Dotted: the dense baseline.{in_amber}")
+    if setting(frame, "speed"):
+        colours += " Measured times are over those of the dense model beside it; who was not measured is not in their picture."
     if frontier_split(frame) == "report":
         splits = (f"The report split, which the search never saw, was scored for the {num_scored['report']} of {len(made)} "
                   f"candidates that the search chose; choose from these. The {num_scored['selection']} candidates scored on "
@@ -244,7 +246,8 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
                      human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
                      human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]),
-                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" for name in speeds), *scores])
+                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" if row[name] < 1000 else human_count(row[name])
+                       for name in speeds), *scores])
     return {"header": header, "rows": rows[:MAX_ROWS], "num_left_out": max(0, len(rows) - MAX_ROWS)}
 
 
@@ -307,7 +310,8 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
          "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains
          else "off (dense_control): part of what a candidate gains is its fine-tuning." if trains
          else "none, since nothing was fine-tuned."),
-        ("speed", f"as `raysearch measure` found, dense beside it: {how}." if (how := setting(frame, "speed")) else
+        ("speed", f"as `raysearch measure` found: {how}. Medians beside the dense model, in the same process and in turn; a "
+         "few per cent are noise." if (how := setting(frame, "speed")) else
          "not measured: fewer non-zero parameters do not by themselves make a model faster (raysearch measure)."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "

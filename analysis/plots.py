@@ -24,7 +24,8 @@ from raysearch.study.records import OTHER
 
 INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes",
-              "decode_ms": "measured decoding, ms a step", "scoring_ms": "measured scoring, ms per 1,000 tokens"}
+              "decode_of_dense": "measured decoding time", "scoring_of_dense": "measured scoring time"}
+"""The times are over those of the dense model."""
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
 MAX_DEPENDENCE = 6
