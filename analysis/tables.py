@@ -112,6 +112,9 @@ def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", *speed, "selection", "report",
               "seconds", "how"]
     cells = [_terminal_row(row, objective, len(speed)) for _, row in rows.iterrows()]
+    if speed:  # of these columns the line would be too long for what matters
+        kept = [position for position, name in enumerate(header) if name not in ("of model", "seconds")]
+        header, cells = [header[i] for i in kept], [[row[i] for i in kept] for row in cells]
     num_models = len(pruned(frame))
     legend = (f"* on the frontier of the {frontier_split(frame)} split; = same model as an earlier row; selection and "
               f"report: {objective} ± stderr\n{num_models} candidates, {len(rows)} rows shown\n")
