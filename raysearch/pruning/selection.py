@@ -6,7 +6,7 @@
     parameter_index  the parameter that each shard belongs to, numbered alike on all ranks
     mask             bool, True = keep, one per shard, in the shape of the shard
     all_reduce       int64 tensor -> its sum over ranks (may work in place)
-    passes           how the scores are read: `MAGNITUDES` or `SCORES`, or a device's own kernels for magnitudes
+    passes           how the scores are read: `MAGNITUDES` or `SCORES`, or a device's own kernels for them
 
 A float becomes an integer key in the order of the floats, hence histograms of the keys' digits, the highest first and each of
 the keys that share the digits before, find the k-th smallest exactly, denormals and infinities included. Two kinds of keys:

@@ -21,8 +21,9 @@ Head = Callable[..., Tensor]
 """head(hidden [..., D]) -> logits [..., V], with whatever bias, scale or cap the family has; head(hidden [N, D], targets [N])
 -> the mean cross-entropy, with not all logits at once; with a teacher too, the mean loss by both."""
 Teacher = tuple[Tensor, Tensor, Tensor]
-"""(logits [B, T, V] of the dense model, alpha [], tau []): the loss is (1 - alpha) CE + alpha tau^2 KL(teacher || model), both
-of logits over tau (Hinton et al. 2015, arXiv 1503.02531, section 2). All are tensors, so that one graph serves every trial."""
+"""(logits [B, T, V or more] of the dense model, alpha [], tau []): the loss is (1 - alpha) CE + alpha tau^2 KL(teacher ||
+model), both of logits over tau (Hinton et al. 2015, arXiv 1503.02531, section 2). All are tensors, so that one graph serves
+every trial."""
 Loss = Callable[..., Tensor]
 """(hidden [B, T, D], head, tokens [B, T], and a teacher where there is one) -> a scalar, nats per token."""
 
@@ -33,6 +34,8 @@ IGNORED = -100
 """The target of a position that does not count."""
 CACHE_BYTES = 1 << 26
 """Free space that a cache must have, and that the code of a model does not take up."""
+ABSENT = -1e30
+"""A logit of no token: its probability is 0, and so is 0 times its logarithm, which that of -inf is not."""
 ALIGNED = 64
 """Logits of a row, in a product on a GPU: 50,257 of them run on kernels two generations old."""
 BLOCK_WORK = 1 << 24
@@ -55,7 +58,7 @@ def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 
 def _divergence(logits: Tensor, teacher: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """(tau^2 KL(teacher || model) [n], its gradient by the logits [n, V]) of logits fp32 [n, V]."""
+    """(tau^2 KL(teacher || model) [n], its gradient by the logits [n, V]) of logits fp32 [n, V], ABSENT in the same places."""
     wanted, found = ((each.float() / temperature).log_softmax(-1) for each in (teacher, logits))
     return (wanted.exp() * (wanted - found)).sum(-1) * temperature**2, temperature * (found.exp() - wanted.exp())
 
@@ -94,14 +97,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if bias is not None:
                 logits = logits + F.pad(bias.float(), (0, weight.shape[0] - num_classes))
             if weight.shape[0] > num_classes:
-                logits = logits.masked_fill(classes >= num_classes, -torch.inf)
+                logits = logits.masked_fill(classes >= num_classes, ABSENT)
             log_sum = logits.logsumexp(-1)
             losses = log_sum - logits.gather(1, target[:, None])[:, 0]
             grad = (logits - log_sum[:, None]).exp() - (classes == target[:, None]).float()
-            if wanted:
-                apart, apart_grad = _divergence(logits[:, :num_classes], wanted[0], temperature)
+            if wanted:  # as wide as the logits, so that the compiler reads both at once
+                teacher = F.pad(wanted[0], (0, weight.shape[0] - wanted[0].shape[1])).float()
+                apart, apart_grad = _divergence(logits, teacher.masked_fill(classes >= num_classes, ABSENT), temperature)
                 losses = (1 - alpha) * losses + alpha * apart
-                grad = (1 - alpha) * grad + alpha * F.pad(apart_grad, (0, weight.shape[0] - num_classes))
+                grad = (1 - alpha) * grad + alpha * apart_grad
             total = total + (losses * is_counted).sum()
             grad = grad * (is_counted / num_counted)[:, None]
             if bias_grad is not None:
@@ -175,23 +179,17 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
 
 
 def as_teacher(model: PreTrainedModel, compiled: bool) -> PreTrainedModel:
-    """The model, whose logits [B, T, V] are wanted at every step and whose weights are whole and stay: compiled by block, its
-    head padded to a width for which a GPU has fast products."""
+    """The model, whose logits are wanted at every step and whose weights are whole and stay: compiled by block, its head and
+    its logits padded to a width for which a GPU has fast products."""
     known, embeddings = architecture(model), model.get_output_embeddings()
     if not compiled or known is None or not isinstance(embeddings, nn.Linear):
         return model
     for block in model.get_submodule(known.blocks):
         block.forward = torch.compile(block.forward)
-    num_classes = embeddings.out_features
-    padding = -num_classes % ALIGNED
-
-    def head(hidden: Tensor) -> Tensor:
-        weight, bias = embeddings.padded, embeddings.bias
-        logits = F.linear(hidden, weight)[..., :num_classes]
-        return logits if bias is None else logits + bias
-
-    embeddings.register_buffer("padded", F.pad(embeddings.weight.detach(), (0, 0, 0, padding)), persistent=False)
-    embeddings.forward = head
+    padding = -embeddings.out_features % ALIGNED
+    embeddings.weight = nn.Parameter(F.pad(embeddings.weight.detach(), (0, 0, 0, padding)), requires_grad=False)
+    if embeddings.bias is not None:
+        embeddings.bias = nn.Parameter(F.pad(embeddings.bias.detach(), (0, padding)), requires_grad=False)
     return model
 
 
@@ -218,7 +216,7 @@ def _cross_entropy_of_logits(logits: Tensor, targets: Tensor | None = None, teac
     if teacher is None:
         return loss
     of_teacher, alpha, temperature = teacher
-    apart, _ = _divergence(logits, of_teacher.flatten(0, -2), temperature)
+    apart, _ = _divergence(logits, of_teacher.flatten(0, -2)[:, :logits.shape[1]], temperature)
     return (1 - alpha) * loss + alpha * apart[targets != IGNORED].mean()
 
 
