@@ -19,10 +19,12 @@ struct Score {
   }
 };
 
-// table: [pieces] of (address of the first weight, weights, address of the mask, end of the ties to prune)
+// table: [pieces] of (address of the first weight, weights, prefix that counts or threshold, address of the mask, end of the ties
+// to prune)
 struct Piece {
   const uint32_t* weights;
   int64_t length;
+  int64_t key;
   uint8_t* mask;
   int64_t end;
 };
@@ -41,12 +43,14 @@ __device__ void each(const Piece& piece, Visit visit) {
 }
 
 template <typename Keys>
-__global__ void __launch_bounds__(THREADS) count(const Piece* table, int* counts, uint32_t prefix, int low_bit, int width) {
+__global__ void __launch_bounds__(THREADS) count(const Piece* table, int* counts, int low_bit, int width) {
   extern __shared__ int bins[];
   const int num_bins = 1 << width;
   for (int i = threadIdx.x; i < num_bins; i += THREADS) bins[i] = 0;
   __syncthreads();
-  each<Keys>(table[blockIdx.y], [&](int64_t, uint32_t key) {
+  const Piece piece = table[blockIdx.y];
+  const uint32_t prefix = piece.key;
+  each<Keys>(piece, [&](int64_t, uint32_t key) {
     const uint32_t high = key >> low_bit;
     if (high >> width == prefix) atomicAdd(&bins[high & (num_bins - 1)], 1);
   });
@@ -56,25 +60,25 @@ __global__ void __launch_bounds__(THREADS) count(const Piece* table, int* counts
 }
 
 template <typename Keys>
-__global__ void __launch_bounds__(THREADS) mask(const Piece* table, uint32_t threshold) {
+__global__ void __launch_bounds__(THREADS) mask(const Piece* table) {
   const Piece piece = table[blockIdx.y];
+  const uint32_t threshold = piece.key;
   each<Keys>(piece, [&](int64_t index, uint32_t key) {
     piece.mask[index] = key > threshold || (key == threshold && index >= piece.end);
   });
 }
 
-extern "C" int count_keys(const void* table, int of_scores, void* counts, uint32_t prefix, int low_bit, int width,
-                          int num_pieces, int num_blocks, void* stream) {
+extern "C" int count_keys(const void* table, int of_scores, void* counts, int low_bit, int width, int num_pieces,
+                          int num_blocks, void* stream) {
   const auto kernel = of_scores ? count<Score> : count<Magnitude>;
   kernel<<<dim3(num_blocks, num_pieces), THREADS, 4 << width, static_cast<cudaStream_t>(stream)>>>(
-      static_cast<const Piece*>(table), static_cast<int*>(counts), prefix, low_bit, width);
+      static_cast<const Piece*>(table), static_cast<int*>(counts), low_bit, width);
   return cudaGetLastError();
 }
 
-extern "C" int mask_keys(const void* table, int of_scores, uint32_t threshold, int num_pieces, int num_blocks, void* stream) {
+extern "C" int mask_keys(const void* table, int of_scores, int num_pieces, int num_blocks, void* stream) {
   const auto kernel = of_scores ? mask<Score> : mask<Magnitude>;
-  kernel<<<dim3(num_blocks, num_pieces), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const Piece*>(table),
-                                                                                          threshold);
+  kernel<<<dim3(num_blocks, num_pieces), THREADS, 0, static_cast<cudaStream_t>(stream)>>>(static_cast<const Piece*>(table));
   return cudaGetLastError();
 }
 

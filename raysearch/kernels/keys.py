@@ -24,17 +24,17 @@ def library() -> ctypes.CDLL:
     """The passes, compiled for this machine's GPU; OSError without nvcc."""
     major, minor = torch.cuda.get_device_capability()
     lib = build(Path(__file__).with_name("keys.cu"), (*NVCC, f"-arch=sm_{major}{minor}"))
-    lib.count_keys.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, *[ctypes.c_int] * 4,
-                               ctypes.c_void_p]
-    lib.mask_keys.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, *[ctypes.c_int] * 2, ctypes.c_void_p]
+    lib.count_keys.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p, *[ctypes.c_int] * 4, ctypes.c_void_p]
+    lib.mask_keys.argtypes = [ctypes.c_void_p, *[ctypes.c_int] * 3, ctypes.c_void_p]
     lib.keys_error.restype = ctypes.c_char_p
     return lib
 
 
-def _launch(function: Callable[..., int], shards: Sequence[Tensor], masks: Sequence[Tensor], ends: Sequence[int],
-            *arguments: object) -> None:
+def _launch(function: Callable[..., int], shards: Sequence[Tensor], keys: Sequence[int], masks: Sequence[Tensor],
+            ends: Sequence[int], *arguments: object) -> None:
     whole = [shard.detach().float() for shard in shards]  # a copy of bf16 and fp16, kept until the launch
-    rows = [[shard.data_ptr(), shard.numel(), mask.data_ptr(), end] for shard, mask, end in zip(whole, masks, ends)]
+    rows = [[shard.data_ptr(), shard.numel(), key, mask.data_ptr(), end]
+            for shard, key, mask, end in zip(whole, keys, masks, ends, strict=True)]
     table = torch.tensor(rows, dtype=torch.int64).to(shards[0].device)
     num_blocks = -(-max(shard.numel() for shard in shards) // WEIGHTS_PER_BLOCK)
     with torch.cuda.device(shards[0].device):
@@ -44,17 +44,17 @@ def _launch(function: Callable[..., int], shards: Sequence[Tensor], masks: Seque
 
 
 def _passes(like: Passes, of_scores: bool, digits: tuple[int, ...]) -> Passes:
-    def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
+    def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefixes: Sequence[int]) -> Tensor:
         histograms = torch.zeros(len(shards), 1 << width, dtype=torch.int32, device=shards[0].device)
         if any(shard.numel() for shard in shards):
-            _launch(library().count_keys, shards, shards, [0] * len(shards), of_scores, histograms.data_ptr(), prefix, low_bit,
-                    width)
+            _launch(library().count_keys, shards, prefixes, shards, [0] * len(shards), of_scores, histograms.data_ptr(),
+                    low_bit, width)
         return histograms
 
-    def masks(shards: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
+    def masks(shards: Sequence[Tensor], thresholds: Sequence[int], ends: Sequence[int]) -> list[Tensor]:
         keep = [torch.empty(shard.shape, dtype=torch.bool, device=shard.device) for shard in shards]
         if any(shard.numel() for shard in shards):
-            _launch(library().mask_keys, shards, keep, ends, of_scores, threshold)
+            _launch(library().mask_keys, shards, thresholds, keep, ends, of_scores)
         return keep
 
     return like._replace(digits=digits, counts=counts, masks=masks)

@@ -59,7 +59,8 @@ def square_head(hidden: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
 
 def _divergence(logits: Tensor, teacher: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """(tau^2 KL(teacher || model) [n], its gradient by the logits [n, V]) of logits fp32 [n, V], ABSENT in the same places."""
-    wanted, found = ((each.float() / temperature).log_softmax(-1) for each in (teacher, logits))
+    wanted, found = ((each.float() - each.amax(-1, keepdim=True)) * (1 / temperature) for each in (teacher, logits))
+    wanted, found = (each - each.exp().sum(-1, keepdim=True).log() for each in (wanted, found))
     return (wanted.exp() * (wanted - found)).sum(-1) * temperature**2, temperature * (found.exp() - wanted.exp())
 
 
@@ -141,8 +142,8 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
     has_plain_head = known is not None and known.shares_prefixes and isinstance(embeddings, nn.Linear)
     blocks = () if known is None else model.get_submodule(known.blocks)
     by_block = is_partitioned or (has_plain_head and tokens * model.config.hidden_size >= BLOCK_WORK)
-    graph: Callable[..., Any] = torch.compile if compiled and not by_block else lambda function: function
-    part: Callable[..., Any] = torch.compile if compiled and by_block else lambda function: function
+    graph: Callable[..., Any] = _compiled if compiled and not by_block else lambda function: function
+    part: Callable[..., Any] = _compiled if compiled and by_block else lambda function: function
     if has_plain_head:
         logits_of, cross_entropy = embeddings.forward, part(linear_cross_entropy)
 
@@ -218,6 +219,12 @@ def _cross_entropy_of_logits(logits: Tensor, targets: Tensor | None = None, teac
     of_teacher, alpha, temperature = teacher
     apart, _ = _divergence(logits, of_teacher.flatten(0, -2)[:, :logits.shape[1]], temperature)
     return (1 - alpha) * loss + alpha * apart[targets != IGNORED].mean()
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Maxima and sums of softmaxes in loops of their own: with a teacher that takes 6.4 ms instead of 8.0 for 1.1 G logits, and
+    without one as long (H200, 2026-11-27)."""
+    return torch.compile(function, options={"online_softmax": False})
 
 
 def _compiled_in_training(block: nn.Module) -> Callable[..., Any]:

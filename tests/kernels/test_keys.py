@@ -32,8 +32,9 @@ def test_masks_on_a_gpu_are_those_of_the_cpu(of_torch: Passes) -> None:
     assert passes is not of_torch
     num_weights = sum(shard.numel() for shard in shards)
     for low_bit, width, prefix in ((20, 11, 0), (0, 10, 0), (15, 16 - 5, 0x3C), (10, 10, 0x3CA), (10, 11, 0x5E5)):
-        wanted = of_torch.counts(shards, low_bit, width, prefix)
-        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefix).cpu(), wanted)
+        prefixes = [prefix, 0, prefix, prefix, 0]
+        wanted = of_torch.counts(shards, low_bit, width, prefixes)
+        assert torch.equal(passes.counts(on_gpu, low_bit, width, prefixes).cpu(), wanted)
     for num_prune in (0, 1, 250_000, 600_001, 601_234, num_weights):
         wanted = keep_masks(shards, range(5), num_prune, passes=of_torch)
         masks = keep_masks(on_gpu, range(5), num_prune, passes=passes)
