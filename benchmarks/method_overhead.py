@@ -22,7 +22,8 @@ from raysearch.cluster.placement import MicroBatch
 from raysearch.config import TrialConfig, parse, study_of
 from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import pruning_steps
-from raysearch.training.engine import Engine, can_compile
+from raysearch.training.engine import Engine
+from raysearch.training.hardware import can_compile
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.pruner import Pruner
 
