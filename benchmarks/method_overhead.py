@@ -19,7 +19,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.cluster.placement import MicroBatch
-from raysearch.config import TrialConfig, parse, study_of
+from raysearch.config import TrialConfig, study_of
+from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import pruning_steps
 from raysearch.training.engine import Engine
