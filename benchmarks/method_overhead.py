@@ -20,10 +20,12 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.cluster.placement import MicroBatch
-from raysearch.config import ClusterSettings, TrialConfig, parse, study_of
+from raysearch.config import ClusterSettings, TrialConfig, study_of
+from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import pruning_steps
-from raysearch.training.engine import Engine, can_compile
+from raysearch.training.engine import Engine
+from raysearch.training.hardware import can_compile
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.pruner import Pruner
 

@@ -23,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from raysearch.config import Action, TrialConfig, parse, study_of
+from raysearch.config import Action, TrialConfig, study_of
 from raysearch.evaluation.item_task import ItemTask
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS, load_tasks
+from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.study.items import Items, read_items, write_items
 from raysearch.study.ledger import Ledger

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.config import NUMBERS, SIZES, Action, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.frozen import Frozen
 
 FORMAT = 3
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""

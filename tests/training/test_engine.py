@@ -113,7 +113,8 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     from raysearch.kernels import selection_passes
     from raysearch.models.weights import read_sparse, to_store, write_weights
     from raysearch.pruning.selection import MAGNITUDES, keep_masks
-    from raysearch.training.engine import Engine, can_compile
+    from raysearch.training.engine import Engine
+    from raysearch.training.hardware import can_compile
 
     torch._dynamo.reset()  # or the engines of one process, whose code is the same, would reach its limit of recompilations
     counters.clear()
@@ -320,7 +321,7 @@ def masks(model: str) -> dict:
 if __name__ == "__main__":
     model, what, *folder = sys.argv[1:]
     if what == "invariant":
-        from raysearch.training.engine import device_type
+        from raysearch.training.hardware import device_type
 
         result: Any = {f"{stage}/{dtype}": measure(model, *folder, stage, dtype) for stage, dtype in CASES}
         result["device"] = device_type()
