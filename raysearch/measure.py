@@ -6,10 +6,9 @@ import torch
 
 from raysearch.config import ServingSettings
 from raysearch.deploy.load import candidate_model, on_device
-from raysearch.deploy.speed import speeds
+from raysearch.deploy.speed import beside_dense
 from raysearch.kernels.device import device_name
 from raysearch.models.model import load_model
-from raysearch.models.sparse import Sparsified, sparsify_for_inference
 from raysearch.search.retention import frontier_keys
 from raysearch.study.files import persist, write_record
 from raysearch.study.ledger import Ledger
@@ -39,9 +38,7 @@ def measure(directory: str, changes: dict[str, int], echo: Callable[[str], None]
         for number, key in enumerate(due, start=1):
             recover_weights(ledger, key, echo)
             model = on_device(candidate_model(ledger, ledger.candidate(key)))
-            num_tokens = (serving.batch_sequences * serving.prompt_tokens, serving.batch_sequences)
-            form = in_words(sparsify_for_inference(model, num_tokens=num_tokens, say=echo))
-            one, other = speeds([dense, model], **serving.model_dump())
+            one, other, form = beside_dense(dense, model, serving, echo)
             record = SpeedRecord(key=key, serving=serving, served=other, dense=one, form=form,
                                  dtype=str(model.dtype).removeprefix("torch."), provenance=provenance(device))
             path = ledger.speed_path(key)
@@ -51,10 +48,3 @@ def measure(directory: str, changes: dict[str, int], echo: Callable[[str], None]
                  f"{other.resident_bytes:,} bytes resident (dense {one.resident_bytes:,})")
     return len(due)
 
-
-def in_words(done: Sparsified) -> str:
-    """What `sparsify_for_inference` made of a model."""
-    on_kernels = sorted({choice.backend for layer in done.layers for tokens, choice in layer.choices.items()
-                         if done.model_ratio[tokens] > 1 and choice.backend != "dense"})
-    parts = [f"{done.compaction.num_parameters:,} parameters cut out"] if done.compaction.num_parameters else []
-    return ", ".join(parts + [f"kernel {name}" for name in on_kernels]) or "dense"
