@@ -12,6 +12,8 @@ import typer
 from commands import Run
 from synthetic_study import twelve_trials
 from test_boundaries import LAYERS
+from tiny_models import story
+from transformers import PreTrainedTokenizerFast
 
 from analysis.constraints import parse_constraints
 from raysearch.cli import app
@@ -202,6 +204,12 @@ def test_other_programs_of_the_readme_find_what_they_name() -> None:
 def prepare(folder: Path, model: Path) -> None:
     """In `folder`, what README.md's commands expect or have made by then: models, a study, a deployment folder, data."""
     shutil.copytree(model, folder / "models" / "mine")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "models" / "mine")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "models" / "mine")
+    chats = [[{"role": "user", "content": f"Who ran to house {n}?"}, {"role": "assistant", "content": story(n)}]
+             for n in range(60)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in chats))
     twelve_trials(folder / "studies" / "mine")
     shutil.copytree(model, folder / "deploy")
     (folder / "data" / "lambada").mkdir(parents=True)

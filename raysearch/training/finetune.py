@@ -25,10 +25,11 @@ def train(engine: Engine, blocks: Blocks, steps: range, rate_at: Callable[[int],
     from `first_sequence` on. Rank r takes the r-th part of each share, so that a gang of any size reads the same tokens in a
     step. `after_step` gets the number of steps done, from 1, and this rank's loss."""
     num_sequences = engine.sequences_per_rank * engine.world_size
-    first = first_sequence + engine.rank * engine.sequences_per_rank
     for step in steps:
-        tokens = blocks.stream(first + step * num_sequences, engine.sequences_per_rank, seed)
-        after_step(step + 1, engine.train_step(tokens, rate_at(step)))
+        start = first_sequence + step * num_sequences
+        tokens = blocks.stream(start + engine.rank * engine.sequences_per_rank, engine.sequences_per_rank, seed)
+        counted = blocks.counted(start, num_sequences, seed)  # of all ranks: the loss is the mean over what counts on any
+        after_step(step + 1, engine.train_step(tokens, rate_at(step), counted=counted))
 
 
 def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: float,

@@ -26,6 +26,8 @@ model), both of logits over tau (Hinton et al. 2015, arXiv 1503.02531, section 2
 every trial."""
 Loss = Callable[..., Tensor]
 """(hidden [B, T, D], head, tokens [B, T], and a teacher where there is one) -> a scalar, nats per token."""
+Labels = tuple[Tensor, Tensor]
+"""(tokens [B, T], IGNORED where they do not count; a weight [] of the loss on them, by how many count in the whole step)."""
 
 States = tuple[tuple[Tensor, ...], Tensor]
 """(hidden states [B, T, D] of the dense model behind each block, the weight [] of `square_head` in the loss)."""
@@ -42,6 +44,19 @@ BLOCK_WORK = 1 << 24
 """Tokens times hidden size from which the blocks share a graph, instead of all being one: the GPU takes longer for a block
 than the host for launching it. On an H200 (2026-11-27) that compiles in 7, 14 and 14 s instead of 18, 36 and 44 (30, 124,
 950 M), and ran 9, 15 and 8 % faster; below, with 16,384 tokens of 30 M, it ran at 0.67 of one graph's rate."""
+
+
+def labels_of(tokens: Tensor, counted: Tensor, rank: int, micro_sequences: int) -> list[Labels]:
+    """Of each micro-batch of this rank's `tokens` [sequences, T]; `counted` bool [sequences of all ranks, T], both on the CPU,
+    says which count in the step. The mean over micro-batches and ranks of the weighted means is then the mean over what
+    counts, however a step is cut. Where nothing counts in a micro-batch everything does, with a weight of 0: no mean is 0 / 0.
+    """
+    per_micro = max(1, int(counted[:, 1:].sum())) * micro_sequences / len(counted)
+    labels = []
+    for part, counts in zip(tokens.split(micro_sequences), counted.split(len(tokens))[rank].split(micro_sequences)):
+        num = int(counts[:, 1:].sum())
+        labels.append((part.where(counts, IGNORED) if num else part, torch.tensor(num / per_micro)))
+    return labels
 
 
 def next_token_loss(hidden: Tensor, head: Head, tokens: Tensor, teacher: Teacher | None = None) -> Tensor:
@@ -127,8 +142,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bool = False, tokens: int = 0) -> None:
-    """From now on the model's forward takes `loss`, and then returns loss(hidden, head, tokens); without it, what it always
-    returned. Where the table of architectures does not say that the logits are head(base model), hidden are the logits.
+    """From now on the model's forward takes `loss`, and then returns loss(hidden, head, tokens), or that of `labels`; without
+    it, what it always returned. Where the table of architectures does not say that the logits are head(base model), hidden are
+    the logits.
 
     `compiled`: forward and loss are one graph; where the weights are partitioned (ZeRO-3), so that DeepSpeed gathers between
     graphs, and where `tokens`, those of a micro-batch, are work enough, the blocks share one, and the head has one.
@@ -156,16 +172,18 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
     for block in blocks if compiled and by_block else ():
         block.forward = _compiled_in_training(block)
 
-    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any], teacher: tuple[Teacher, ...], states: States | None
-                ) -> Tensor:
+    def loss_of(loss: Loss, tokens: Tensor, named: dict[str, Any], teacher: tuple[Teacher, ...], states: States | None,
+                labels: Labels | None) -> Tensor:
         if states is not None:
             named = {**named, "output_hidden_states": True}
         if has_plain_head:
             output = model.base_model(tokens, **named, use_cache=False)
-            value = loss(output.last_hidden_state, embeddings, tokens, *teacher)
+            value = loss(output.last_hidden_state, embeddings, tokens if labels is None else labels[0], *teacher)
         else:
             output = forward(tokens, **named)
-            value = loss(output.logits, _cross_entropy_of_logits, tokens, *teacher)
+            value = loss(output.logits, _cross_entropy_of_logits, tokens if labels is None else labels[0], *teacher)
+        if labels is not None:
+            value = value * labels[1]
         return value if states is None else value + states[1] * square_head(output.hidden_states[1:], states[0])
 
     loss_of = graph(loss_of)
@@ -174,7 +192,8 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
                   **named: Any) -> Any:
         if loss is None:
             return forward(*inputs, **named)
-        return loss_of(loss, named.pop("input_ids"), named, () if teacher is None else (teacher,), states)
+        tokens, labels = named.pop("input_ids"), named.pop("labels", None)
+        return loss_of(loss, tokens, named, () if teacher is None else (teacher,), states, labels)
 
     model.forward = with_loss
 

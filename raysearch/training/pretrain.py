@@ -96,6 +96,9 @@ def pretrain(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
     documents = split_documents(load_documents(corpus, text_field, echo))
+    if any(part.holds_chats for part in documents.values()):
+        raise ValueError(f"corpus {corpus}: holds chats, which need a tokenizer with a chat template, and pretraining makes "
+                         "its own; give plain text, or fine-tune a model that has one")
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": _fingerprint(documents)}
     del settings["note"]
