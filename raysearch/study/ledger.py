@@ -231,10 +231,11 @@ class Ledger(RecordFiles):
         return self.round_directory(key) / "speed.json"
 
     def speeds(self) -> dict[str, SpeedRecord]:
-        """Of the candidates that were measured, by key; one whose file is damaged is to be measured again."""
+        """Of the candidates and other models that were measured, by key; one whose file is damaged is to be measured again."""
         paths = self.matching("rounds", "[!.]*/speed.json")
-        return {path.parent.name: speed for path, speed in self.readable(
-            paths, lambda path: self.read(path, SpeedRecord)).items()}
+        own = self.readable(paths, lambda path: self.read(path, SpeedRecord))
+        return {**{path.parent.name: speed for path, speed in own.items()},
+                **{other.key: other.speed for other in self.others() if other.speed}}
 
     def others(self) -> list[OtherRecord]:
         """By name; damaged ones are left out, to be added again."""

@@ -117,6 +117,19 @@ class Served(Frozen):
     """Of its weights in memory, in whatever form they were served."""
 
 
+class SpeedRecord(Frozen):
+    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
+
+    key: str
+    serving: ServingSettings
+    served: Served
+    dense: Served
+    dtype: str
+    form: str
+    """What was served, in words."""
+    provenance: Provenance
+
+
 class OtherRecord(Frozen):
     """A model that the study did not make, such as a quantised or a smaller one, scored on its items to stand beside the
     frontier."""
@@ -133,6 +146,8 @@ class OtherRecord(Frozen):
     metrics: dict[str, dict[str, Metric]]
     """By split and "task/metric"."""
     provenance: Provenance
+    speed: SpeedRecord | None = None
+    """As it was opened, without cutting it down; None until `raysearch measure` timed it."""
 
     @property
     def key(self) -> str:
@@ -141,19 +156,6 @@ class OtherRecord(Frozen):
 
 OTHER = "other-"
 """Before the names of such models where keys of candidates stand."""
-
-
-class SpeedRecord(Frozen):
-    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
-
-    key: str
-    serving: ServingSettings
-    served: Served
-    dense: Served
-    dtype: str
-    form: str
-    """What was served, in words."""
-    provenance: Provenance
 
 
 class Recovered(Frozen):
