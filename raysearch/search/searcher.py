@@ -59,7 +59,7 @@ class StudySearcher(Searcher):
         self._is_used_up = False
         """The space has nothing that was not proposed."""
         journal = open_journal(ledger, study, echo, records)
-        recorded = {trial.number for trial in records}
+        recorded, own = {trial.number for trial in records}, {trial.number for trial in records if trial.is_finish}
         self._interrupted: list[int] = []
         num_asked = 0
         for trial in journal.get_trials(deepcopy=False):
@@ -68,7 +68,7 @@ class StudySearcher(Searcher):
                 self._interrupted.append(trial.number)
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
-            num_asked += began or trial.state == TrialState.COMPLETE
+            num_asked += trial.number not in own and (began or trial.state == TrialState.COMPLETE)
         self.sampler = Sampler(journal, study, space, given, num_asked, proposals, inputs.num_train_tokens,
                                enqueued=enqueued)
         if (dense := ledger.round(inputs.root_key)) is not None:
