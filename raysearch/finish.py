@@ -52,7 +52,7 @@ def finish(directory: str, key: str, epochs: float, echo: Callable[[str], None],
         if number not in {trial.number for trial in trials}:
             ledger.write_trial(TrialRecord(number=number, config=None, actions=actions, forked_at=len(before), is_finish=True,
                                            started_at=utc_now()))
-        if ledger.report_metrics(following) is None:
+        if ledger.trial(number).status != "done" or ledger.report_metrics(following) is None:
             start_ray(study)
             echo(f"training candidate {key} on {action.finetune_tokens:,} tokens more as trial {number}; rank 0 prints to "
                  f"{ledger.log_path(number, 0)}")

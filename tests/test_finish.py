@@ -22,6 +22,7 @@ from raysearch.finish import finish, finish_loop
 from raysearch.models.weights import read_sparse
 from raysearch.search.searcher import StudySearcher
 from raysearch.search.space import check_given
+from raysearch.status import study_status
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import StudyRecord, TrialRecord
@@ -185,6 +186,13 @@ def test_a_list_of_given_trials_goes_on_beside_it(directory: Path, study: Study,
     searcher = StudySearcher(ledger, study.replaced(num_trials=2, dense_control=False), lambda trial: {}, apart.inputs, print,
                              given)
     assert searcher.sampler.num_asked == 2
+    assert study_status(str(directory)).trials == {"running": 0, "done": 2, "stopped": 0, "failed": 0}
+    ledger.write_trial(ledger.trial(2).model_copy(update={"status": "running", "keys": ()}))  # its driver was killed
+    searcher = StudySearcher(ledger, study.replaced(num_trials=2, dense_control=False), lambda trial: {}, apart.inputs, print,
+                             given)
+    assert not searcher.has_work()
+    again = finish(str(directory), ledger.trial(0).keys[-1], 1, print)
+    assert (again.number, again.status) == (2, "done")
     with pytest.raises(ValueError, match="trial 1 of the study is not among the given trials"):
         check_given(given[:1] * 2, ledger.trials())
 

@@ -40,7 +40,8 @@ class StudySearcher(Searcher):
         self.ledger, self.study, self.inputs, self.show = ledger, study, inputs, show
         self._max_disk_bytes = max_disk_bytes
         records = ledger.trials()
-        self.progress = Progress(ledger, study, inputs.root_key, echo, records)
+        asked_for = [trial for trial in records if not trial.is_finish]
+        self.progress = Progress(ledger, study, inputs.root_key, echo, asked_for)
         self.finished = False
         self.dense_failed = False
         """Twice, and left no record: then no trial can run."""
@@ -59,16 +60,19 @@ class StudySearcher(Searcher):
         self._is_used_up = False
         """The space has nothing that was not proposed."""
         journal = open_journal(ledger, study, echo, records)
-        recorded, own = {trial.number for trial in records}, {trial.number for trial in records if trial.is_finish}
+        recorded = {trial.number for trial in records}
+        finishes = recorded - {trial.number for trial in asked_for}
         self._interrupted: list[int] = []
         num_asked = 0
         for trial in journal.get_trials(deepcopy=False):
+            if trial.number in finishes:  # those that were interrupted are for the command that began them
+                continue
             began = trial.number in recorded
             if trial.state == TrialState.RUNNING and began:  # a dead driver left it: it runs again
                 self._interrupted.append(trial.number)
             elif trial.state == TrialState.RUNNING:  # the driver died between asking and writing its record
                 journal.tell(trial.number, state=TrialState.FAIL)
-            num_asked += trial.number not in own and (began or trial.state == TrialState.COMPLETE)
+            num_asked += began or trial.state == TrialState.COMPLETE
         self.sampler = Sampler(journal, study, space, given, num_asked, proposals, inputs.num_train_tokens,
                                enqueued=enqueued)
         if (dense := ledger.round(inputs.root_key)) is not None:
