@@ -229,6 +229,26 @@ def replicate(
 
 
 @app.command()
+def finish(
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    epochs: Annotated[float, typer.Option(help="Of the study's, that it is trained more.")],
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; without it that of the candidate's last round.")] = None,
+    distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss; this did best at 50 %."
+                                                 )] = 0.67,
+) -> None:
+    """Train a picked candidate longer, its masks held, with the dense model as teacher: one more candidate of the study."""
+    doing("training")
+    from analysis.pick import read_pick
+    from raysearch.finish import finish as run
+
+    picked = read_pick(pick_file)
+    trial = run(picked.study_directory, picked.key, epochs, echo, learning_rate=learning_rate, distill_alpha=distill_alpha)
+    study = shlex.quote(picked.study_directory)
+    echo(f"raysearch compare {study} {picked.key} {trial.keys[-1]}\nraysearch pick {study} --candidate "
+         f"{trial.number}/{len(trial.keys)}")
+
+
+@app.command()
 def generate(
     folder: Annotated[str, typer.Argument(help="Deployment folder, or any model's.")],
     prompt: str,

@@ -232,6 +232,7 @@ ELSEWHERE = {  # how a command of a document begins -> the test that runs one li
     "raysearch export": "test_prune_with_fine_tuning_is_found_again",
     "raysearch add": "test_a_model_is_scored_as_the_studys_own",
     "raysearch replicate": "test_the_seeds_of_a_fork_are_run_once_and_leave_the_study_as_it_is",
+    "raysearch finish": "test_a_finished_candidate_is_one_of_the_study",
     "raysearch verify": "test_the_command_verifies_a_folder_and_a_pick",
     "raysearch measure": "test_the_frontier_is_measured_once_and_shown",
     "raysearch doctor": "test_doctor_asks_every_node",

@@ -22,6 +22,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
     others/NAME.json, ...    OtherRecord: a model of another origin beside the frontier (raysearch add), and its items
+    finish/KEY/              Ray Train's checkpoints within the round KEY of raysearch finish, until it is done
     replicas/                a study like this one: a picked candidate's rounds with other seeds (raysearch replicate)
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
     ...damaged               a file as it was found damaged (damage.py), before the sweep made it again

@@ -195,6 +195,8 @@ class TrialRecord(Frozen):
     """Resolved before the trial ran, from the dense model on."""
     forked_at: int | None = None
     """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
+    is_finish: bool = False
+    """Made by `raysearch finish`: a fork that no search asked for."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
     distributions: dict[str, str] = Field(default_factory=dict)

@@ -316,9 +316,9 @@ class Engine:
         self._layout.save_checkpoint(folder, step)
 
     def load_checkpoint(self, folder: str) -> int:
-        """Back to what `save_checkpoint` wrote; the number of steps done."""
+        """Back to what `save_checkpoint` wrote under the same masks; the number of steps done."""
         step = self._layout.load_checkpoint(folder)
-        self.set_masks(self._dense_masks())
+        self.set_masks(self.masks())
         return step
 
     def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0,

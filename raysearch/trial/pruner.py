@@ -110,11 +110,10 @@ class Pruner:
     def _masks(self, sparsity: float | None) -> Masks:
         if self.units is not None:
             return self._unit_masks(self.units, sparsity)
-        masks: Masks = [None] * len(self.engine.shards)
-        prunable = [index for index, shard in enumerate(self.engine.shards) if shard.name in self.engine.prunable_names]
-        for index, mask in zip(prunable, self._weight_masks(sparsity), strict=True):
-            masks[index] = mask
-        return masks
+        of_prunable = iter(self._weight_masks(sparsity))
+        # what units took of biases stays pruned
+        return [next(of_prunable) if shard.name in self.engine.prunable_names else shard.of(self.engine.optimizer.masks)
+                for shard in self.engine.shards]
 
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
