@@ -65,6 +65,12 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.iloc[0]
 
 
+def sizes(frame: pd.DataFrame) -> list[str]:
+    """The study's first, then the others that its candidates have."""
+    first = setting(frame, "size")
+    return [first, *(name for name in config.SIZES if name != first and candidates(frame)[name].notna().any())]
+
+
 def loss(rows: pd.DataFrame, reference: pd.Series, split: str) -> pd.Series:
     """What each row loses against `reference` in the objective's unit, positive when worse."""
     objective = setting(rows, "objective")
@@ -150,7 +156,7 @@ def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame
     values). Of dense and of what is not far behind the frontier by some size; {} where items are not known."""
     pool, objective, baseline = candidates(frame), setting(frame, "objective"), dense(frame)
     near = pd.Series(False, index=pool.index)
-    for size in config.SIZES:
+    for size in sizes(frame):
         values = _objectives(frame, pool, split, size).dropna()
         near[values.index] |= _within_reach(pool.loc[values.index], values, split)
     rows = pool[near | (pool["status"] == "dense")]
@@ -159,9 +165,9 @@ def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame
     keys, draws, apart = found
     draws, rows = draws._replace(drawn=draws.value[keys.index(baseline["key"])] + apart), rows.set_index("key")
     bounds, sign = {}, 1 if higher_is_better(objective) else -1
-    for size in config.SIZES:
-        ends = np.column_stack(frontier_band(sizes := rows.loc[keys, size].astype(float), draws)) * sign
-        bounds[size] = pd.DataFrame({size: sizes, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
+    for size in sizes(frame):
+        ends = np.column_stack(frontier_band(places := rows.loc[keys, size].astype(float), draws)) * sign
+        bounds[size] = pd.DataFrame({size: places, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
     return bounds
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from analysis.candidates import candidates, control_rows, frontier, frontier_bounds, frontier_split, quality, setting
+from analysis.candidates import candidates, control_rows, frontier, frontier_bounds, frontier_split, quality, setting, sizes
 from analysis.reproduce import trial_options
 from analysis.tables import describe_config
 from raysearch.config import higher_is_better
@@ -22,7 +22,8 @@ from raysearch.study.ledger import Split
 from raysearch.study.records import OTHER
 
 INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
-SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes"}
+SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes",
+              "predicted_ms": "predicted ms of a batch"}
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
 NUM_COLOURED = 20
@@ -41,7 +42,7 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     control are diamonds on dotted lines. The splits never share a picture: they hold different items, and one may be easier by
     more than the candidates differ. `customdata` of a point begins with trial and round; `texts`: of trial_texts."""
     split, column = split or frontier_split(frame), setting(frame, "objective")
-    sizes = sorted(SIZE_NAMES, key=lambda size: size != setting(frame, "size"))
+    shown = sizes(frame)
     pool, trained = candidates(frame), control_rows(frame)
     pool, trained = pool[quality(pool, split).notna()], trained[quality(trained, split).notna()]
     made, baseline = pool[pool["status"] != "dense"], pool[pool["status"] == "dense"]
@@ -56,22 +57,22 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     added = frame[(frame["status"] == "other") & frame[f"{split}/{column}"].notna()]
     fixed += [(added[added["key"] == key], {"name": str(key).removeprefix(OTHER), **_diamond(PINK, "square")})
               for key in added["key"]]
-    figure = go.Figure([_trace(rows, split, column, sizes[0], texts, look) for rows, look in fixed])
-    for size in sizes:
-        look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == sizes[0], **staircase}
-        figure.add_traces([*_band(bounds.get(size), size, size == sizes[0]),
+    figure = go.Figure([_trace(rows, split, column, shown[0], texts, look) for rows, look in fixed])
+    for size in shown:
+        look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == shown[0], **staircase}
+        figure.add_traces([*_band(bounds.get(size), size, size == shown[0]),
                            _trace(frontier(frame, split, size), split, column, size, texts, look)])
     direction = "higher" if higher_is_better(column) else "lower"
     figure.update_layout({"shapes": [*_lines(baseline[f"{split}/{column}"], INK), *_lines(trained[f"{split}/{column}"], AMBER)],
                           "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
                           **_limited_y(frame, split)})
     style(figure, frame)
-    figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat="~s")
+    figure.update_xaxes(title_text=_size_title(shown[0]), tickformat="~s")
     own = [trace.x for trace in figure.data[len(fixed):]]
     _add_buttons(figure, [
         (SIZE_NAMES[size], {"x": [*(_numbers(rows[size]) for rows, _ in fixed), *own],
                             "visible": [trace.meta in (None, size) for trace in figure.data]},
-         {"xaxis.title.text": _size_title(size), "xaxis.autorange": True}) for size in sizes])
+         {"xaxis.title.text": _size_title(size), "xaxis.autorange": True}) for size in shown])
     return figure
 
 
@@ -210,7 +211,7 @@ def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
     counts the candidates outside."""
     pool = candidates(frame)
     values = quality(pool, split).abs()
-    on_frontier = {key for size in SIZE_NAMES for key in frontier(frame, split, size)["key"]}
+    on_frontier = {key for size in sizes(frame) for key in frontier(frame, split, size)["key"]}
     matter = values[pool["key"].isin(on_frontier) | (pool["status"] == "dense")].dropna()
     matter = pd.concat([matter, quality(control_rows(frame), split).abs().dropna()])
     if matter.empty or values.max() - values.min() <= 3 * (matter.max() - matter.min()):

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 
 from raysearch.config import ServingSettings
-from raysearch.deploy.load import candidate_model, on_device
-from raysearch.deploy.speed import speeds
+from raysearch.deploy.load import candidate_model
+from raysearch.evaluation.speed import speeds
 from raysearch.kernels.device import device_name
-from raysearch.models.model import load_model
+from raysearch.models.model import load_model, on_device
 from raysearch.models.sparse import Sparsified, sparsify_for_inference
 from raysearch.search.retention import frontier_keys
 from raysearch.study.files import persist, write_record

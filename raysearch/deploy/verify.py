@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from raysearch.config import Study, higher_is_better
-from raysearch.deploy.load import load, on_device
+from raysearch.deploy.load import load
 from raysearch.evaluation import Scorer, Task, evaluate, tasks_fingerprint
-from raysearch.models.model import load_tokenizer
+from raysearch.models.model import load_tokenizer, on_device
 from raysearch.study.items import Items, form_of, read_items
 from raysearch.trial.inputs import read_tasks
 

@@ -6,7 +6,7 @@ import pytest
 from plotly.graph_objects import Figure, Scatter
 from synthetic_study import SyntheticStudy
 
-from analysis.candidates import candidates, frontier
+from analysis.candidates import candidates, frontier, sizes
 from analysis.importance import importance
 from analysis.load import load
 from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, trajectory_figure, trial_texts
@@ -72,7 +72,7 @@ def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame, split: st
 
 def test_the_band_holds_the_frontier_and_belongs_to_the_split_that_is_published(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
-    for label in SIZE_NAMES.values():
+    for label in [SIZE_NAMES[size] for size in sizes(frame)]:
         press(figure, label)
         drawn = [trace for trace in figure.data if trace.visible is not False]
         (high,) = [trace for trace in drawn if trace.name == "95 % band of the frontier"]
