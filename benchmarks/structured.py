@@ -32,7 +32,7 @@ from methods import SEEDS, Case, control, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.deploy.load import OWN_FILE, load
-from raysearch.deploy.speed import speeds
+from raysearch.evaluation.speed import speeds
 from raysearch.kernels.device import device_name
 from raysearch.models.compact import compact
 from raysearch.models.model import load_model

@@ -17,8 +17,8 @@ Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
 
 
-SIZES = ("num_nonzero", "stored_bytes", "resident_bytes")
-"""Sizes of a candidate that a search may lower: fields of its record."""
+SIZES = ("num_nonzero", "stored_bytes", "resident_bytes", "predicted_ms")
+"""Sizes of a candidate that a search may lower: fields of its record. `predicted_ms`: time of a batch of `serving`."""
 
 
 class Metric(Frozen):
@@ -267,6 +267,11 @@ class SearchSettings(Frozen):
         return self
 
     @property
+    def predicts_ms(self) -> bool:
+        """Whether candidates' times are wanted, which costs the study some timing before its first trial."""
+        return "predicted_ms" in (*self.objectives, *self.constraints)
+
+    @property
     def size(self) -> str:
         """The first size."""
         return next(name for name in self.objectives if name in SIZES)
@@ -299,7 +304,7 @@ class ClusterSettings(Frozen):
 
 
 class ServingSettings(Frozen):
-    """What `raysearch measure` times; no key hashes it."""
+    """What `raysearch measure` times, and `predicted_ms` is the time of; no key hashes it."""
 
     batch_sequences: int = Field(8, ge=1)
     prompt_tokens: int = Field(96, ge=1)

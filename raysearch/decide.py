@@ -81,6 +81,7 @@ def pick(
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
                                                             "that confidence.")] = None,
     max_resident: Annotated[str | None, typer.Option(help="Bytes in memory when it is served, as --max-bytes.")] = None,
+    max_predicted_ms: Annotated[float | None, typer.Option(help="Of a batch, where the search asks for predicted_ms.")] = None,
     max_ms: Annotated[float | None, typer.Option(help="Decoding of a step, as `raysearch measure` found.")] = None,
     min_tokens_per_s: Annotated[float | None, typer.Option(help="Scoring, as `raysearch measure` found.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
@@ -97,7 +98,7 @@ def pick(
     from raysearch.study.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or (), max_resident, max_ms,
-                                    min_tokens_per_s)
+                                    min_tokens_per_s, max_predicted_ms)
     frame = load(directory)
     warn_of(frame.attrs["damage"])
     if representatives is not None:

@@ -19,6 +19,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     trials/-0002.json, ...   TrialRecord of a dense control: the longest trial's fine-tuning without pruning
     trials/NUMBER.rank-R.log     what rank R printed during the trial; -0001 is all other jobs
     trials/NUMBER.rank-R.stack   where rank R was when its round took too long
+    latency.json             Latency: times that predicted_ms rests on, of a study that asks for it; with a copy, too
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
     others/NAME.json, ...    OtherRecord: a model of another origin beside the frontier (raysearch add), and its items
@@ -51,6 +52,7 @@ from raysearch.study.records import (
     FORMAT,
     OTHER,
     JournalSeal,
+    Latency,
     MicroBatches,
     OtherRecord,
     Recovered,
@@ -104,6 +106,11 @@ class Ledger(RecordFiles):
         """For gangs of this description that start from now on."""
         write_record(self.directory / "micro_batches.json", MicroBatches(tokens=self.micro_batch_tokens() | {gang: tokens}))
 
+    def latency(self) -> Latency | None:
+        if not any(path.is_file() for path in self.twins("latency.json")):
+            return None
+        return self.either("latency.json", lambda path: self.read(path, Latency))
+
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.
 
@@ -127,6 +134,11 @@ class Ledger(RecordFiles):
         objectives, now_objectives = old.study.search.objectives, record.study.search.objectives
         if record.study.evaluation.racing_level is not None and objectives != now_objectives:
             changed.append(f"objectives ({', '.join(objectives)}, now {', '.join(now_objectives)}), by which candidates raced")
+        if record.study.search.predicts_ms:
+            if not old.study.search.predicts_ms:
+                changed.append("predicted_ms, which its candidates do not have")
+            elif old.study.serving != record.study.serving:
+                changed.append(f"serving ({old.study.serving}, now {record.study.serving}), of which predicted_ms is the time")
         if old.space_hash != record.space_hash:
             changed.append("what space() proposes")
         if changed:

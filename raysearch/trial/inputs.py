@@ -115,3 +115,7 @@ def check_objectives(study: Study, inputs: Inputs) -> None:
                 raise ValueError(f"{setting} must be of sizes ({', '.join(SIZES)}) and metrics "
                                  f"({', '.join(names) or 'there is no task'}), got {name!r}; change it in STUDY, or add "
                                  "its task")
+    asked, limit = study.serving.prompt_tokens + study.serving.new_tokens, context_limit(load_config(study.model.path))
+    if search.predicts_ms and asked > limit:
+        raise ValueError(f"predicted_ms is the time of serving's prompt_tokens and new_tokens, which must be at most {limit:g} "
+                         f"together, the model's context, got {asked}; change serving in STUDY")

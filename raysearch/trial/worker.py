@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, work_in_training
@@ -19,11 +20,12 @@ from raysearch.kernels.device import device_name
 from raysearch.models.model import model_size, vocab_size
 from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import RoundRecord
+from raysearch.study.records import Latency, RoundRecord
 from raysearch.training.engine import Engine
 from raysearch.training.hardware import can_compile, device_type, memory_bytes
 from raysearch.trial.checkpoints import Checkpoints
 from raysearch.trial.inputs import Inputs, same_inputs
+from raysearch.trial.latency import measured_latency
 
 START_LIMIT_S = 600.0
 """Shortest timeout of the process group: its ranks also wait for each other's imports."""
@@ -71,6 +73,21 @@ class Worker:
         self.ledger.remember_micro_batch(self.gang, tokens)
         print(f"memory ran out; from now on {tokens} tokens at a time", flush=True)
         return self.engine.world_size == 1
+
+    def latency(self) -> Latency | None:
+        """What `predicted_ms` rests on, measured where the study has none yet, which is at its dense baseline: nothing else of
+        it runs then. None where no candidate's time is asked for."""
+        if not self.study.search.predicts_ms:
+            return None
+        model, ledger = self.study.model, self.ledger
+
+        def measured() -> Latency:
+            if (known := ledger.latency()) is None:
+                known = measured_latency(model.path, getattr(torch, model.dtype), self.study.serving)
+                ledger.write_twice("latency.json", known)
+            return known
+
+        return self.engine.from_rank_0(measured)
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
         """Of the engine's current weights, on "selection" or "report"."""

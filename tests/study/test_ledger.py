@@ -40,6 +40,20 @@ def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
         ledger.attach(study_record().model_copy(update={"root_key": "another"}))
 
 
+def test_predicted_times_are_of_one_serving_and_of_every_candidate(tmp_path: Path) -> None:
+    asked = {"objectives": ("predicted_ms", "text/bits_per_byte")}
+    for name in ("without", "with"):
+        (tmp_path / name).mkdir()
+    Ledger(tmp_path / "without").attach(study_record())
+    with pytest.raises(ValueError, match="differs in predicted_ms, which its candidates do not have"):
+        Ledger(tmp_path / "without").attach(study_record(constraints={"predicted_ms": 3.0}))
+    ledger = Ledger(tmp_path / "with")
+    ledger.attach(study_record(**asked))
+    with pytest.raises(ValueError, match=r"differs in serving \(batch_sequences=8 .* now batch_sequences=2 .*\), of which"):
+        ledger.attach(study_record(**asked, batch_sequences=2))
+    assert ledger.attach(study_record(batch_sequences=2))  # nothing asks any more
+
+
 def test_a_study_of_format_1_is_refused_with_the_way_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.attach(study_record())
