@@ -108,9 +108,9 @@ def frontier_split(frame: pd.DataFrame) -> Split:
 
 
 def sizes_of(frame: pd.DataFrame) -> list[str]:
-    """The columns by which candidates can be small, the study's own first: sizes, and the times where some were measured."""
-    names = [*config.SIZES, *(name for name in LATENCIES if frame[name].notna().any())]
-    return sorted(names, key=lambda name: name != setting(frame, "size"))
+    """The columns by which candidates can be small, the study's own first: the sizes and measured times that some have."""
+    first, pool = setting(frame, "size"), candidates(frame)
+    return [first, *(name for name in (*config.SIZES, *LATENCIES) if name != first and pool[name].notna().any())]
 
 
 def quality(frame: pd.DataFrame, split: str) -> pd.Series:

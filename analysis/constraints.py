@@ -10,14 +10,15 @@ from pydantic import Field
 
 from analysis.tables import metric_pair
 from analysis.uncertainty import Draws, paired
-from raysearch.config import Frozen, higher_is_better, parse
+from raysearch.config import higher_is_better
+from raysearch.frozen import Frozen, parse
 from raysearch.units import parse_bytes, parse_count
 
 COLUMN_OF = {"max_bytes": "stored_bytes", "max_nonzero": "num_nonzero", "max_resident": "resident_bytes",
-             "max_ms": "decode_ms", "min_tokens_per_s": "scoring_tokens_per_s"}
+             "max_predicted_ms": "predicted_ms", "max_ms": "decode_ms", "min_tokens_per_s": "scoring_tokens_per_s"}
 """Of constraints without a metric."""
 UNITS = {"max_bytes": "bytes too many", "max_nonzero": "parameters too many", "max_resident": "bytes too many",
-         "max_ms": "ms too many", "min_tokens_per_s": "tokens/s too few"}
+         "max_predicted_ms": "ms too many", "max_ms": "ms too many", "min_tokens_per_s": "tokens/s too few"}
 
 
 class Constraint(Frozen):
@@ -27,7 +28,8 @@ class Constraint(Frozen):
     * max_drop: the loss against the dense baseline, positive when worse: for accuracies in points (1 point = 0.01),
       for metrics where lower is better (perplexity, bits per byte) the rise in the metric's own unit."""
 
-    kind: Literal["max_bytes", "max_nonzero", "max_resident", "max_ms", "min_tokens_per_s", "max_drop", "min", "max"]
+    kind: Literal["max_bytes", "max_nonzero", "max_resident", "max_predicted_ms", "max_ms", "min_tokens_per_s", "max_drop",
+                  "min", "max"]
     metric: str | None
     limit: float
     confidence: float | None = Field(None, ge=0.5, le=0.995)
@@ -44,7 +46,7 @@ class Constraint(Frozen):
 
     def written(self, number: float) -> str:
         """A value as people read it."""
-        return f"{number:.4g}" if self.metric is not None or self.kind == "max_ms" else f"{number:,.0f}"
+        return f"{number:.4g}" if self.metric is not None or self.kind.endswith("_ms") else f"{number:,.0f}"
 
 
 class Check(Frozen):
@@ -76,10 +78,12 @@ class Measured(Frozen):
 
 def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = None, max_drop: Sequence[str] = (),
                       minimum: Sequence[str] = (), maximum: Sequence[str] = (), max_resident: str | None = None,
-                      max_ms: float | None = None, min_tokens_per_s: float | None = None) -> tuple[Constraint, ...]:
+                      max_ms: float | None = None, min_tokens_per_s: float | None = None,
+                      max_predicted_ms: float | None = None) -> tuple[Constraint, ...]:
     """Constraints from the command line's strings: METRIC=NUMBER for those of metrics."""
     exact = {"max_bytes": max_bytes and parse_bytes(max_bytes), "max_nonzero": max_nonzero and parse_count(max_nonzero),
-             "max_resident": max_resident and parse_bytes(max_resident), "max_ms": max_ms, "min_tokens_per_s": min_tokens_per_s}
+             "max_resident": max_resident and parse_bytes(max_resident), "max_predicted_ms": max_predicted_ms, "max_ms": max_ms,
+             "min_tokens_per_s": min_tokens_per_s}
     constraints = [parse(Constraint, {"kind": kind, "metric": None, "limit": float(limit)}, "constraint")
                    for kind, limit in exact.items() if limit is not None]
     for text in max_drop:

@@ -24,9 +24,10 @@ _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "s
              "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
-           "finetune_s", "evaluate_s", "seconds", "trial_seconds", *SPEEDS, *LATENCIES)
+           "finetune_s", "evaluate_s", "seconds", "trial_seconds", "predicted_ms", *SPEEDS, *LATENCIES)
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
-           "model_sparsity", "stored_bytes", "resident_bytes", "dominated_by", *SPEEDS, *LATENCIES, *HYPERPARAMETERS,
+           "model_sparsity", "stored_bytes", "resident_bytes", "predicted_ms", "dominated_by", *SPEEDS, *LATENCIES,
+           *HYPERPARAMETERS,
            "action_sparsity", "action_threshold", "finetune_tokens", "trained_tokens", "action", "prune_s", "finetune_s",
            "evaluate_s", "seconds", "trial_seconds")
 
@@ -46,6 +47,7 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `is_alias` is True where an earlier row has the same key: the same model, computed once, shared by two trials.
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
+    * `predicted_ms` is that of a batch of the study's `serving` (records.Latency), where its search asks for it.
     * SPEEDS and LATENCIES are those of the form that was served, medians of one run beside the dense model (SpeedRecord); only
       what was measured as the newest was, on its device and by its `serving`: other times say nothing beside these.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
@@ -133,7 +135,7 @@ def _round_cells(record: RoundRecord, reports: Reports) -> dict[str, Cell]:
     cells: dict[str, Cell] = {
         "key": record.key, "num_nonzero": record.num_nonzero, "num_parameters": record.num_parameters,
         "sparsity": record.sparsity, "model_sparsity": record.model_sparsity, "stored_bytes": record.stored_bytes,
-        "resident_bytes": record.resident_bytes, "dominated_by": record.dominated_by,
+        "resident_bytes": record.resident_bytes, "predicted_ms": record.predicted_ms, "dominated_by": record.dominated_by,
         "prune_s": record.prune_s, "finetune_s": record.finetune_s,
         "evaluate_s": record.evaluate_s, "seconds": record.prune_s + record.finetune_s + record.evaluate_s}
     if record.action is not None:

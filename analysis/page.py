@@ -234,7 +234,7 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
     front = front.assign(front_probability=front_probability(frame, split))
     # the other metrics of its task are the same number in another unit, or nearly, and a screen does not hold them all
     others = [name for name in metric_names(front, split) if name.partition("/")[0] != objective.partition("/")[0]]
-    speeds = [name for name in ("decode_ms", "scoring_tokens_per_s") if front[name].notna().any()]
+    speeds = [name for name in ("predicted_ms", "decode_ms", "scoring_tokens_per_s") if front[name].notna().any()]
     header = ["candidate", objective.replace("/", "/ "), "P(front)", "stored", "sparsity", "how it was pruned", "non-zero",
               "resident", *(name.replace("_", " ") for name in speeds),
               *(name.replace("/", "/ ") for name in others)]  # what a choice needs stands first

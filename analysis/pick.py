@@ -34,7 +34,8 @@ from analysis.constraints import (
 from analysis.load import HYPERPARAMETERS, SPLITS, load, metric_names
 from analysis.tables import aligned, describe_config, results_table, with_stderr
 from analysis.uncertainty import fixed_sequence, resample, whole_items
-from raysearch.config import Frozen, higher_is_better
+from raysearch.config import higher_is_better
+from raysearch.frozen import Frozen
 from raysearch.study.files import unsealed, write_record
 from raysearch.study.ledger import Ledger, Split
 from raysearch.study.records import Provenance
@@ -59,6 +60,8 @@ class Candidate(Frozen):
     scoring_tokens_per_s: float | None = None
     """This and the next: as `raysearch measure` found; None where it did not look."""
     decode_ms: float | None = None
+    predicted_ms: float | None = None
+    """Of a batch; None where the search did not ask for it."""
     metrics: dict[str, Measured]
     """On the report split."""
     config: dict[str, bool | str | int | float | None]
@@ -134,6 +137,9 @@ def pick(frame: pd.DataFrame, constraints: Sequence[Constraint], candidate: str 
             pool = pool[pool[column].notna()]
             if pool.empty:
                 directory = setting(frame, "directory")
+                if column == "predicted_ms":
+                    raise ValueError(f"{constraint}: the study predicted no times, for its search does not ask for them; "
+                                     f"raysearch measure {directory}, then pick with --max-ms")
                 raise ValueError(f"{constraint}: no candidate's speed was measured; raysearch measure {directory}, then pick")
     pool = pool.assign(minus_quality=-quality(pool, "report"))
     pool = pool.sort_values([setting(frame, "size"), "minus_quality", "key"])
@@ -249,6 +255,7 @@ def describe_pick(result: Pick) -> str:
 def _sizes(candidate: Candidate) -> str:
     speed = "" if candidate.decode_ms is None or candidate.scoring_tokens_per_s is None else (
         f", scoring {human_count(candidate.scoring_tokens_per_s)} tokens/s, decoding {candidate.decode_ms:.3g} ms a step")
+    speed += "" if candidate.predicted_ms is None else f", {candidate.predicted_ms:.4g} ms predicted"
     return (f"sparsity {candidate.sparsity:.3f}, {human_count(candidate.num_nonzero)} non-zero of "
             f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored{speed}")
 
@@ -359,7 +366,8 @@ def _candidate(row: pd.Series, checks: tuple[Check, ...]) -> Candidate:
         num_parameters=int(row["num_parameters"]), sparsity=float(row["sparsity"]),
         model_sparsity=float(row["model_sparsity"]), stored_bytes=int(row["stored_bytes"]),
         resident_bytes=int(row["resident_bytes"]),
-        **{name: None if pd.isna(row[name]) else float(row[name]) for name in ("scoring_tokens_per_s", "decode_ms")},
+        **{name: None if pd.isna(row[name]) else float(row[name])
+           for name in ("scoring_tokens_per_s", "decode_ms", "predicted_ms")},
         metrics=_measured(row),
         config={name: None if pd.isna(row[name]) else row[name] for name in HYPERPARAMETERS}, how=describe_config(row),
         checks=checks)

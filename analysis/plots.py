@@ -24,8 +24,9 @@ from raysearch.study.records import OTHER
 
 INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes",
-              "decode_of_dense": "measured decoding time", "scoring_of_dense": "measured scoring time"}
-"""The times are over those of the dense model."""
+              "predicted_ms": "predicted ms of a batch", "decode_of_dense": "measured decoding time",
+              "scoring_of_dense": "measured scoring time"}
+"""The measured times are over those of the dense model."""
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
 MAX_DEPENDENCE = 6
@@ -47,7 +48,7 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     control are diamonds on dotted lines. The splits never share a picture: they hold different items, and one may be easier by
     more than the candidates differ. `customdata` of a point begins with trial and round; `texts`: of trial_texts."""
     split, column = split or frontier_split(frame), setting(frame, "objective")
-    sizes = sizes_of(frame)
+    shown = sizes_of(frame)
     pool, trained = candidates(frame), control_rows(frame)
     pool, trained = pool[quality(pool, split).notna()], trained[quality(trained, split).notna()]
     made, baseline = pool[pool["status"] != "dense"], pool[pool["status"] == "dense"]
@@ -62,23 +63,23 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
     added = frame[(frame["status"] == "other") & frame[f"{split}/{column}"].notna()]
     fixed += [(added[added["key"] == key], {"name": str(key).removeprefix(OTHER), **_diamond(PINK, "square")})
               for key in added["key"]]
-    figure = go.Figure([_trace(rows, split, column, sizes[0], texts, look) for rows, look in fixed])
-    for size in sizes:
-        look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == sizes[0], **staircase}
-        figure.add_traces([*_band(bounds.get(size), size, size == sizes[0]),
+    figure = go.Figure([_trace(rows, split, column, shown[0], texts, look) for rows, look in fixed])
+    for size in shown:
+        look = {"name": f"frontier ({split} split)", "meta": size, "visible": size == shown[0], **staircase}
+        figure.add_traces([*_band(bounds.get(size), size, size == shown[0]),
                            _trace(frontier(frame, split, size), split, column, size, texts, look)])
     direction = "higher" if higher_is_better(column) else "lower"
     figure.update_layout({"shapes": [*_lines(baseline[f"{split}/{column}"], INK), *_lines(trained[f"{split}/{column}"], AMBER)],
                           "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
                           **_limited_y(frame, split)})
     style(figure, frame)
-    figure.update_xaxes(title_text=_size_title(sizes[0]), tickformat=_size_format(sizes[0]))
+    figure.update_xaxes(title_text=_size_title(shown[0]), tickformat=_size_format(shown[0]))
     own = [trace.x for trace in figure.data[len(fixed):]]
     _add_buttons(figure, [
         (SIZE_NAMES[size], {"x": [*(_numbers(rows[size]) for rows, _ in fixed), *own],
                             "visible": [trace.meta in (None, size) for trace in figure.data]},
          {"xaxis.title.text": _size_title(size), "xaxis.tickformat": _size_format(size), "xaxis.autorange": True})
-        for size in sizes])
+        for size in shown])
     return figure
 
 
@@ -240,7 +241,7 @@ def _size_title(size: str) -> str:
 
 
 def _size_format(size: str) -> str:
-    return "~g" if size in LATENCIES else "~s"
+    return "~g" if size in ("predicted_ms", *LATENCIES) else "~s"
 
 
 def limited(frame: pd.DataFrame, split: str) -> tuple[float, float] | None:

@@ -13,6 +13,8 @@ from raysearch.units import human_bytes, human_count
 
 Row = pd.Series | Mapping[Any, Any]
 """Of a loaded frame."""
+SPEED_COLUMNS = {"predicted_ms": "predicted ms", "scoring_tokens_per_s": "tokens/s", "decode_ms": "decode ms"}
+"""Shown where some row has one."""
 MAX_WIDTH = 140
 """Characters in a line of the terminal table."""
 
@@ -108,10 +110,10 @@ def _given_actions(row: Row) -> str:
 
 def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     objective = setting(frame, "objective")
-    speed = ["tokens/s", "decode ms"] if rows["decode_ms"].notna().any() else []
-    header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored", *speed, "selection", "report",
-              "seconds", "how"]
-    cells = [_terminal_row(row, objective, len(speed)) for _, row in rows.iterrows()]
+    speed = [name for name in SPEED_COLUMNS if rows[name].notna().any()]
+    header = ["", "trial", "round", "status", "sparsity", "of model", "non-zero", "stored",
+              *(SPEED_COLUMNS[name] for name in speed), "selection", "report", "seconds", "how"]
+    cells = [_terminal_row(row, objective, speed) for _, row in rows.iterrows()]
     if speed:  # of these columns the line would be too long for what matters
         kept = [position for position, name in enumerate(header) if name not in ("of model", "seconds")]
         header, cells = [header[i] for i in kept], [[row[i] for i in kept] for row in cells]
@@ -128,19 +130,20 @@ def _terminal_table(frame: pd.DataFrame, rows: pd.DataFrame) -> str:
     return "".join(f"{line if len(line) <= MAX_WIDTH else line[:MAX_WIDTH - 1] + '…'}\n" for line in lines)
 
 
-def _terminal_row(row: pd.Series, objective: str, num_speeds: int) -> list[str]:
+def _terminal_row(row: pd.Series, objective: str, speeds: Sequence[str]) -> list[str]:
     mark = "*" if row["on_frontier"] else ""
     mark += "=" if row["is_alias"] else ""
     mark += "~" if pd.notna(row["dominated_by"]) else ""
     trial = "-" if pd.isna(row["trial"]) else str(row["trial"])
     how = describe_config(row)
     if pd.isna(row["key"]):
-        return [mark, trial, "-", str(row["status"]), *[""] * (7 + num_speeds), how]
-    speed = ["", ""] if pd.isna(row["decode_ms"]) else [human_count(row["scoring_tokens_per_s"]), f"{row['decode_ms']:.3g}"]
+        return [mark, trial, "-", str(row["status"]), *[""] * (7 + len(speeds)), how]
+    speed = ["" if pd.isna(row[name]) else human_count(row[name]) if name.endswith("_per_s") else f"{row[name]:.3g}"
+             for name in speeds]
     scores = [with_stderr(*metric_pair(row, objective, split)) for split in ("selection", "report")]
     return [mark, trial, str(row["round"]), str(row["status"]), f"{row['sparsity']:.3f}",
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
-            *speed[:num_speeds], *scores,
+            *speed, *scores,
             "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}", how]
 
 

@@ -28,8 +28,8 @@ from raysearch.config import TrialConfig, study_of
 from raysearch.kernels.device import device_name
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import versions
-from raysearch.training.engine import free_port
 from raysearch.training.finetune import Diverged
+from raysearch.training.hardware import free_port
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, run_round
@@ -98,8 +98,8 @@ def run_rank(job: dict[str, Any]) -> None:
     losses: list[str] = []
     train_step = worker.engine.train_step
 
-    def noted(*arguments: Any) -> torch.Tensor:
-        loss = train_step(*arguments)
+    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+        loss = train_step(*arguments, **named)
         losses.append(float(loss).hex())
         return loss
 

@@ -81,6 +81,7 @@ def pick(
     max_drop: Annotated[list[str] | None, typer.Option(help="METRIC=POINTS lost at most against dense; METRIC=POINTS@95% with "
                                                             "that confidence.")] = None,
     max_resident: Annotated[str | None, typer.Option(help="Bytes in memory when it is served, as --max-bytes.")] = None,
+    max_predicted_ms: Annotated[float | None, typer.Option(help="Of a batch, where the search asks for predicted_ms.")] = None,
     max_ms: Annotated[float | None, typer.Option(help="Decoding of a step, as `raysearch measure` found.")] = None,
     min_tokens_per_s: Annotated[float | None, typer.Option(help="Scoring, as `raysearch measure` found.")] = None,
     min: Annotated[list[str] | None, typer.Option(help="METRIC=VALUE at least.")] = None,
@@ -97,7 +98,7 @@ def pick(
     from raysearch.study.storage import location
 
     constraints = parse_constraints(max_bytes, max_nonzero, max_drop or (), min or (), max or (), max_resident, max_ms,
-                                    min_tokens_per_s)
+                                    min_tokens_per_s, max_predicted_ms)
     frame = load(directory)
     warn_of(frame.attrs["damage"])
     if representatives is not None:
@@ -226,6 +227,26 @@ def replicate(
     echo(describe_spread(spread(load(picked.study_directory), picked.key, made)))
     replicas = shlex.quote(str(location(picked.study_directory) / REPLICAS))
     echo(f"the replicas are a study of their own, and on no frontier of this one: raysearch results {replicas}")
+
+
+@app.command()
+def finish(
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    epochs: Annotated[float, typer.Option(help="Of the study's, that it is trained more.")],
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; without it that of the candidate's last round.")] = None,
+    distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss; this did best at 50 %."
+                                                 )] = 0.67,
+) -> None:
+    """Train a picked candidate longer, its masks held, with the dense model as teacher: one more candidate of the study."""
+    doing("training")
+    from analysis.pick import read_pick
+    from raysearch.finish import finish as run
+
+    picked = read_pick(pick_file)
+    trial = run(picked.study_directory, picked.key, epochs, echo, learning_rate=learning_rate, distill_alpha=distill_alpha)
+    study = shlex.quote(picked.study_directory)
+    echo(f"raysearch compare {study} {picked.key} {trial.keys[-1]}\nraysearch pick {study} --candidate "
+         f"{trial.number}/{len(trial.keys)}")
 
 
 @app.command()

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from raysearch.config import ServingSettings
-from raysearch.deploy.load import candidate_model, on_device, open_other
-from raysearch.deploy.speed import beside_dense, speeds
+from raysearch.deploy.load import candidate_model, open_other
+from raysearch.evaluation.speed import beside_dense, speeds
 from raysearch.kernels.device import device_name
-from raysearch.models.model import load_model
+from raysearch.models.model import load_model, on_device
 from raysearch.search.retention import frontier_keys
 from raysearch.study.files import persist, write_record
 from raysearch.study.ledger import Ledger

@@ -61,6 +61,8 @@ def reseeded(actions: tuple[Action, ...], number: int) -> tuple[Action, ...]:
 def share_dense(ledger: Ledger, replicas: Ledger) -> None:
     """What the study knows of its dense baseline, of which no weights are stored; the record last."""
     key = ledger.study().root_key
+    if (latency := ledger.latency()) is not None:
+        replicas.write_twice("latency.json", latency)
     if replicas.round(key) is None and ledger.round(key) is not None:
         for file in sorted(ledger.round_directory(key).glob("*"), key=lambda file: file.name == "record.json"):
             with new_file(replicas.round_directory(key) / file.name) as copy:

@@ -138,7 +138,8 @@ class SyntheticStudy:
             model_sparsity=zeros / NUM_PARAMETERS, layer_sparsity={},
             stored_bytes=min(4 * NUM_PARAMETERS, 4 * (NUM_PARAMETERS - zeros) + NUM_PRUNABLE // 8),
             resident_bytes=4 * NUM_PARAMETERS, metrics=scored, train_loss=None, prune_s=0.25, finetune_s=2.0,
-            evaluate_s=0.75, weights_sha256=None, provenance=PROVENANCE)
+            evaluate_s=0.75, weights_sha256=None, provenance=PROVENANCE,
+            predicted_ms=10 - 5 * sparsity if self.ledger.study().study.search.predicts_ms else None)
         self.ledger.write_twice(f"rounds/{key}/record.json", record)
         write_items(self.ledger.items_path(key, "selection"), items(scored, key, "selection"))
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from raysearch.kernels import SparseWeight
 from raysearch.models.compact import cut_to
-from raysearch.models.model import from_config, load_config, load_model, model_folder, stored_dtype
+from raysearch.models.model import from_config, load_config, load_model, model_folder, on_device, stored_dtype
 from raysearch.models.sparse import SparseLinear, linear_layers
 from raysearch.models.weights import read_sparse, read_weights
 from raysearch.study.files import file_sha256
@@ -79,13 +79,6 @@ def candidate_model(ledger: Ledger, record: RoundRecord) -> PreTrainedModel:
             for name, parameter in model.named_parameters():
                 parameter.copy_(weights[name].view_as(parameter))  # a vector with a mask comes as a matrix of one row
     return model
-
-
-def on_device(model: PreTrainedModel) -> PreTrainedModel:
-    """On the GPU where there is one; on a CPU in fp32, which is faster there than bf16 and more exact."""
-    if torch.cuda.is_available():
-        return model.to("cuda")
-    return model.float() if model.dtype == torch.bfloat16 else model
 
 
 def open_model(path: str, backend: str = "sparse") -> PreTrainedModel:

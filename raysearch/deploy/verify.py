@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from raysearch.config import Study, higher_is_better
-from raysearch.deploy.load import load, on_device
-from raysearch.deploy.speed import beside_dense
+from raysearch.deploy.load import load
 from raysearch.evaluation import Scorer, Task, evaluate, tasks_fingerprint
+from raysearch.evaluation.speed import beside_dense
 from raysearch.kernels.device import device_name
-from raysearch.models.model import load_model, load_tokenizer
+from raysearch.models.model import load_model, load_tokenizer, on_device
 from raysearch.study.items import Items, form_of, read_items
 from raysearch.study.records import Served, SpeedRecord
 from raysearch.study.text import first_line

@@ -57,6 +57,28 @@ class Compaction(NamedTuple):
     """Of each module that became smaller; paths are those of the blocks that stay."""
 
 
+class Parts(NamedTuple):
+    """How many each module has, by its id."""
+
+    neurons: dict[int, int]
+    heads: dict[int, int]
+
+
+class CompactSize(NamedTuple):
+    """What `compact` leaves of a model."""
+
+    num_parameters: int
+    num_bytes: int
+    num_layers: int
+    num_layers_before: int
+    neurons: list[float]
+    """Of each MLP that stays, the share of its units that do."""
+    heads: list[float]
+    """The same of the attentions."""
+    num_weights: dict[str, int]
+    """By path in the whole model, of each matrix that stays."""
+
+
 class Zeros(NamedTuple):
     """Where a linear layer [O, K] holds nothing but zeros."""
 
@@ -96,19 +118,34 @@ def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) 
     return done
 
 
-def compact_size(config: PretrainedConfig, zeros: Mapping[str, Zeros], itemsize: int) -> tuple[int, int] | None:
-    """(parameters, bytes) of what `compact` leaves of a model of this configuration whose matrices, by path, hold these zeros;
-    None where it cuts out nothing. No weight is needed. Where `compact` finds other logits, which this cannot know, it leaves
-    the whole."""
+def compact_size(config: PretrainedConfig, zeros: Mapping[str, Zeros], itemsize: int) -> CompactSize | None:
+    """Of a model of this configuration whose matrices, by path, hold these zeros; None where `compact` cuts out nothing. No
+    weight is needed. Where `compact` finds other logits, which this cannot know, it leaves the whole."""
     model = from_config(copy.deepcopy(config), torch.float32)
     model.tie_weights()
     if (known := architecture(model)) is None:
         return None
-    of_module = {id(model.get_submodule(path)): each for path, each in zeros.items()}
-    if not _cut_dead(model, known, lambda linear: of_module[id(linear)]).num_parameters:
+    path_of = {id(model.get_submodule(path)): path for path in zeros}
+    before, num_layers = parts_of(model, known), len(model.get_submodule(known.blocks))
+    done = _cut_dead(model, known, lambda linear: zeros[path_of[id(linear)]])
+    if not done.num_parameters:
         return None
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return num_parameters, num_parameters * itemsize + buffer_bytes(model)
+    num_bytes = num_parameters * itemsize + buffer_bytes(model)
+    num_weights = {path_of[id(each)]: each.weight.numel() for each in model.modules() if id(each) in path_of}
+    return CompactSize(num_parameters, num_bytes, num_layers - done.num_layers, num_layers,
+                       *shares(parts_of(model, known), before), num_weights)
+
+
+def parts_of(model: nn.Module, known: Architecture) -> Parts:
+    return Parts({id(mlp): shape(getattr(mlp, known.mlp.last))[1] for _, mlp in plain_mlps(model, known)},
+                 {id(model.get_submodule(heads.path)): heads.num_heads for heads in attention_heads(model, known)})
+
+
+def shares(after: Parts, before: Parts) -> tuple[list[float], list[float]]:
+    """Of the neurons of each MLP and of the heads of each attention that are still there."""
+    neurons, heads = ([now[module] / then[module] for module in now] for now, then in zip(after, before))
+    return neurons, heads
 
 
 def buffer_bytes(model: nn.Module) -> int:

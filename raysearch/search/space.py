@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raysearch
-from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
+from raysearch.config import Action, Study, TrialConfig, is_flat, nested
+from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
 from raysearch.study.storage import location
@@ -179,7 +180,8 @@ def given_as(trial: TrialRecord) -> GivenTrial:
 
 
 def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> None:
-    """ValueError unless each of the study's trials is one of the given ones."""
+    """ValueError unless each of the study's trials, but for those of `raysearch finish`, is one of the given ones."""
+    trials = [trial for trial in trials if not trial.is_finish]
     if len(trials) > len(given):
         raise ValueError(f"the study has {len(trials)} trials, more than the {len(given)} that are given; give the same list, "
                          "longer or not, or a new directory with --out")

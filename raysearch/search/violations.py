@@ -1,7 +1,7 @@
 """How far a candidate misses what the search is asked to keep."""
 
-from raysearch.config import SIZES, SearchSettings, is_maximised
-from raysearch.study.records import RoundRecord
+from raysearch.config import SearchSettings, is_maximised
+from raysearch.study.records import RoundRecord, value_of
 
 
 def violations(record: RoundRecord, dense: RoundRecord | None, search: SearchSettings) -> dict[str, float]:
@@ -9,10 +9,10 @@ def violations(record: RoundRecord, dense: RoundRecord | None, search: SearchSet
     Optuna wants to hear. Without those on a metric that the record, or of max_drop the dense baseline, does not have."""
     found = {}
     for name, limit in search.constraints.items():
-        if (value := _value(record, name)) is not None:
+        if (value := value_of(record, name)) is not None:
             found[name] = _sign(name) * (value - limit) / (abs(limit) or 1.0)
     for name, drop in search.max_drop.items():
-        value, before = _value(record, name), None if dense is None else _value(dense, name)
+        value, before = value_of(record, name), None if dense is None else value_of(dense, name)
         if value is not None and before is not None:
             lost = drop / 100 if is_maximised(name) else drop
             found[f"max_drop {name}"] = (_sign(name) * (value - before) - lost) / (abs(before) or 1.0)
@@ -21,10 +21,3 @@ def violations(record: RoundRecord, dense: RoundRecord | None, search: SearchSet
 
 def _sign(name: str) -> float:
     return -1.0 if is_maximised(name) else 1.0
-
-
-def _value(record: RoundRecord, name: str) -> float | None:
-    if name in SIZES:
-        return float(getattr(record, name))
-    metric = record.metrics.get(name)
-    return None if metric is None else metric.value

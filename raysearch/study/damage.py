@@ -76,7 +76,7 @@ def _of_journal(ledger: Ledger) -> Iterator[Damage]:
 
 def record_names(trials: Iterable[TrialRecord], rounds: Iterable[str], reports: Iterable[str]) -> list[str]:
     """Of all records that are written twice."""
-    return ["study.json", "pick.json", *(f"trials/{trial.number:05d}.json" for trial in trials),
+    return ["study.json", "pick.json", "latency.json", *(f"trials/{trial.number:05d}.json" for trial in trials),
             *(f"rounds/{key}/record.json" for key in rounds), *(f"rounds/{key}/report.json" for key in reports)]
 
 

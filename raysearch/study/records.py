@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.config import NUMBERS, SIZES, Action, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.frozen import Frozen
 
 FORMAT = 3
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
@@ -78,6 +79,8 @@ class RoundRecord(Frozen):
     else those of the dense model."""
     compact_parameters: int | None = None
     """Of the compact form; None where pruning emptied no layer, head or neuron."""
+    predicted_ms: float | None = None
+    """Of a batch of the study's `serving`, by the study's `Latency`; None where its search does not ask for it."""
     metrics: dict[str, Metric]
     """On the selection split, by "task/metric"."""
     dominated_by: str | None = None
@@ -114,6 +117,31 @@ class Served(Frozen):
     """Of a step, which gives every sequence a new token."""
     resident_bytes: int
     """Of its weights in memory, in whatever form they were served."""
+
+    def batch_ms(self, serving: ServingSettings) -> float:
+        """Of a batch: the prompts are read, then every sequence gets its new tokens."""
+        prompt_tokens = serving.batch_sequences * serving.prompt_tokens
+        return prompt_tokens / self.scoring_tokens_per_s * 1e3 + serving.new_tokens * self.decode_ms
+
+
+Curve = tuple[tuple[float, float], ...]
+"""(share of something that is there, time over the dense model's), by share."""
+
+
+class Latency(Frozen):
+    """Times of the dense model and of others like it with less in them, on which `predicted_ms` rests (trial/latency.py)."""
+
+    serving: ServingSettings
+    dense_ms: float
+    """Of a batch (Served.batch_ms)."""
+    neurons: Curve
+    """By the share of the units that are in every MLP."""
+    heads: Curve
+    layer: float
+    """What one layer takes besides its neurons and heads, over the dense model's time."""
+    masked: dict[str, Curve]
+    """By form, as trial/latency.py names them: by the density of all linear layers, on sparse kernels where those win."""
+    provenance: Provenance
 
 
 class SpeedRecord(Frozen):
@@ -194,6 +222,8 @@ class TrialRecord(Frozen):
     """Resolved before the trial ran, from the dense model on."""
     forked_at: int | None = None
     """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
+    is_finish: bool = False
+    """Made by `raysearch finish`: a fork that no search asked for."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
     distributions: dict[str, str] = Field(default_factory=dict)
@@ -225,9 +255,17 @@ class TrialRecord(Frozen):
 def objective_values(record: RoundRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:
     """What the search optimises of a candidate, each in its own unit and direction (config.is_maximised): its sizes, and its
     qualities on the selection split. None for one that lacks a metric, such as one whose scoring a race stopped."""
-    if any(name not in SIZES and name not in record.metrics for name in objectives):
-        return None
-    return tuple(float(getattr(record, name)) if name in SIZES else record.metrics[name].value for name in objectives)
+    values = [value_of(record, name) for name in objectives]
+    return None if None in values else tuple(value for value in values if value is not None)
+
+
+def value_of(record: RoundRecord, name: str) -> float | None:
+    """Of a size or, on the selection split, a metric; None where the candidate lacks it."""
+    if name in SIZES:
+        size = getattr(record, name)
+        return None if size is None else float(size)
+    metric = record.metrics.get(name)
+    return None if metric is None else metric.value
 
 
 def hash_json(value: object) -> str:

@@ -55,7 +55,7 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
 
 def store_weights(worker: Worker, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
-    path, weighed = worker.ledger.weights_path(record.key), weigh(worker)
+    path, weighed = worker.ledger.weights_path(record.key), weigh(worker, record.action)
     with written_meanwhile(worker, record.key, weighed) as weights:
 
         def write() -> None:
@@ -118,11 +118,14 @@ class Weighed:
     stored_bytes: int
     resident_bytes: int
     compact_parameters: int | None
+    predicted_ms: float | None
 
 
-def weigh(worker: Worker) -> Weighed:
+def weigh(worker: Worker, action: Action | None) -> Weighed:
+    """`action`: what made the weights."""
     nonzero, kept = worker.engine.nonzero_counts(), worker.engine.kept_counts()
-    return Weighed(nonzero, kept, sum(nonzero.values()), *sizes(worker.engine, kept, worker.study.model.dtype))
+    return Weighed(nonzero, kept, sum(nonzero.values()), *sizes(worker.engine, kept, worker.study.model.dtype, worker.latency(),
+                                                                action.pattern if action else ""))
 
 
 @contextlib.contextmanager
@@ -189,7 +192,7 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
                 stored_bytes=weighed.stored_bytes, resident_bytes=weighed.resident_bytes,
-                compact_parameters=weighed.compact_parameters,
+                compact_parameters=weighed.compact_parameters, predicted_ms=weighed.predicted_ms,
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, items_sha256=file_sha256(items_file) if evaluation else None,

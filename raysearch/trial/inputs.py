@@ -26,7 +26,7 @@ from raysearch.models.model import (
     stored_dtype,
     vocab_size,
 )
-from raysearch.study.records import root_key
+from raysearch.study.records import StudyRecord, root_key
 from raysearch.training.corpus import Say, load_documents, quiet
 from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents
 
@@ -81,6 +81,15 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
     return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks, tokenizer)
 
 
+def same_inputs(described: StudyRecord, what_fails: str) -> Inputs:
+    """Of a study that is there; ValueError where the files of its model, text or tasks are others now."""
+    inputs = read_inputs(described.study)
+    if inputs.root_key != described.root_key:
+        raise ValueError(f"{what_fails} because the files of the model, the corpus or the tasks are not the study's; put those "
+                         "back")
+    return inputs
+
+
 def read_tasks(study: Study, documents: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Task]]:
     """By split. `documents` are those of the corpus by split, where they were read already."""
     evaluation, corpus = study.evaluation, study.data.corpus
@@ -106,3 +115,7 @@ def check_objectives(study: Study, inputs: Inputs) -> None:
                 raise ValueError(f"{setting} must be of sizes ({', '.join(SIZES)}) and metrics "
                                  f"({', '.join(names) or 'there is no task'}), got {name!r}; change it in STUDY, or add "
                                  "its task")
+    asked, limit = study.serving.prompt_tokens + study.serving.new_tokens, context_limit(load_config(study.model.path))
+    if search.predicts_ms and asked > limit:
+        raise ValueError(f"predicted_ms is the time of serving's prompt_tokens and new_tokens, which must be at most {limit:g} "
+                         f"together, the model's context, got {asked}; change serving in STUDY")

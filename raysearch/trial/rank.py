@@ -92,7 +92,7 @@ class Rank:
                 yield {"done": record.status != "running", "status": record.status, "key": key, **numbers}
         elif job["kind"] == "mend":
             trial = None if job["trial"] is None else ledger.trial(job["trial"])
-            actions, raced = (trial.actions, not trial.is_control) if trial else ((), True)
+            actions, raced = (trial.actions, not (trial.is_control or trial.is_finish)) if trial else ((), True)
             candidate = mend_candidate(self.worker, actions, job["key"], raced)
             yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate)}
         else:
@@ -111,7 +111,7 @@ class Rank:
 def measured(record: RoundRecord) -> dict[str, float]:
     """A candidate's numbers under the names that TensorBoard and the other loggers show."""
     numbers = record.model_dump(include={"depth", "sparsity", "model_sparsity", "num_nonzero", "stored_bytes",
-                                         "resident_bytes", "train_loss", "prune_s", "finetune_s", "evaluate_s"},
+                                         "resident_bytes", "predicted_ms", "train_loss", "prune_s", "finetune_s", "evaluate_s"},
                                 exclude_none=True)
     return numbers | {name: metric.value for name, metric in record.metrics.items()}
 

@@ -36,7 +36,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool =
     if (done := stored_round(worker, key)) is not None:
         return done
     train_loss, times = train_candidate(worker, parent, action)
-    weighed = weigh(worker)
+    weighed = weigh(worker, action)
     with written_meanwhile(worker, key, weighed) as weights:
         race, rival = worker.race(getattr(weighed, worker.study.search.size) if raced else None)
         started = time.perf_counter()
@@ -63,7 +63,8 @@ def dense_round(worker: Worker) -> RoundRecord:
         check_quality(evaluation, worker.study.search.objectives, worker.vocab_size)
     except Diverged as error:
         raise Diverged(f"the dense model: {error}") from error
-    return store_round(worker, key, None, None, weigh(worker), evaluation, None, [started] * 4 + [time.perf_counter()], None)
+    times = [started] * 4 + [time.perf_counter()]
+    return store_round(worker, key, None, None, weigh(worker, None), evaluation, None, times, None)
 
 
 def report_round(worker: Worker, record: RoundRecord) -> dict[str, Metric]:
@@ -175,7 +176,11 @@ def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: in
     train_loss = None
     if action.finetune_tokens:
         assert worker.inputs.blocks is not None
-        train_loss = finetune(engine, worker.inputs.blocks, action, worker.study.training.warmup_fraction, pruner.after_step)
+        first_step, after_step = 0, pruner.after_step
+        if (checkpoints := worker.checkpoints) and checkpoints.key == round_key(parent.key, action):
+            first_step, after_step = checkpoints.resume(engine, pruner.num_steps, after_step)
+        warmup = worker.study.training.warmup_fraction
+        train_loss = finetune(engine, worker.inputs.blocks, action, warmup, after_step, first_step)
         pruner.end()
     times.append(time.perf_counter())
     return train_loss, times

@@ -6,8 +6,11 @@ from typing import NamedTuple
 import torch
 
 from raysearch.models.compact import Zeros, buffer_bytes, compact_size
+from raysearch.models.sparse import linear_layers
 from raysearch.models.weights import stored_bytes
+from raysearch.study.records import Latency
 from raysearch.training.engine import Engine
+from raysearch.trial.latency import Weights, predicted_ms
 
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
@@ -18,20 +21,28 @@ class Sizes(NamedTuple):
     stored_bytes: int
     resident_bytes: int
     compact_parameters: int | None
+    predicted_ms: float | None
 
 
-def sizes(engine: Engine, kept: dict[str, int], dtype: str) -> Sizes:
-    """Of the engine's weights, of which the masks keep `kept` of each parameter, exported in `dtype`. Collective."""
+def sizes(engine: Engine, kept: dict[str, int], dtype: str, latency: Latency | None = None, pattern: str = "") -> Sizes:
+    """Of the engine's weights, of which the masks keep `kept` of each parameter, exported in `dtype`; `pattern`: that of their
+    last round. Collective."""
     itemsize, buffers = EXPORT_ITEMSIZE[dtype], buffer_bytes(engine.model)
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     stored = buffers + sum(stored_bytes(total[name], kept[name] if name in engine.prunable_names else total[name], itemsize)
                            for name in total)  # no export has a bitmap of a bias
     zeros = empty_lines(engine)
     cut = compact_size(engine.model.config, zeros, itemsize) if zeros else None
+    milliseconds = None
+    if latency is not None:
+        linear = {name for name, *_ in linear_layers(engine.model)}
+        whole = {name: total[f"{name}.weight"] for name in linear if f"{name}.weight" in engine.prunable_names}
+        stays = whole if cut is None else cut.num_weights
+        milliseconds = predicted_ms(latency, cut, [Weights(stays[name], min(1.0, kept[f"{name}.weight"] / stays[name]))
+                                                   for name in whole if name in stays], pattern)
     if cut is None:
-        return Sizes(stored, buffers + sum(total.values()) * itemsize, None)
-    num_parameters, num_bytes = cut
-    return Sizes(min(stored, num_bytes), num_bytes, num_parameters)
+        return Sizes(stored, buffers + sum(total.values()) * itemsize, None, milliseconds)
+    return Sizes(min(stored, cut.num_bytes), cut.num_bytes, cut.num_parameters, milliseconds)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, work_in_training
@@ -19,9 +20,12 @@ from raysearch.kernels.device import device_name
 from raysearch.models.model import model_size, vocab_size
 from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import RoundRecord
-from raysearch.training.engine import Engine, can_compile, device_type, memory_bytes
-from raysearch.trial.inputs import Inputs, read_inputs
+from raysearch.study.records import Latency, RoundRecord
+from raysearch.training.engine import Engine
+from raysearch.training.hardware import can_compile, device_type, memory_bytes
+from raysearch.trial.checkpoints import Checkpoints
+from raysearch.trial.inputs import Inputs, same_inputs
+from raysearch.trial.latency import measured_latency
 
 START_LIMIT_S = 600.0
 """Shortest timeout of the process group: its ranks also wait for each other's imports."""
@@ -46,6 +50,8 @@ class Worker:
                              gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
+        self.checkpoints: Checkpoints | None = None
+        """Of the one round that is worth them."""
 
     def micro_batch(self, *rounds: Action) -> MicroBatch:
         """Of a round: the largest that is planned to fit, or as much as fitted where less did."""
@@ -67,6 +73,21 @@ class Worker:
         self.ledger.remember_micro_batch(self.gang, tokens)
         print(f"memory ran out; from now on {tokens} tokens at a time", flush=True)
         return self.engine.world_size == 1
+
+    def latency(self) -> Latency | None:
+        """What `predicted_ms` rests on, measured where the study has none yet, which is at its dense baseline: nothing else of
+        it runs then. None where no candidate's time is asked for."""
+        if not self.study.search.predicts_ms:
+            return None
+        model, ledger = self.study.model, self.ledger
+
+        def measured() -> Latency:
+            if (known := ledger.latency()) is None:
+                known = measured_latency(model.path, getattr(torch, model.dtype), self.study.serving)
+                ledger.write_twice("latency.json", known)
+            return known
+
+        return self.engine.from_rank_0(measured)
 
     def evaluate(self, split: str, race: Race | None = None) -> Evaluation:
         """Of the engine's current weights, on "selection" or "report"."""
@@ -119,8 +140,5 @@ def lone_worker(ledger: Ledger, record: RoundRecord, what_fails: str) -> Worker:
     described = ledger.study()
     if not described.study.cluster.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    inputs = read_inputs(described.study)
-    if inputs.root_key != described.root_key:
-        raise ValueError(f"candidate {record.key}: {what_fails} because the files of the model, the corpus or the tasks are "
-                         "not the study's; put those back")
+    inputs = same_inputs(described, f"candidate {record.key}: {what_fails}")
     return Worker(described.study.replaced(num_ranks=1, zero_stage=record.provenance.zero_stage or 0), ledger, inputs)

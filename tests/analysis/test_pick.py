@@ -10,6 +10,8 @@ from synthetic_study import SyntheticStudy, twelve_trials
 from analysis.constraints import Constraint, parse_constraints
 from analysis.load import load
 from analysis.pick import describe_pick, pick, read_pick, write_pick
+from analysis.plots import frontier_figure
+from analysis.tables import results_table
 from raysearch.study.ledger import Ledger
 
 
@@ -61,6 +63,24 @@ def test_stored_bytes_as_the_study_size(tmp_path: Path) -> None:
     study.trial(0, [0.02, 0.5], report=True)
     result = pick(load(tmp_path / "study"), [Constraint(kind="max", metric="text/bits_per_byte", limit=3.0)])
     assert (result.round, result.size, result.stored_bytes) == (2, "stored_bytes", 2_500_000)
+
+
+def test_predicted_times_are_a_size_a_limit_and_a_column(tmp_path: Path, frame: pd.DataFrame) -> None:
+    study = SyntheticStudy(tmp_path / "study", objectives=("predicted_ms", "text/bits_per_byte"))
+    study.dense()
+    study.trial(0, [0.2, 0.5], report=True)
+    rows = load(tmp_path / "study")
+    assert rows["predicted_ms"].tolist() == [10.0, 9.0, 7.5]
+    result = pick(rows, parse_constraints(max_predicted_ms=9.2))
+    assert (result.round, result.predicted_ms, result.checks[0].margin) == (2, 7.5, 1.7)  # the fastest
+    assert "7.5 ms predicted" in describe_pick(result)
+    assert "predicted ms" in results_table(rows)
+    figure = frontier_figure(rows)
+    assert figure.layout.xaxis.title.text == "predicted ms of a batch (smaller is better)"
+    assert figure.layout.updatemenus[0].buttons[0].label == "predicted ms of a batch"
+    assert "predicted ms" not in results_table(frame)
+    with pytest.raises(ValueError, match=r"--max-predicted-ms 9.2: the study predicted no times, for its search does not ask"):
+        pick(frame, parse_constraints(max_predicted_ms=9.2))
 
 
 def test_why_none(frame: pd.DataFrame) -> None:

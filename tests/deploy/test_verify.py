@@ -20,8 +20,8 @@ from analysis.pick import pick, write_pick
 from raysearch.config import ServingSettings
 from raysearch.deploy.export import export
 from raysearch.deploy.load import candidate_model, load
-from raysearch.deploy.speed import beside_dense
 from raysearch.deploy.verify import ITEMS, compare, verify, verify_speed
+from raysearch.evaluation.speed import beside_dense
 from raysearch.kernels import device_name
 from raysearch.models.model import load_model
 from raysearch.study.files import file_sha256, write_record

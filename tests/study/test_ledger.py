@@ -1,6 +1,5 @@
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -41,6 +40,20 @@ def test_a_study_is_extended_but_not_exchanged(tmp_path: Path) -> None:
         ledger.attach(study_record().model_copy(update={"root_key": "another"}))
 
 
+def test_predicted_times_are_of_one_serving_and_of_every_candidate(tmp_path: Path) -> None:
+    asked = {"objectives": ("predicted_ms", "text/bits_per_byte")}
+    for name in ("without", "with"):
+        (tmp_path / name).mkdir()
+    Ledger(tmp_path / "without").attach(study_record())
+    with pytest.raises(ValueError, match="differs in predicted_ms, which its candidates do not have"):
+        Ledger(tmp_path / "without").attach(study_record(constraints={"predicted_ms": 3.0}))
+    ledger = Ledger(tmp_path / "with")
+    ledger.attach(study_record(**asked))
+    with pytest.raises(ValueError, match=r"differs in serving \(batch_sequences=8 .* now batch_sequences=2 .*\), of which"):
+        ledger.attach(study_record(**asked, batch_sequences=2))
+    assert ledger.attach(study_record(batch_sequences=2))  # nothing asks any more
+
+
 def test_a_study_of_format_1_is_refused_with_the_way_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     ledger.attach(study_record())
@@ -78,12 +91,6 @@ def test_opening_what_is_no_study(tmp_path: Path, content: str | None, sentence:
         Ledger.open(tmp_path / "nowhere")
 
 
-def _hold(directory: Path, held: object, release: object) -> None:
-    with Ledger(directory).lock():
-        held.set()
-        release.wait(20)
-
-
 def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     with contextlib.suppress(KeyboardInterrupt), new_directory(ledger.round_directory("abc")) as folder:
@@ -94,21 +101,6 @@ def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
         (folder / "record.json").write_text("{}")
     ledger.delete_leftovers()
     assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["def"]
-
-
-def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    first = context.Process(target=_hold, args=(tmp_path, held, release))
-    first.start()
-    assert held.wait(20)
-    refusal = pytest.raises(ValueError, match=f"another driver runs this study \\(process {first.pid} on ")
-    with refusal, Ledger(tmp_path).lock():
-        pass
-    first.kill()  # a killed driver leaves no lock behind
-    first.join()
-    with Ledger(tmp_path).lock():
-        pass
 
 
 def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:

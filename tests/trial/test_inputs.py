@@ -89,3 +89,7 @@ def test_objectives_and_constraints_must_be_measured(study: Study) -> None:
                            "max_drop": {"choice/acc": 1.0}}.items():
         with pytest.raises(ValueError, match=rf"{setting} must be of sizes .num_nonz.* and metrics .*last_word/.*, got 'cho"):
             check_objectives(study.replaced(**{setting: value}), inputs)
+    asked = study.replaced(constraints={"predicted_ms": 5.0})
+    with pytest.raises(ValueError, match=r"prompt_tokens and new_tokens, which must be at most 64 together, .* got 128"):
+        check_objectives(asked, inputs)
+    check_objectives(asked.replaced(prompt_tokens=32), inputs)

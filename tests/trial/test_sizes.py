@@ -57,5 +57,5 @@ def test_nothing_is_cut_out_of_what_has_no_empty_line(worker: Worker) -> None:
     load_candidate(worker, dense_round(worker))
     assert empty_lines(worker.engine) == {}
     found = sizes(worker.engine, worker.engine.kept_counts(), "float32")
-    assert found == (4 * 35_744, 4 * 35_744, None) == (found.stored_bytes, found.resident_bytes, None)
+    assert found == (4 * 35_744, 4 * 35_744, None, None)
     assert sum(map(torch.numel, worker.engine.parameters.values())) == 35_744

@@ -10,8 +10,8 @@ from families import KNOWN, random_model
 from layers import mask_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch.deploy.speed import _decoding, _scoring, resident_bytes, speeds
 from raysearch.evaluation.attention import own_attention
+from raysearch.evaluation.speed import _decoding, _scoring, resident_bytes, speeds
 from raysearch.kernels import compress
 from raysearch.models.architectures import shares_prefixes
 from raysearch.models.compact import compact
