@@ -2,7 +2,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 // a double click that resets would go back to the range that the figure opened with
 const config = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "autosize"};
 const plots = {};
-let chosen = [], passing = null, lines = null;
+let chosen = [], lines = null;
 
 function command(says, line) {
   const row = document.createElement("p"), label = document.createElement("span"), code = document.createElement("code");
@@ -38,18 +38,29 @@ function choose(trial, round) {
   mark();
 }
 
-// In every figure a ring around the chosen candidate, and what does not pass the filter pale
+// In every figure a ring around the chosen candidate: a shape, for which Plotly draws no point again
 function mark() {
   for (const plot of Object.values(plots)) {
-    const named = plot.data.map((_, index) => index).filter((index) => plot.data[index].customdata);
-    const points = named.map((index) => Array.from(plot._fullData[index].customdata ?? []));
-    let ring = [[], []];
-    for (const [number, index] of named.entries()) {
-      const trace = plot._fullData[index], at = points[number].findIndex(([trial, round]) => trial === chosen[0] && round === chosen[1]);
-      if (trace.visible === true && at >= 0) ring = [[trace.x[at]], [trace.y[at]]];
+    const shapes = (plot.layout.shapes ?? []).filter(({name}) => name !== "chosen");
+    for (const {visible, customdata, x, y} of plot._fullData) {
+      const isChosen = ([trial, round]) => trial === chosen[0] && round === chosen[1];
+      const at = visible === true && customdata ? Array.from(customdata).findIndex(isChosen) : -1;
+      if (at >= 0 && !Number.isNaN(x[at])) {
+        shapes.push({name: "chosen", type: "circle", xsizemode: "pixel", ysizemode: "pixel", xanchor: x[at], yanchor: y[at],
+                     x0: -10, x1: 10, y0: -10, y1: 10, line: {color: "#be185d", width: 3}});
+        break;
+      }
     }
-    Plotly.restyle(plot, {x: [ring[0]], y: [ring[1]]}, [plot.data.length - 1]);
-    const kept = points.map((of) => passing && [...of.keys()].filter((at) => !of[at][1] || passing.has(`${of[at][0]}/${of[at][1]}`)));
+    Plotly.relayout(plot, {shapes});
+  }
+}
+
+// What does not pass the filter of the lines becomes pale
+function dim(passing) {
+  for (const plot of Object.values(plots)) {
+    const named = plot.data.map((_, index) => index).filter((index) => plot.data[index].customdata);
+    const kept = named.map((index) => passing && Array.from(plot._fullData[index].customdata ?? []).flatMap(
+      ([trial, round], at) => !round || passing.has(`${trial}/${round}`) ? [at] : []));
     Plotly.restyle(plot, {selectedpoints: kept}, named);
   }
 }
@@ -59,18 +70,15 @@ async function draw() {
   const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   (0, eval)(await new Response(unpacked).text());
   for (const [name, figure] of Object.entries(data.figures)) {
-    const plot = document.getElementById(name), [menu] = figure.layout.updatemenus ?? [], every = figure.data.map((_, index) => index);
+    const plot = document.getElementById(name), [menu] = figure.layout.updatemenus ?? [];
     delete figure.layout.updatemenus;
     figure.layout.margin.t = 40;
     for (const trace of figure.data) trace.text = trace.text?.map((of) => data.texts[of] ?? of);
     plot.textContent = "";
-    if (figure.data.some((trace) => trace.customdata)) {
-      for (const trace of figure.data) trace.unselected = {marker: {opacity: 0.1}};
-      figure.data.push({x: [], y: [], mode: "markers", showlegend: false, hoverinfo: "skip",
-                        marker: {symbol: "circle-open", size: 17, color: "#be185d", line: {width: 3}}});
-      plots[name] = plot;
-    }
+    const isOfCandidates = figure.data.some((trace) => trace.customdata);
+    for (const trace of isOfCandidates ? figure.data : []) trace.unselected = {marker: {opacity: 0.1}};
     await Plotly.newPlot(plot, figure.data, figure.layout, config);
+    if (isOfCandidates) plots[name] = plot;
     plot.on("plotly_click", ({points: [point]}) => choose(point.customdata?.[0], point.customdata?.[1]));
     for (const [index, {label, args}] of (menu?.buttons ?? []).entries()) {
       const button = document.createElement("button");
@@ -79,7 +87,7 @@ async function draw() {
       button.setAttribute("aria-pressed", index === 0);
       button.onclick = async () => {
         for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
-        await Plotly.update(plot, ...args, every);
+        await Plotly.update(plot, ...args);
         mark();
       };
       document.querySelector(`[data-for="${name}"]`).append(button);
@@ -88,10 +96,7 @@ async function draw() {
 }
 
 if (data.parallel) {
-  lines = parallelCoordinates(document.getElementById("parallel"), data.parallel, {onChoose: choose, onFilter: (names) => {
-    passing = names;
-    mark();
-  }});
+  lines = parallelCoordinates(document.getElementById("parallel"), data.parallel, {onChoose: choose, onFilter: dim});
 }
 
 for (const table of document.querySelectorAll("table")) {  // on a telephone a row is a card, whose cells say what they are

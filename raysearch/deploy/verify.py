@@ -12,7 +12,7 @@ import torch
 from raysearch.config import Study, higher_is_better
 from raysearch.deploy.load import load
 from raysearch.evaluation import Scorer, Task, evaluate, tasks_fingerprint
-from raysearch.evaluation.speed import beside_dense
+from raysearch.evaluation.speed import beside_dense, speeds
 from raysearch.kernels.device import device_name
 from raysearch.models.model import load_model, load_tokenizer, on_device
 from raysearch.study.items import Items, form_of, read_items
@@ -105,11 +105,13 @@ def verify_speed(folder: Path, say: Callable[[str], object]) -> list[Timed]:
     except (OSError, ValueError) as error:
         say(f"its speed cannot be compared, for the dense model beside which it was measured is not here: {first_line(error)}")
         return []
-    runs: list[tuple[Served, Served]] = []
+    model = on_device(load(folder, backend="dense"))
+    runs: list[Sequence[Served]] = []
     for _ in range(NUM_RUNS):
-        runs.append(beside_dense(dense, on_device(load(folder, backend="dense")), recorded.serving, lambda line: None)[:2])
-        decode_ms = [min(each.decode_ms for each in model) for model in zip(*runs)]
-        tokens_per_s = [max(each.scoring_tokens_per_s for each in model) for model in zip(*runs)]
+        runs.append(speeds([dense, model], **recorded.serving.model_dump()) if runs else
+                    beside_dense(dense, model, recorded.serving, lambda line: None)[:2])
+        decode_ms = [min(each.decode_ms for each in served) for served in zip(*runs)]
+        tokens_per_s = [max(each.scoring_tokens_per_s for each in served) for served in zip(*runs)]
         timed = [Timed("decoding", recorded.served.decode_ms / recorded.dense.decode_ms, decode_ms[1] / decode_ms[0]),
                  Timed("scoring", recorded.dense.scoring_tokens_per_s / recorded.served.scoring_tokens_per_s,
                        tokens_per_s[0] / tokens_per_s[1])]

@@ -242,7 +242,8 @@ def test_lines_and_points_are_linked(study_directory: Path, tmp_path: Path) -> N
         browser.run("drawn")
         width = browser.run('document.getElementById("parallel").clientWidth')
         x, y = 14 + (width - 28) * axes[-1]["at"][index] / 1000, 32 + 58 * (len(axes) - 1)
-        ring = '[...document.getElementById("frontier").data.at(-1).x]'
+        ring = """document.getElementById("frontier").layout.shapes.filter(({name}) => name == "chosen").map(
+          ({xanchor}) => xanchor)"""
 
         browser.run('document.querySelector(\'[data-candidate="3/1"]\').click()')  # a point of the frontier shows its line
         browser.run(DRAWN)
