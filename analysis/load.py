@@ -37,7 +37,7 @@ COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias
 
 
 @contextmanager
-def _without_collector() -> Iterator[None]:
+def without_collector() -> Iterator[None]:
     """Thousands of records that all stay cost a third of the seconds if the garbage collector walks them again and again."""
     was_enabled = gc.isenabled()
     gc.disable()
@@ -48,7 +48,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-@_without_collector()
+@without_collector()
 def load(directory: str | AnyPath) -> pd.DataFrame:
     """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense") and before one per
     round of each dense control (trial NA, status "control") and one per model that was added (trial NA, status "other").

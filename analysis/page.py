@@ -41,7 +41,7 @@ from analysis.compare import compare
 from analysis.constraints import Constraint, parse_constraints
 from analysis.findings import default_limit, headlines, optimism
 from analysis.importance import dependence, importance
-from analysis.load import load, metric_names
+from analysis.load import load, metric_names, without_collector
 from analysis.parallel import parallel_coordinates
 from analysis.pick import pick
 from analysis.plots import (
@@ -77,6 +77,7 @@ def watch_page(directory: str | AnyPath, out: str | AnyPath | None = None, max_d
         time.sleep(WATCH_S * goes_on)
 
 
+@without_collector()
 def write_page(directory: str | AnyPath, out: str | AnyPath | None = None, frame: pd.DataFrame | None = None,
                max_drop: Sequence[str] = (), again_s: float | None = None) -> AnyPath:
     """Writes `out` (default: report.html in the study directory) and returns its absolute path. `frame`: the study, where it
