@@ -10,7 +10,8 @@ from pydantic import Field
 
 from analysis.tables import metric_pair
 from analysis.uncertainty import Draws, paired
-from raysearch.config import Frozen, higher_is_better, parse
+from raysearch.config import higher_is_better
+from raysearch.frozen import Frozen, parse
 from raysearch.units import parse_bytes, parse_count
 
 COLUMN_OF = {"max_bytes": "stored_bytes", "max_nonzero": "num_nonzero", "max_resident": "resident_bytes",

@@ -34,7 +34,8 @@ from analysis.constraints import (
 from analysis.load import HYPERPARAMETERS, SPLITS, load, metric_names
 from analysis.tables import aligned, describe_config, results_table, with_stderr
 from analysis.uncertainty import fixed_sequence, resample, whole_items
-from raysearch.config import Frozen, higher_is_better
+from raysearch.config import higher_is_better
+from raysearch.frozen import Frozen
 from raysearch.study.files import unsealed, write_record
 from raysearch.study.ledger import Ledger, Split
 from raysearch.study.records import Provenance

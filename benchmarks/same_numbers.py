@@ -28,8 +28,8 @@ from raysearch.config import TrialConfig, study_of
 from raysearch.kernels.device import device_name
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import versions
-from raysearch.training.engine import free_port
 from raysearch.training.finetune import Diverged
+from raysearch.training.hardware import free_port
 from raysearch.trial.actions import resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, run_round

@@ -29,7 +29,7 @@ from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import num_to_prune
 from raysearch.pruning.selection import MAGNITUDES, Passes, keep_masks
 from raysearch.study.provenance import versions
-from raysearch.training.engine import free_port
+from raysearch.training.hardware import free_port
 
 NUM_LAYERS = 96
 """Weight matrices of a GPT of 24 layers."""

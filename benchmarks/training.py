@@ -33,7 +33,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, 
 from raysearch.cluster.placement import USABLE, largest_micro_batch, rank_bytes
 from raysearch.config import study_of
 from raysearch.models.model import model_size
-from raysearch.training.engine import CLIP_NORM, Engine, memory_bytes
+from raysearch.training.engine import CLIP_NORM, Engine
+from raysearch.training.hardware import memory_bytes
 
 SHAPES = {"30m": (8, 512, 8, 512, 8192), "124m": (12, 768, 12, 1024, 50_257), "950m": (26, 1664, 26, 1024, 50_257)}
 """Layers, width, heads, context, vocabulary."""

@@ -30,7 +30,8 @@ def sweep(study: Mapping[str, Any], space: Callable[[Any], dict[str, Any]], out:
     and space(trial). `options` are those of raysearch.search.sweep.sweep (keep, enqueued, warm_starts, max_disk_bytes, ...).
     Returns its SweepResult; ValueError of one sentence for bad input."""
     set_environment()
-    from raysearch.config import Study, parse
+    from raysearch.config import Study
+    from raysearch.frozen import parse
     from raysearch.search.sweep import sweep as run
 
     name = f"{space.__module__}.{getattr(space, '__name__', 'space')}"
@@ -42,7 +43,8 @@ def run_trial(study: Mapping[str, Any], settings: Mapping[str, Any], out: str | 
     """Runs one trial with these settings in this process, without Ray, as `raysearch prune` does; the study directory is `out`.
     Returns the folder of the exported model."""
     set_environment()
-    from raysearch.config import Study, parse
+    from raysearch.config import Study
+    from raysearch.frozen import parse
     from raysearch.prune import run_prune
 
     parse(Study, dict(study), "study")

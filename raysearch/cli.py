@@ -141,7 +141,8 @@ def prune(
     seed: int = 0,
 ) -> None:
     """Run one trial in this process, without Ray, and export its last candidate to OUT/model."""
-    from raysearch.config import TrialConfig, parse, study_of
+    from raysearch.config import TrialConfig, study_of
+    from raysearch.frozen import parse
 
     # options have the names of the settings' fields, so each stands above once; `parse` refuses one that is no field
     default = ("text", "last_word", "choice") if corpus else ()

@@ -3,10 +3,11 @@
 `TrialConfig` is what varies between trials, `Study` is what is fixed for all of them, `Action` is one resolved round.
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
+
+from raysearch.frozen import Frozen, parse
 
 Schedule = Literal["one_shot", "constant", "linear", "exponential", "cubic", "cosine"]
 Scope = Literal["global", "layer", "row"]
@@ -14,47 +15,6 @@ Budget = Literal["uniform", "erdos_renyi", "owl"]
 LrSchedule = Literal["cosine", "constant", "one_cycle"]
 Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
-
-
-class Frozen(BaseModel):
-    """Base of every settings and record class: unknown fields, wrong types and later changes are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-FrozenT = TypeVar("FrozenT", bound=Frozen)
-
-
-def _field(cls: type[Frozen], location: Sequence[object]) -> tuple[type[Frozen], list[str]]:
-    """(the class that the innermost field belongs to, the path of fields) of pydantic's location of an error, which goes on
-    inside the field: names of a union's alternatives, indices of a tuple."""
-    section, path = cls, []
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if field is None:
-            break
-        path.append(str(part))
-        if not (isinstance(field.annotation, type) and issubclass(field.annotation, Frozen)):
-            break
-        section = field.annotation
-    return section, path
-
-
-def parse(cls: type[FrozenT], data: dict[str, Any], where: str) -> FrozenT:
-    """`cls(**data)`, or a ValueError of one sentence that names `where`, the field, the rule and the value."""
-    try:
-        return cls.model_validate(data)
-    except ValidationError as error:
-        first, *others = error.errors()
-        section, path = _field(cls, first["loc"])
-        field = ".".join(path or map(str, first["loc"]))
-        rule = first["msg"].removeprefix("Value error, ")
-        alternatives = [other["msg"] for other in others if path and _field(cls, other["loc"])[1] == path]  # of a union
-        rule = " or ".join([rule, *alternatives])
-        if first["type"] == "extra_forbidden":
-            field, rule = ".".join(map(str, first["loc"])), f"no such field; the fields are {', '.join(section.model_fields)}"
-        given = f" (got {first['input']!r})" if field else ""
-        raise ValueError(f"{where}: {f'{field}: ' if field else ''}{rule}{given}") from error
 
 
 SIZES = ("num_nonzero", "stored_bytes", "resident_bytes")

@@ -164,15 +164,18 @@ def verify(
     corpus: Annotated[str | None, typer.Option(help="Where its corpus is now.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
 ) -> None:
-    """Score a deployment folder or a picked candidate again, and compare it item by item with its study."""
+    """Score a deployment folder or a picked candidate again, and compare it item by item with its study; time it again if that
+    was done on this device."""
     doing("scoring")
     from tempfile import TemporaryDirectory
 
     from analysis.tables import aligned
     from raysearch.deploy.verify import verify as run
+    from raysearch.deploy.verify import verify_speed
 
+    notes: list[str] = []
     if Path(what).is_dir():
-        compared = run(Path(what), data_dir, corpus, limit)
+        compared, timed = run(Path(what), data_dir, corpus, limit), verify_speed(Path(what), notes.append)
     else:
         from analysis.pick import check_pick, read_pick
         from raysearch.deploy.export import export as write
@@ -182,10 +185,12 @@ def verify(
         check_pick(picked, echo)
         with TemporaryDirectory() as folder:
             written = write(Ledger.open(picked.study_directory), picked.key, Path(folder) / "deploy")
-            compared = run(written, data_dir, corpus, limit)
+            compared, timed = run(written, data_dir, corpus, limit), verify_speed(written, notes.append)
     rows = [[each.metric, f"{each.recorded:.6g}", f"{each.found:.6g}", str(each.num_items), str(each.num_differing)]
             for each in compared]
-    echo(aligned(["metric", "in the study", "here", "items", "differing"], rows, left=["metric"]) + f"{what}: verified")
+    notes += [f"{each.name}: {each.found:.3g} of the dense model's time, {each.recorded:.3g} in the study" for each in timed]
+    echo(aligned(["metric", "in the study", "here", "items", "differing"], rows, left=["metric"])
+         + "\n".join([*notes, f"{what}: verified"]))
 
 
 @app.command()

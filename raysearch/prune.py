@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysearch.config import Action, TrialConfig, parse, study_of
+from raysearch.config import Action, TrialConfig, study_of
 from raysearch.deploy.export import export
 from raysearch.evaluation import metric_names
+from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.models.model import context_limit, load_config
 from raysearch.study.ledger import Ledger

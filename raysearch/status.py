@@ -9,7 +9,7 @@ from typing import Any
 from analysis.candidates import dense, frontier, pruned
 from analysis.load import load
 from analysis.tables import with_stderr
-from raysearch.config import Frozen
+from raysearch.frozen import Frozen
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import TrialRecord
 from raysearch.study.storage import AnyPath

@@ -12,7 +12,7 @@ TESTS = Path(__file__).parent
 
 def run_ranks(script: str, world_size: int, arguments: list[str], timeout_s: float = 240, on_gpus: bool = False) -> Any:
     """Runs the file `script` on `world_size` ranks, on the CPU or a GPU each, and returns rank 0's last line of JSON."""
-    from raysearch.training.engine import free_port
+    from raysearch.training.hardware import free_port
 
     shared = {**os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
               "DS_ACCELERATOR": "cuda" if on_gpus else "cpu", "OMP_NUM_THREADS": "1",

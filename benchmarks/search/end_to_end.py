@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from raysearch.config import Study, TrialConfig, parse
+from raysearch.config import Study, TrialConfig
+from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.pruning.pareto import hypervolume
 from raysearch.search.space import load_space

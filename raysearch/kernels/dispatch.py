@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysearch.config import Frozen
+from raysearch.frozen import Frozen
 from raysearch.kernels.backends import BACKENDS, Backend
 from raysearch.kernels.device import device_name
 from raysearch.kernels.weight import SparseWeight

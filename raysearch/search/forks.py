@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 
-from raysearch.config import SIZES, Action, Study, is_maximised, parse
+from raysearch.config import SIZES, Action, Study, is_maximised
+from raysearch.frozen import parse
 from raysearch.pruning.pareto import hypervolume_gains
 from raysearch.search.round_model import Floats, RoundModel, Start, Step
 from raysearch.search.space import Space, draw, in_space

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raysearch
-from raysearch.config import Action, Study, TrialConfig, is_flat, nested, parse
+from raysearch.config import Action, Study, TrialConfig, is_flat, nested
+from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
 from raysearch.study.storage import location

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raysearch.config import Frozen
+from raysearch.frozen import Frozen
 from raysearch.study.storage import AnyPath, StorePath
 
 T = TypeVar("T")

@@ -32,23 +32,21 @@ JSON files end with their own checksum, and records hold those of the other file
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import shutil
-import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 
-from raysearch.config import Frozen, FrozenT, Metric
-from raysearch.study.files import T, file_sha256, naming, new_file, persist, unsealed, write_record
+from raysearch.config import Metric
+from raysearch.study.files import T, file_sha256, persist, unsealed, write_record
 from raysearch.study.items import Items, read_items, write_items
-from raysearch.study.lease import holder, lease
+from raysearch.study.lock import driver, lock
+from raysearch.study.record_files import RecordFiles, Unreadable
 from raysearch.study.records import (
     FORMAT,
     OTHER,
@@ -63,29 +61,16 @@ from raysearch.study.records import (
     TrialRecord,
     settings_that_decide_numbers,
 )
-from raysearch.study.storage import AnyPath, StorePath, as_file, location
+from raysearch.study.storage import AnyPath, as_file
 
 Split = Literal["selection", "report"]
 WEIGHTS = "weights.safetensors"
 KEY = re.compile(r"\w+")
 """No copy that a tool or a person has made of a folder: KEY (1), KEY.old."""
-NUM_READERS = 16
-"""Threads that read a store's records, each of which is a request."""
 
 
-class Ledger:
-    """Reads and writes one study directory.
-
-    Who asks for all records gets those that can be read: the others are noted in `damaged`, and a sweep makes them again. Who
-    asks for one by its name gets it or a ValueError that names the file.
-    """
-
-    def __init__(self, directory: str | AnyPath) -> None:
-        self.directory = location(directory)
-        self.damaged: dict[AnyPath, str] = {}
-        """Files that were found damaged, with a sentence on each."""
-        self.strangers: set[AnyPath] = set()
-        """Files among the records that have no name of a record's."""
+class Ledger(RecordFiles):
+    """Reads and writes one study directory."""
 
     @classmethod
     def open(cls, directory: str | AnyPath) -> "Ledger":
@@ -99,51 +84,13 @@ class Ledger:
         ledger.study()
         return ledger
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Held by the one driver that may write; a second driver is refused with the name of the first."""
-        if self.directory.exists() and not self.directory.is_dir():
-            raise ValueError(f"{self.directory}: is a file; give a directory with --out")
-        if isinstance(self.directory, StorePath):
-            with lease(self.directory / "lock"):
-                yield
-            return
-        is_new = not self.directory.exists()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with open(self.directory / "lock", "a+") as file:  # to open it with "w" would erase the name that a refusal tells
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ValueError(f"{self.directory}: another driver runs this study ({file.read().strip()}); wait for "
-                                 "it, or stop it first") from None
-            file.truncate(0)
-            try:
-                with naming(self.directory / "lock"):
-                    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                    file.flush()
-                yield
-            finally:
-                file.truncate(0)  # a name that stays is that of a killed driver
-                if not (self.directory / "study.json").is_file():  # refused: nothing of ours stays in the folder
-                    (self.directory / "lock").unlink(missing_ok=True)
-                    if is_new:
-                        with contextlib.suppress(OSError):
-                            self.directory.rmdir()
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Held by the one driver that may write (lock.py)."""
+        return lock(self.directory)
 
     def driver(self) -> tuple[bool, str]:
-        """(whether a driver holds the lock now, the name it wrote); one that was killed leaves its name behind."""
-        if isinstance(self.directory, StorePath):
-            return holder(self.directory / "lock")[:2]
-        try:
-            with open(self.directory / "lock") as file:
-                if name := file.read().strip():  # else nobody holds it, and a driver that starts now is not disturbed
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                return False, name
-        except FileNotFoundError:
-            return False, ""
-        except BlockingIOError:
-            return True, name
+        """(whether a driver holds the lock now, the name it wrote)."""
+        return driver(self.directory)
 
     def micro_batch_tokens(self) -> dict[str, int]:
         """What `remember_micro_batch` wrote, by gang."""
@@ -197,54 +144,9 @@ class Ledger:
     def holds_study(self) -> bool:
         return any(path.is_file() for path in self.twins("study.json"))
 
-    def twins(self, name: str) -> tuple[AnyPath, AnyPath]:
-        """(file, its copy) of a record."""
-        copy = name.removeprefix("trials/").removeprefix("rounds/").replace("/", ".")
-        return self.directory / name, self.directory / "copies" / copy
-
-    def _either(self, name: str, read: Callable[[AnyPath], T]) -> T:
-        """What `read` makes of a file or, with a note, of its copy."""
-        path, copy = self.twins(name)
-        try:
-            return read(path)
-        except Unreadable as error:
-            if not copy.is_file():
-                raise
-            self.damaged[path] = f"{error if path.is_file() else f'{path}: is missing'}; its copy is read instead"
-            return read(copy)
-
-    def _own(self, name: str, read: Callable[[AnyPath], T], of: Callable[[T], object], wanted: object) -> T:
-        """The record of this name; by its own word, `of` it, it must be that of `wanted`."""
-
-        def checked(path: AnyPath) -> T:
-            record = read(path)
-            if of(record) != wanted:
-                raise Unreadable(f"{path}: is the record of {of(record)}, and not of {wanted}")
-            return record
-
-        return self._either(name, checked)
-
-    def write_twice(self, name: str, record: Frozen) -> None:
-        """The copy second: it never stands for what was not finished."""
-        for path in self.twins(name):
-            persist(path, lambda: write_record(path, record))  # noqa: B023  called at once
-
-    def restore(self, names: Iterable[str]) -> None:
-        """Writes each of these records, or its copy, from the other one, where that is whole."""
-        for name in names:
-            twins = self.twins(name)
-            contents = [whole_content(path) for path in twins]
-            for path, content, other in zip(twins, contents, reversed(contents)):
-                if content is None and other is not None:
-                    with new_file(path) as file:
-                        file.write_bytes(other)
-
-    def copies(self) -> list[AnyPath]:
-        return self._matching("copies", "*.json")
-
     def study(self) -> StudyRecord:
         """ValueError of one sentence for one of another format, too: its keys would mean something else."""
-        record = self._either("study.json", self._study)
+        record = self.either("study.json", self._study)
         if (record.model_beside and isinstance(self.directory, Path) and not Path(record.study.model.path).exists()
                 and (moved := self.directory / record.model_beside).is_dir()):
             return record.model_copy(update={"study": record.study.replaced(path=str(moved.resolve()))})
@@ -255,12 +157,12 @@ class Ledger:
             raw = json.loads(path.read_bytes())
             written, maker = raw.get("format", 1), raw["provenance"]["versions"].get("raysearch-llm", "of then")
         except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
-            return self._read(path, StudyRecord)  # which says what is wrong with such a file
+            return self.read(path, StudyRecord)  # which says what is wrong with such a file
         if written != FORMAT and isinstance(written, int):
             raise ValueError(f"{self.directory}: its records are of format {written}, and this raysearch reads and writes "
                              f"format {FORMAT} only; open it with the raysearch-llm that made it ({maker}), or start anew "
                              "with another --out")
-        return self._read(path, StudyRecord)
+        return self.read(path, StudyRecord)
 
     def write_study(self, record: StudyRecord) -> None:
         if isinstance(self.directory, Path):
@@ -297,7 +199,7 @@ class Ledger:
     def round(self, key: str) -> RoundRecord | None:
         """None for a damaged one too, so that it is computed again."""
         path, copy = self.twins(f"rounds/{key}/record.json")
-        return self._readable([path], self.candidate_of).get(path) if path.is_file() or copy.is_file() else None
+        return self.readable([path], self.candidate_of).get(path) if path.is_file() or copy.is_file() else None
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
@@ -306,7 +208,7 @@ class Ledger:
     def candidate_of(self, path: AnyPath) -> RoundRecord:
         """The record in this file, which must be the one of its folder."""
         key = path.parent.name
-        return self._own(f"rounds/{key}/record.json", lambda path: self._read(path, RoundRecord),
+        return self.own(f"rounds/{key}/record.json", lambda path: self.read(path, RoundRecord),
                          lambda record: record.key, key)
 
     def copy_round(self, key: str) -> None:
@@ -324,20 +226,21 @@ class Ledger:
 
     def recovered(self, key: str) -> Recovered | None:
         path = self.round_directory(key) / "recovered.json"
-        return self._readable([path], lambda path: self._read(path, Recovered)).get(path) if path.is_file() else None
+        return self.readable([path], lambda path: self.read(path, Recovered)).get(path) if path.is_file() else None
 
     def speed_path(self, key: str) -> AnyPath:
         return self.round_directory(key) / "speed.json"
 
     def speeds(self) -> dict[str, SpeedRecord]:
-        """Of the candidates that were measured, by key; one whose file is damaged is to be measured again."""
-        paths = self._matching("rounds", "[!.]*/speed.json")
-        return {path.parent.name: speed for path, speed in self._readable(
-            paths, lambda path: self._read(path, SpeedRecord)).items()}
+        """Of the candidates and other models that were measured, by key; one whose file is damaged is to be measured again."""
+        paths = self.matching("rounds", "[!.]*/speed.json")
+        own = self.readable(paths, lambda path: self.read(path, SpeedRecord))
+        return {**{path.parent.name: speed for path, speed in own.items()},
+                **{other.key: other.speed for other in self.others() if other.speed}}
 
     def others(self) -> list[OtherRecord]:
         """By name; damaged ones are left out, to be added again."""
-        found = self._readable(self._matching("others", "*.json"), lambda path: self._read(path, OtherRecord))
+        found = self.readable(self.matching("others", "*.json"), lambda path: self.read(path, OtherRecord))
         return sorted(found.values(), key=lambda other: other.name)
 
     def write_other(self, record: OtherRecord, items: Mapping[Split, Mapping[str, Items]]) -> None:
@@ -363,7 +266,7 @@ class Ledger:
 
     def report_record(self, key: str) -> ReportRecord | None:
         path, copy = self.twins(f"rounds/{key}/report.json")
-        return self._readable([path], self._report).get(path) if path.is_file() or copy.is_file() else None
+        return self.readable([path], self._report).get(path) if path.is_file() or copy.is_file() else None
 
     def reports(self) -> dict[str, dict[str, Metric]]:
         """Metrics on the report split by key, of the candidates that have them."""
@@ -377,13 +280,13 @@ class Ledger:
 
         def read(path: AnyPath) -> ReportRecord:
             try:
-                return self._read(path, ReportRecord)
+                return self.read(path, ReportRecord)
             except Unreadable:
                 with contextlib.suppress(ValueError, OSError):  # before reports had checksums, the metrics were the whole file
                     return ReportRecord(metrics=TypeAdapter(dict[str, Metric]).validate_json(path.read_bytes()))
                 raise
 
-        return self._own(f"rounds/{key}/report.json", read, lambda report: report.key or key, key)
+        return self.own(f"rounds/{key}/report.json", read, lambda report: report.key or key, key)
 
     def write_report_metrics(self, key: str, metrics: dict[str, Metric], items: Mapping[str, Items]) -> None:
         """The items first, so that report.json never stands without them."""
@@ -402,15 +305,15 @@ class Ledger:
         return [trial for trial in reversed(self._trials()) if trial.is_control]
 
     def _trials(self) -> list[TrialRecord]:
-        paths = self._matching("trials", "*.json")
+        paths = self.matching("trials", "*.json")
         names = {path for path in paths if path.name == f"{_number(path):05d}.json"}
         self.strangers |= set(paths) - names
-        names |= {self.trial_path(_number(path)) for path in self._matching("copies", "*.json")
+        names |= {self.trial_path(_number(path)) for path in self.matching("copies", "*.json")
                   if re.fullmatch(r"-?\d+", path.stem)}
-        return sorted(self._readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
+        return sorted(self.readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
 
     def _trial(self, path: AnyPath) -> TrialRecord:
-        return self._own(f"trials/{path.name}", lambda path: self._read(path, TrialRecord),
+        return self.own(f"trials/{path.name}", lambda path: self.read(path, TrialRecord),
                          lambda trial: trial.number, _number(path))
 
     def candidate(self, key: str) -> RoundRecord:
@@ -428,7 +331,7 @@ class Ledger:
 
     def seal(self) -> JournalSeal | None:
         path = self.directory / "journal.json"
-        return self._readable([path], lambda path: self._read(path, JournalSeal)).get(path) if path.is_file() else None
+        return self.readable([path], lambda path: self.read(path, JournalSeal)).get(path) if path.is_file() else None
 
     def write_seal(self, seal: JournalSeal) -> None:
         path = self.directory / "journal.json"
@@ -444,7 +347,7 @@ class Ledger:
 
     def stacks(self, number: int) -> dict[str, str]:
         """Stack of each rank that found its round of this trial too long, by "rank 0", ..."""
-        texts = {path: path.read_text() for path in self._matching("trials", f"{number:05d}.rank-*.stack")}
+        texts = {path: path.read_text() for path in self.matching("trials", f"{number:05d}.rank-*.stack")}
         return {path.suffixes[0][1:].replace("-", " "): text for path, text in texts.items() if text}
 
     def _by_key(self, name: str, read: Callable[[AnyPath], T]) -> dict[str, T]:
@@ -453,59 +356,10 @@ class Ledger:
         keys = {key for key in found if KEY.fullmatch(key)}
         self.strangers |= {path for key, path in found.items() if key not in keys}
         paths = [self.round_directory(key) / name for key in sorted(keys)]
-        return {path.parent.name: record for path, record in self._readable(paths, read).items()}
+        return {path.parent.name: record for path, record in self.readable(paths, read).items()}
 
-    def _readable(self, paths: Iterable[AnyPath], read: Callable[[AnyPath], T]) -> dict[AnyPath, T]:
-        """What `read` makes of each path, without the damaged ones, which are noted."""
-
-        def attempt(path: AnyPath) -> T | None:
-            try:
-                return read(path)
-            except Unreadable as error:
-                self.damaged[path] = str(error)
-                return None
-
-        paths = list(paths)
-        return {path: record for path, record in zip(paths, self._each(attempt, paths)) if record is not None}
-
-    def _matching(self, folder: str, pattern: str) -> list[AnyPath]:
-        return sorted((self.directory / folder).glob(pattern), key=str)
-
-    def _each(self, read: Callable[[AnyPath], T], paths: Iterable[AnyPath]) -> list[T]:
-        """What `read` makes of each path; on a store, where each is a request, in several threads."""
-        if isinstance(self.directory, Path):
-            return list(map(read, paths))
-        with ThreadPoolExecutor(NUM_READERS) as readers:
-            return list(readers.map(read, paths))
-
-    @staticmethod
-    def _read(path: AnyPath, cls: type[FrozenT]) -> FrozenT:
-        try:
-            return cls.model_validate_json(unsealed(path.read_bytes()))
-        except OSError as error:
-            lost = isinstance(path, Path) or isinstance(error, FileNotFoundError)  # a store that does not answer lost nothing
-            raise (Unreadable if lost else ValueError)(
-                f"{path}: cannot be read ({error.strerror}); is this a study directory?") from error
-        except ValueError as error:
-            rule = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-            raise Unreadable(f"{path}: not a {cls.__name__} of this version of raysearch ({rule}); it was damaged or made by "
-                             "another version") from error
-
-
-def whole_content(path: AnyPath) -> bytes | None:
-    """None for a file that is missing, or damaged so that its checksum says so."""
-    try:
-        content = path.read_bytes()
-        json.loads(unsealed(content))
-        return content
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
 
 
 def _number(path: AnyPath) -> int:
     """In the name of a trial's record; 0 where there is none."""
     return int(path.stem) if re.fullmatch(r"-?\d+", path.stem) else 0
-
-
-class Unreadable(ValueError):
-    """A record that is missing, damaged or of another kind; the message names the file."""

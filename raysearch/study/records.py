@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from raysearch.config import NUMBERS, SIZES, Action, Frozen, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.config import NUMBERS, SIZES, Action, Metric, ServingSettings, Study, TrialConfig, Unhashed
+from raysearch.frozen import Frozen
 
 FORMAT = 3
 """Number of the format of keys and records. A study of another one is refused; see docs/how_it_works.md."""
@@ -116,6 +117,19 @@ class Served(Frozen):
     """Of its weights in memory, in whatever form they were served."""
 
 
+class SpeedRecord(Frozen):
+    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
+
+    key: str
+    serving: ServingSettings
+    served: Served
+    dense: Served
+    dtype: str
+    form: str
+    """What was served, in words."""
+    provenance: Provenance
+
+
 class OtherRecord(Frozen):
     """A model that the study did not make, such as a quantised or a smaller one, scored on its items to stand beside the
     frontier."""
@@ -132,6 +146,8 @@ class OtherRecord(Frozen):
     metrics: dict[str, dict[str, Metric]]
     """By split and "task/metric"."""
     provenance: Provenance
+    speed: SpeedRecord | None = None
+    """As it was opened, without cutting it down; None until `raysearch measure` timed it."""
 
     @property
     def key(self) -> str:
@@ -140,19 +156,6 @@ class OtherRecord(Frozen):
 
 OTHER = "other-"
 """Before the names of such models where keys of candidates stand."""
-
-
-class SpeedRecord(Frozen):
-    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
-
-    key: str
-    serving: ServingSettings
-    served: Served
-    dense: Served
-    dtype: str
-    form: str
-    """What was served, in words."""
-    provenance: Provenance
 
 
 class Recovered(Frozen):

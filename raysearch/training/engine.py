@@ -6,15 +6,9 @@ applies them (optimizer.py). Outside that step one invariant holds for every met
 `zero.py` (DeepSpeed) at the others.
 """
 
-import atexit
 import functools
-import importlib.util
-import os
-import shutil
-import socket
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -26,6 +20,7 @@ from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
 from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
+from raysearch.training.hardware import join
 from raysearch.training.loss import Labels, Loss, as_teacher, labels_of, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
 from raysearch.training.replicated import Replicated
@@ -36,45 +31,6 @@ T = TypeVar("T")
 CLIP_NORM = 1.0
 """Of all gradients together, those of pruned weights included: clipped by the norm of what is kept, books-30m trained worse
 (docs/log.md, 2026-11-27)."""
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
-
-
-def device_type() -> str:
-    """What this process trains on."""
-    return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
-
-
-def can_compile() -> bool:
-    """Whether torch.compile works here and pays: on a GPU, with Triton and a C compiler for its launchers."""
-    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["cc", "gcc", "clang"]
-    return (device_type() == "cuda" and importlib.util.find_spec("triton") is not None and any(map(shutil.which, compilers)))
-
-
-def memory_bytes() -> float:
-    """Of the device that this process trains on: of its GPU, or the half of the host's that others leave."""
-    if device_type() == "cuda":
-        return float(torch.cuda.get_device_properties(0).total_memory)
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _join(timeout_s: float) -> torch.device:
-    """Joins the ranks of the environment, or makes a world of one, which needs no port; this rank's device."""
-    is_cuda = device_type() == "cuda"
-    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed asks for it
-    device = torch.device("cuda", local_rank) if is_cuda else torch.device("cpu")
-    if is_cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group("nccl" if is_cuda else "gloo", timeout=timedelta(seconds=timeout_s), **alone)
-        if not is_cuda:  # a thread of gloo that outlives the interpreter ends the process with SIGABRT
-            atexit.register(lambda: dist.destroy_process_group() if dist.is_initialized() else None)
-    return device
 
 
 @dataclass(frozen=True)
@@ -116,7 +72,7 @@ class Engine:
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
                  micro_batch: MicroBatch | None = None, compiled: bool = False) -> None:
-        self.device = _join(timeout_s)
+        self.device = join(timeout_s)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.zero_stage, self.is_compiled = zero_stage, compiled
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size

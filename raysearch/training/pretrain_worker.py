@@ -24,8 +24,9 @@ from raysearch.models.model import ModelSize, size_of
 from raysearch.models.weights import saving
 from raysearch.study.files import new_directory, write_json
 from raysearch.training.data import Blocks
-from raysearch.training.engine import Engine, can_compile, memory_bytes
+from raysearch.training.engine import Engine
 from raysearch.training.finetune import train
+from raysearch.training.hardware import can_compile, memory_bytes
 from raysearch.training.learning_rate import learning_rate_at
 from raysearch.training.presets import Preset
 

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raysearch.config import Study
 from raysearch.study.provenance import utc_now
-from raysearch.training.engine import free_port
+from raysearch.training.hardware import free_port
 from raysearch.trial.rank import RECORDED, Job, Rank
 from raysearch.trial.watchdog import exit_when_lost
 

@@ -18,7 +18,7 @@ from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import CRITERIA, magnitude
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
-from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
+from raysearch.pruning.selection import MAGNITUDES, SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
 from raysearch.trial.contribution import contributions
@@ -123,7 +123,7 @@ class Pruner:
             values = [shard.values for shard in shards]
             if sparsity is None:
                 return threshold_masks(values, thresholds(self.engine, self.action))
-            return self._selected(values, selection_passes(self.engine.device), sparsity)
+            return self._selected(values, MAGNITUDES, sparsity)
         scores = [self._scores(shard) for shard in shards]
         if sparsity is None:
             return [score >= cut for score, cut in zip(scores, thresholds(self.engine, self.action))]
@@ -140,6 +140,7 @@ class Pruner:
         engine, action = self.engine, self.action
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
+        passes = selection_passes(passes, engine.device)
         if self.n_of_m is not None:
             stays = masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
             if sparsity >= self.n_of_m.sparsity:

@@ -20,7 +20,8 @@ from raysearch.models.model import model_size, vocab_size
 from raysearch.study.items import Items
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord
-from raysearch.training.engine import Engine, can_compile, device_type, memory_bytes
+from raysearch.training.engine import Engine
+from raysearch.training.hardware import can_compile, device_type, memory_bytes
 from raysearch.trial.checkpoints import Checkpoints
 from raysearch.trial.inputs import Inputs, same_inputs
 

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from sweeps import write_space
 
 from raysearch.study.ledger import Ledger
-from raysearch.training.engine import free_port
+from raysearch.training.hardware import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 ROOT = Path(__file__).parent.parent.parent

@@ -18,7 +18,7 @@ from sweeps import ROOT, finish, sweep, write_space
 from test_faults import check, records
 from test_nodes import NOTED_ROUNDS, begun
 
-from raysearch.training.engine import free_port
+from raysearch.training.hardware import free_port
 
 NUM_NODES = 3
 

@@ -10,7 +10,8 @@ import optuna
 import pytest
 
 import search_spaces
-from raysearch.config import Action, Budget, Scope, Study, TrialConfig, parse, study_of
+from raysearch.config import Action, Budget, Scope, Study, TrialConfig, study_of
+from raysearch.frozen import parse
 from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.patterns import PATTERNS
 from raysearch.search.sampler import Sampler

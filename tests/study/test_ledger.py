@@ -1,6 +1,5 @@
 import contextlib
 import json
-import multiprocessing
 import os
 import socket
 from pathlib import Path
@@ -78,12 +77,6 @@ def test_opening_what_is_no_study(tmp_path: Path, content: str | None, sentence:
         Ledger.open(tmp_path / "nowhere")
 
 
-def _hold(directory: Path, held: object, release: object) -> None:
-    with Ledger(directory).lock():
-        held.set()
-        release.wait(20)
-
-
 def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     with contextlib.suppress(KeyboardInterrupt), new_directory(ledger.round_directory("abc")) as folder:
@@ -94,21 +87,6 @@ def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
         (folder / "record.json").write_text("{}")
     ledger.delete_leftovers()
     assert [path.name for path in (tmp_path / "rounds").iterdir()] == ["def"]
-
-
-def test_a_second_driver_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held, release = context.Event(), context.Event()
-    first = context.Process(target=_hold, args=(tmp_path, held, release))
-    first.start()
-    assert held.wait(20)
-    refusal = pytest.raises(ValueError, match=f"another driver runs this study \\(process {first.pid} on ")
-    with refusal, Ledger(tmp_path).lock():
-        pass
-    first.kill()  # a killed driver leaves no lock behind
-    first.join()
-    with Ledger(tmp_path).lock():
-        pass
 
 
 def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:

@@ -131,8 +131,9 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
 
     from raysearch.kernels import selection_passes
     from raysearch.models.weights import read_sparse, to_store, write_weights
-    from raysearch.pruning.selection import keep_masks
-    from raysearch.training.engine import Engine, can_compile
+    from raysearch.pruning.selection import MAGNITUDES, keep_masks
+    from raysearch.training.engine import Engine
+    from raysearch.training.hardware import can_compile
 
     torch._dynamo.reset()  # or the engines of one process, whose code is the same, would reach its limit of recompilations
     counters.clear()
@@ -148,7 +149,8 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     flat = torch.cat([dense[name].flatten() for name in names]).abs()
     num_wanted = int(0.6 * flat.numel())
     keep = keep_masks(values, [shard.index for shard in engine.prunable_shards], num_wanted,
-                      all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=selection_passes(engine.device))
+                      all_reduce=engine.all_reduce, rank=rank, world_size=world_size,
+                      passes=selection_passes(MAGNITUDES, engine.device))
     engine.set_masks(on_all_shards(engine, keep))
     reference = torch.ones_like(flat, dtype=torch.bool)
     reference[flat.argsort(stable=True)[:num_wanted]] = False
@@ -355,7 +357,7 @@ def masks(model: str) -> dict:
 if __name__ == "__main__":
     model, what, *folder = sys.argv[1:]
     if what == "invariant":
-        from raysearch.training.engine import device_type
+        from raysearch.training.hardware import device_type
 
         result: Any = {f"{stage}/{dtype}": measure(model, *folder, stage, dtype) for stage, dtype in CASES}
         result["device"] = device_type()

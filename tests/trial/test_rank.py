@@ -7,7 +7,7 @@ import ray
 from raysearch.config import Action, study_of
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import TrialRecord, config_hash
-from raysearch.training.engine import free_port
+from raysearch.training.hardware import free_port
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.rank import Rank
 from raysearch.trial.watchdog import ended_when_stuck
