@@ -247,6 +247,7 @@ def test_what_cannot_be_finished_is_one_sentence(directory: Path, here: list[int
     assert (code, "was never fine-tuned, so it has no learning rate; give --learning-rate" in err) == (2, True), err
     for options, sentence in ((("--epochs", 0.01), "finetune_epochs must be 0 or make at least one step of 256 tokens"),
                               (("--epochs", 1, "--distill-alpha", 2), "distill_alpha"),
+                              (("--epochs", 1, "--learning-rate", 0), "learning_rate"),
                               (("--epochs", -1), "epochs must be above 0, got -1"), (("--epochs", 0), "above 0, got 0")):
         code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e-3, *options)
         assert (code, sentence in err) == (2, True), err
