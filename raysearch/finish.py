@@ -58,7 +58,12 @@ def finish(directory: str, key: str, epochs: float, echo: Callable[[str], None],
                  f"{ledger.log_path(number, 0)}")
             job = {"study": study.replaced(round_limit_s=NO_LIMIT_S), "directory": str(ledger.directory), "number": number,
                    "root_key": described.root_key, "key": following, "every_s": checkpoint_every_s}
-            fit(finish_loop, job, cluster.num_ranks, {"CPU": cluster.cpus_per_rank, "GPU": cluster.gpus_per_rank}, place)
+            try:
+                fit(finish_loop, job, cluster.num_ranks, {"CPU": cluster.cpus_per_rank, "GPU": cluster.gpus_per_rank}, place)
+            except RuntimeError as error:  # processes that died could not write it
+                ledger.write_trial(ledger.trial(number).model_copy(
+                    update={"status": "failed", "crashed": True, "reason": str(error), "ended_at": utc_now()}))
+                raise
     trial = ledger.trial(number)
     if trial.status != "done":
         raise ValueError(f"the round was not finished: {trial.reason}; try a lower --learning-rate")
