@@ -75,6 +75,7 @@ def here(apart: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
             apart.loaded_key = None
             with contextlib.suppress(KeyboardInterrupt):
                 return loop(job)
+        raise RuntimeError("training failed: it died too often")
 
     rank = Rank.__new__(Rank)
     rank.worker = apart
@@ -197,6 +198,10 @@ def test_a_list_of_given_trials_goes_on_beside_it(directory: Path, study: Study,
         check_given(given[:1] * 2, ledger.trials())
 
 
+def dies(job: dict[str, Any]) -> None:
+    raise KeyboardInterrupt
+
+
 def killing_loop(job: dict[str, Any]) -> None:
     """finish_loop, of which rank 1 is killed behind step 120, once; each rank writes from which step it began."""
     resume, folder = Checkpoints.resume, Path(job["directory"])
@@ -219,10 +224,13 @@ def killing_loop(job: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_of_ray_train_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rank_of_ray_train_goes_on(directory: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a study whose corpus is named from the current folder."""
     ledger = Ledger.open(directory)
     described, key = ledger.study(), ledger.trial(0).keys[-1]
-    ledger.write_study(described.model_copy(update={"study": described.study.replaced(num_ranks=2, zero_stage=2)}))
+    study = described.study.replaced(num_ranks=2, zero_stage=2, corpus=stories.name)
+    ledger.write_study(described.model_copy(update={"study": study}))
+    monkeypatch.chdir(stories.parent)
     monkeypatch.setattr(module, "finish_loop", killing_loop)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -241,16 +249,24 @@ def test_a_killed_rank_of_ray_train_goes_on(directory: Path, monkeypatch: pytest
     assert not (directory / "finish" / record.key).exists()
 
 
-def test_what_cannot_be_finished_is_one_sentence(directory: Path, here: list[int], stories: Path, run: Run) -> None:
+def test_what_cannot_be_finished_is_one_sentence(directory: Path, here: list[int], stories: Path, run: Run,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("pick", directory, "--candidate", "1/1")[0] == 0
     code, _, err = run("finish", directory / "pick.json", "--epochs", 1)
     assert (code, "was never fine-tuned, so it has no learning rate; give --learning-rate" in err) == (2, True), err
     for options, sentence in ((("--epochs", 0.01), "finetune_epochs must be 0 or make at least one step of 256 tokens"),
                               (("--epochs", 1, "--distill-alpha", 2), "distill_alpha"),
+                              (("--epochs", 1, "--learning-rate", 0), "learning_rate"),
                               (("--epochs", -1), "epochs must be above 0, got -1"), (("--epochs", 0), "above 0, got 0")):
         code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e-3, *options)
         assert (code, sentence in err) == (2, True), err
     assert len(Ledger.open(directory).trials()) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "finish_loop", dies)
+        code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e-3, "--epochs", 1)
+    assert (code, err) == (2, "raysearch: training failed: it died too often\n")
+    trial = Ledger.open(directory).trial(2)
+    assert (trial.status, trial.crashed, trial.reason) == ("failed", True, "training failed: it died too often")
     code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e9, "--epochs", 1, "--distill-alpha", 0)
     assert (code, "the round was not finished: round 2: " in err) == (2, True), err
     assert run("results", directory)[0] == 0
