@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from analysis.load import metric_names
+from analysis.load import LATENCIES, metric_names
 from analysis.uncertainty import (
     NUM_DRAWS,
     Draws,
@@ -15,7 +15,7 @@ from analysis.uncertainty import (
     whole_items,
 )
 from raysearch import config
-from raysearch.config import higher_is_better, is_maximised
+from raysearch.config import higher_is_better
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
 from raysearch.study.ledger import Split
 
@@ -65,12 +65,6 @@ def control(frame: pd.DataFrame) -> pd.Series | None:
     return None if rows.empty else rows.iloc[0]
 
 
-def sizes(frame: pd.DataFrame) -> list[str]:
-    """The study's first, then the others that its candidates have."""
-    first = setting(frame, "size")
-    return [first, *(name for name in config.SIZES if name != first and candidates(frame)[name].notna().any())]
-
-
 def loss(rows: pd.DataFrame, reference: pd.Series, split: str) -> pd.Series:
     """What each row loses against `reference` in the objective's unit, positive when worse."""
     objective = setting(rows, "objective")
@@ -113,6 +107,12 @@ def frontier_split(frame: pd.DataFrame) -> Split:
     return "report" if setting(frame, "objective") in metric_names(pruned(frame), "report") else "selection"
 
 
+def sizes_of(frame: pd.DataFrame) -> list[str]:
+    """The columns by which candidates can be small, the study's own first: the sizes and measured times that some have."""
+    first, pool = setting(frame, "size"), candidates(frame)
+    return [first, *(name for name in (*config.SIZES, *LATENCIES) if name != first and pool[name].notna().any())]
+
+
 def quality(frame: pd.DataFrame, split: str) -> pd.Series:
     """The objective on `split` with the sign that makes higher better; NaN where it was not scored, or on some
     items only because a race stopped it."""
@@ -129,13 +129,13 @@ def quality_stderr(frame: pd.DataFrame, split: str) -> pd.Series:
 def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = None) -> pd.DataFrame:
     """The non-dominated candidates on `split`, smallest first.
 
-    `split` None is `frontier_split(frame)`, `size` None is the study's. The dense baseline takes part, so a candidate
-    must be smaller or better than it; one whose scoring a race stopped does not. On the report split only candidates
-    that were scored there take part: those that the sweep found on the frontier of the selection split."""
+    `split` None is `frontier_split(frame)`, `size` None is the study's; it may be any of `sizes_of`. The dense baseline takes
+    part, so a candidate must be smaller or better than it; one whose scoring a race stopped does not. On the report split only
+    candidates that were scored there take part: those that the sweep found on the frontier of the selection split."""
     split, size = split or frontier_split(frame), size or setting(frame, "size")
     pool = candidates(frame)
     values = _objectives(frame, pool, split, size)
-    on_front = non_dominated(values.to_numpy(), [is_maximised(str(name)) for name in values])
+    on_front = non_dominated(values.to_numpy(), [_is_maximised(str(name)) for name in values])
     return pool[on_front].sort_values([size, "key"])
 
 
@@ -145,7 +145,7 @@ def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
     pool = candidates(frame)
     scored = _objectives(frame, pool, split, setting(frame, "size")).dropna().index
     near, drawn, known = _resampled(frame, split)
-    share = front_share(drawn, [is_maximised(str(name)) for name in near])
+    share = front_share(drawn, [_is_maximised(str(name)) for name in near])
     return pd.Series(share, index=near.index).where(known).reindex(scored.union(near.index)).fillna(
         pd.Series(0.0, index=scored.difference(near.index)))
 
@@ -156,7 +156,7 @@ def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame
     values). Of dense and of what is not far behind the frontier by some size; {} where items are not known."""
     pool, objective, baseline = candidates(frame), setting(frame, "objective"), dense(frame)
     near = pd.Series(False, index=pool.index)
-    for size in sizes(frame):
+    for size in sizes_of(frame):
         values = _objectives(frame, pool, split, size).dropna()
         near[values.index] |= _within_reach(pool.loc[values.index], values, split)
     rows = pool[near | (pool["status"] == "dense")]
@@ -165,9 +165,12 @@ def frontier_bounds(frame: pd.DataFrame, split: Split) -> dict[str, pd.DataFrame
     keys, draws, apart = found
     draws, rows = draws._replace(drawn=draws.value[keys.index(baseline["key"])] + apart), rows.set_index("key")
     bounds, sign = {}, 1 if higher_is_better(objective) else -1
-    for size in sizes(frame):
-        ends = np.column_stack(frontier_band(places := rows.loc[keys, size].astype(float), draws)) * sign
-        bounds[size] = pd.DataFrame({size: places, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
+    for size in sizes_of(frame):
+        sizes = rows.loc[keys, size].astype(float)
+        has_one = sizes.notna().to_numpy()
+        of_those = draws._replace(value=draws.value[has_one], drawn=draws.drawn[:, has_one])
+        ends = np.column_stack(frontier_band(sizes := sizes[has_one], of_those)) * sign
+        bounds[size] = pd.DataFrame({size: sizes, "low": ends.min(axis=1), "high": ends.max(axis=1)}).sort_values(size)
     return bounds
 
 
@@ -180,7 +183,7 @@ def _resampled(frame: pd.DataFrame, split: Split) -> tuple[pd.DataFrame, Floats,
     values = values[_within_reach(pool, values, split) | (pool["status"] == "dense")]
     keys, known = pd.Index(pool["key"][values.index]), np.ones(len(values), dtype=np.bool_)
     drawn = np.tile(values.to_numpy(), (NUM_DRAWS, 1, 1))
-    qualities = values.drop(columns=[name for name in values if name in config.SIZES]).set_axis(keys)
+    qualities = values.drop(columns=[name for name in values if "/" not in str(name)]).set_axis(keys)
     for metric, items in whole_items(setting(frame, "directory"), qualities, split).items():
         try:
             draws = resample(metric, list(items.values()))
@@ -193,9 +196,9 @@ def _resampled(frame: pd.DataFrame, split: Split) -> tuple[pd.DataFrame, Floats,
 
 def _within_reach(pool: pd.DataFrame, values: pd.DataFrame, split: str) -> Bools:
     """Which candidates no other one dominates by more than FAR standard errors of both: (n,)."""
-    errors = pd.DataFrame({name: 0.0 if name in config.SIZES else pool[f"{split}/{name}_stderr"].fillna(np.inf)
+    errors = pd.DataFrame({name: 0.0 if "/" not in name else pool[f"{split}/{name}_stderr"].fillna(np.inf)
                            for name in map(str, values)}, index=values.index)
-    lower = np.where([is_maximised(str(name)) for name in values], -values, values)
+    lower = np.where([_is_maximised(str(name)) for name in values], -values, values)
     surely, at_best = (np.asarray(lower + sign * FAR * errors.to_numpy()) for sign in (1, -1))
     reach = np.ones(len(lower), dtype=np.bool_)
     for point in surely[non_dominated(surely, [False] * lower.shape[1])]:
@@ -207,14 +210,19 @@ def _objectives(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str) 
     """A column for each of the study's objectives, `size` in the place of its first size; NaN where a race stopped."""
     names = [size if name == setting(frame, "size") else name for name in frame.attrs["objectives"]]
     whole = pool["dominated_by"].isna()
-    return pd.DataFrame({name: (pool[name] if name in config.SIZES else pool[f"{split}/{name}"].where(whole)).astype("float64")
+    return pd.DataFrame({name: (pool[name] if "/" not in name else pool[f"{split}/{name}"].where(whole)).astype("float64")
                          for name in names})
+
+
+def _is_maximised(objective: str) -> bool:
+    """Of a metric, "task/metric", by its name; sizes and times go down."""
+    return "/" in objective and higher_is_better(objective)
 
 
 def knee_of(frame: pd.DataFrame, split: Split) -> pd.Series | None:
     """The candidate where the frontier bends most (pareto.knee), or None where it does not."""
     values = _objectives(frame, front := frontier(frame, split), split, setting(frame, "size"))
-    position = knee(values.to_numpy(), [is_maximised(str(name)) for name in values])
+    position = knee(values.to_numpy(), [_is_maximised(str(name)) for name in values])
     return None if position is None else front.iloc[position]
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from analysis.candidates import pruned, quality, setting
 from analysis.load import HYPERPARAMETERS
+from raysearch.config import Action, TrialConfig
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -31,6 +32,64 @@ def importance(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     `num_levels`. Shares of hyper-parameters that vary together count the same effect twice and do not add up to 1.
 
     ValueError when there is too little to say."""
+    residual, trial, varied = _varied(frame)
+    rows = []
+    for name, (names, levels) in varied.items():
+        means = [residual[levels == level].mean() for level in range(len(names))]
+        rows.append({"hyperparameter": name, "share": explained_share(residual, levels),
+                     "chance": _chance(residual, levels, trial, np.random.default_rng(seed)),
+                     "best_level": names[int(np.argmax(means))], "num_levels": len(names)})
+    return pd.DataFrame(rows).sort_values(["share", "hyperparameter"], ascending=[False, True], ignore_index=True)
+
+
+def dependence(frame: pd.DataFrame) -> pd.DataFrame:
+    """How quality at equal size depends on each hyper-parameter that varies: a row per level, `hyperparameter`, `level`,
+    `effect` (the mean of what is left of the rank over the level's candidates; 0.1 is ahead of 10 % more of all candidates than
+    its size says), `stderr` over trials (NaN of one), `num_candidates` and `num_trials`. Marginal means: no model holds the
+    other hyper-parameters fast. ValueError as `importance`."""
+    residual, trial, varied = _varied(frame)
+    rows = []
+    for name, (names, levels) in varied.items():
+        for level, text in enumerate(names):
+            of_level, trials = residual[levels == level], np.unique(trial[levels == level], return_inverse=True)[1]
+            effect, k = float(of_level.mean()), int(trials.max()) + 1
+            apart = np.bincount(trials, weights=of_level - effect)  # candidates of one trial err together
+            stderr = float(np.sqrt(apart @ apart * k / (k - 1))) / len(of_level) if k > 1 else np.nan
+            rows.append({"hyperparameter": name, "level": text, "effect": effect, "stderr": stderr,
+                         "num_candidates": len(of_level), "num_trials": k})
+    return pd.DataFrame(rows)
+
+
+def as_used(rows: pd.DataFrame) -> pd.DataFrame:
+    """Those HYPERPARAMETERS of rows of a loaded frame that vary, missing where nothing depends on them; those of a fork, or of
+    another trial that was given as actions, are its action's, with the epochs that its tokens are."""
+    used = rows[list(HYPERPARAMETERS)].astype(object)
+    epoch_tokens = (rows["finetune_tokens"].astype("float64") / rows["finetune_epochs"].replace(0.0, np.nan)).median()
+    for index, row in rows[rows["action"].notna()].iterrows():
+        given = Action.model_validate_json(str(row["action"])).model_dump()
+        given |= {"schedule": "actions" if pd.isna(row["forked_from"]) else "fork", "target_sparsity": given["sparsity"],
+                  "finetune_epochs": round(given["finetune_tokens"] / epoch_tokens, 2)}
+        used.loc[index] = [given.get(name) for name in HYPERPARAMETERS]
+    trained = rows["finetune_tokens"].fillna(1).gt(0) & used["finetune_epochs"].fillna(1).gt(0)
+    criterion, ranks, is_owl = used["criterion"], used["threshold"].isna(), used["budget"].eq("owl")
+    needs = {"threshold_unit": ~ranks, "scope": ranks, "budget": ranks, "owl_lambda": is_owl, "owl_m": is_owl,
+             "temperature": used["distill_alpha"].gt(0), "mask_decay": criterion.eq("sr_ste"),
+             "score_rate": criterion.isin(["soft_movement", "l0"]), "score_penalty": criterion.eq("soft_movement"),
+             "gate_penalty": criterion.eq("l0"),
+             "drop_fraction": criterion.isin(["rigl", "set"]), "calibration_sequences": used["calibration_sequences"].gt(0) & (
+                 is_owl | criterion.isin(["wanda", "ria", "sparsegpt", "taylor", "contribution"])),
+             "mask_interval_steps": criterion.isin(
+                 ["gradual_magnitude", "sr_ste", "movement", "soft_movement", "l0", "rigl", "set"]),
+             **dict.fromkeys(("learning_rate", "lr_schedule", "l1_lambda", "group_lambda", "layer_drop", "trainable",
+                              "distill_alpha", "distill_hidden"), trained)}
+    for name, is_needed in needs.items():
+        used[name] = used[name].where(is_needed)
+    may_lack = [name for name in HYPERPARAMETERS if TrialConfig.model_fields[name].default is None]  # to have none is a value
+    return used[[name for name in used if used[name].nunique(dropna=name not in may_lack) > 1]].infer_objects()
+
+
+def _varied(frame: pd.DataFrame) -> tuple[Floats, Ints, dict[str, tuple[list[str], Ints]]]:
+    """(quality at equal size, trial, and by hyper-parameter that varies its levels and each candidate's) of all candidates."""
     pool = pruned(frame)
     pool = pool[quality(pool, "selection").notna()]
     num_trials = pool["trial"].nunique()
@@ -42,20 +101,10 @@ def importance(frame: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     if not residual.any():
         raise ValueError("importance needs candidates whose quality differs at equal size, got none that do")
     trial = pool["trial"].astype("category").cat.codes.to_numpy().astype(np.int64)
-    rows = []
-    tuned = pool["finetune_epochs"] > 0
-    used = {"threshold_unit": pool["threshold"].notna(), "learning_rate": tuned, "l1_lambda": tuned}
-    for name in HYPERPARAMETERS:
-        names, levels = _levels(pool[name].where(used[name]) if name in used else pool[name])
-        if len(names) < 2:
-            continue
-        means = [residual[levels == level].mean() for level in range(len(names))]
-        rows.append({"hyperparameter": name, "share": explained_share(residual, levels),
-                     "chance": _chance(residual, levels, trial, np.random.default_rng(seed)),
-                     "best_level": names[int(np.argmax(means))], "num_levels": len(names)})
-    if not rows:
+    varied = {str(name): _levels(column) for name, column in as_used(pool).items()}
+    if not varied:
         raise ValueError("importance needs a hyper-parameter that varies, got the same values in all trials")
-    return pd.DataFrame(rows).sort_values(["share", "hyperparameter"], ascending=[False, True], ignore_index=True)
+    return residual, trial, varied
 
 
 def quality_at_equal_size(size: npt.ArrayLike, quality: npt.ArrayLike) -> Floats:
@@ -88,19 +137,23 @@ def _chance(residual: Floats, levels: Ints, trial: Ints, generator: np.random.Ge
     return float(np.quantile(shares, 0.95))
 
 
+def number_text(number: float) -> str:
+    return f"{number:.0f}" if number == round(number) else f"{number:.3g}"
+
+
 def _levels(column: pd.Series) -> tuple[list[str], Ints]:
-    """Names of the levels of one hyper-parameter, and each candidate's level."""
+    """Names of the levels of one hyper-parameter, in their order and "not used" last, and each candidate's level."""
     used = column.dropna()
-    if pd.api.types.is_numeric_dtype(column) and used.nunique() > MAX_LEVELS:
-        numbers = column.astype("float64")
-        bins = pd.qcut(numbers, MAX_LEVELS, duplicates="drop")
-        spans = numbers.groupby(bins, observed=True).agg(["min", "max"])
-        names = {index: f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
-                 for index, low, high in spans.itertuples()}
-        text = bins.astype(object).map(names)
-    elif pd.api.types.is_numeric_dtype(column):
-        text = column.map("{:g}".format, na_action="ignore")
+    if is_number := pd.api.types.is_numeric_dtype(used) and not pd.api.types.is_bool_dtype(used):
+        column = column.astype("float64")
+    if is_number and used.nunique() > MAX_LEVELS:
+        bins = pd.qcut(column, MAX_LEVELS, duplicates="drop")
+        spans = column.groupby(bins, observed=True).agg(["min", "max"])
+        texts = {interval: f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+                 for interval, low, high in spans.itertuples()}
+        column = bins.astype(object)
     else:
-        text = column
-    codes, levels = pd.factorize(text.astype(object).where(column.notna(), "not used"), sort=True)
-    return [str(level) for level in levels], codes.astype(np.int64)
+        texts = {value: number_text(value) if is_number else str(value) for value in sorted(used.unique())}
+    names = list(dict.fromkeys(texts.values())) + ["not used"] * bool(column.isna().any())
+    number = {name: index for index, name in enumerate(names)}
+    return names, np.array([number[texts.get(value, "not used")] for value in column], dtype=np.int64)

@@ -5,7 +5,7 @@ import pandas as pd
 from raysearch.config import SIZES, Metric, TrialConfig
 from raysearch.study.damage import find_damage
 from raysearch.study.ledger import Ledger, Split
-from raysearch.study.records import OtherRecord, RoundRecord, TrialRecord
+from raysearch.study.records import OtherRecord, RoundRecord, SpeedRecord, TrialRecord
 from raysearch.study.storage import AnyPath
 
 Cell = str | int | float | bool | None
@@ -17,13 +17,17 @@ HYPERPARAMETERS = tuple(TrialConfig.model_fields)
 SPLITS: tuple[Split, Split] = ("selection", "report")
 SPEEDS = ("scoring_tokens_per_s", "decode_ms", "served_bytes")
 """Columns of what `raysearch measure` found; NaN where nothing was measured."""
+LATENCIES = ("decode_of_dense", "scoring_of_dense")
+"""Columns of what lies beside sizes: the time of a step of decoding, and of scoring, over that of the dense model in the same
+process and in turn. The milliseconds of two that are served alike may differ by half where others share the machine."""
 _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes",
              "finetune_tokens", "trained_tokens")
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
-           "finetune_s", "evaluate_s", "seconds", "trial_seconds", "predicted_ms", *SPEEDS)
+           "finetune_s", "evaluate_s", "seconds", "trial_seconds", "predicted_ms", *SPEEDS, *LATENCIES)
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
-           "model_sparsity", "stored_bytes", "resident_bytes", "predicted_ms", "dominated_by", *SPEEDS, *HYPERPARAMETERS,
+           "model_sparsity", "stored_bytes", "resident_bytes", "predicted_ms", "dominated_by", *SPEEDS, *LATENCIES,
+           *HYPERPARAMETERS,
            "action_sparsity", "action_threshold", "finetune_tokens", "trained_tokens", "action", "prune_s", "finetune_s",
            "evaluate_s", "seconds", "trial_seconds")
 
@@ -44,12 +48,14 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     * `dominated_by` is set where a race stopped the scoring: the row's selection metrics are of some items, not final.
     * `finetune_tokens` are those of the round, `trained_tokens` those of all rounds since the dense baseline.
     * `predicted_ms` is that of a batch of the study's `serving` (records.Latency), where its search asks for it.
-    * SPEEDS are those of the form that was served, medians of one run beside the dense model (records.SpeedRecord).
+    * SPEEDS and LATENCIES are those of the form that was served, medians of one run beside the dense model (SpeedRecord); only
+      what was measured as the newest was, on its device and by its `serving`: other times say nothing beside these.
     * `seconds` = prune_s + finetune_s + evaluate_s of the round (spent once for all aliases); `trial_seconds` is the
       whole trial, on each of its rows.
     * `attrs` holds "directory" (absolute), "model", "objective", "size", "objectives" (all of them) and "created_at" of the
-      study, "device": those that its rounds ran on, the driver's before there is one, and "damage": a sentence on each file
-      that is damaged, missing or none of the study's. What cannot be read is left out.
+      study, "device": those that its rounds ran on, the driver's before there is one, "speed": how SPEEDS were measured, ""
+      where nothing was, and "damage": a sentence on each file that is damaged, missing or none of the study's. What cannot be
+      read is left out.
 
     ValueError: no study there."""
     ledger = Ledger.open(directory)
@@ -74,11 +80,14 @@ def load(directory: str | AnyPath) -> pd.DataFrame:
     frame = frame.astype({"dominated_by": "object", **dict.fromkeys(_INTEGERS, "Int64"),
                           **dict.fromkeys((*_FLOATS, *metrics), "float64")})
     frame["is_alias"] = frame["key"].notna() & frame["key"].duplicated()
-    for key, speed in ledger.speeds().items():
-        frame.loc[frame["key"] == key, list(SPEEDS)] = [*speed.served.model_dump().values()]
+    speeds, how_measured = _measured_alike(ledger.speeds())
+    for key, speed in speeds.items():
+        frame.loc[frame["key"] == key, [*SPEEDS, *LATENCIES]] = [
+            *speed.served.model_dump().values(), speed.served.decode_ms / speed.dense.decode_ms,
+            speed.dense.scoring_tokens_per_s / speed.served.scoring_tokens_per_s]
     devices = sorted({candidate.provenance.device for candidate in rounds.values()}) or [record.provenance.device]
     frame.attrs.update(directory=str(ledger.directory), model=record.study.model.path, objective=search.objective,
-                       size=search.size, objectives=search.objectives, device=", ".join(devices),
+                       size=search.size, objectives=search.objectives, device=", ".join(devices), speed=how_measured,
                        created_at=record.provenance.created_at,
                        damage=tuple(each.what for each in find_damage(ledger, trials, rounds, report_records)))
     return frame
@@ -88,6 +97,19 @@ def metric_names(frame: pd.DataFrame, split: str) -> list[str]:
     """Metrics ("task/metric") that have at least one value on `split`."""
     columns = [name for name in map(str, frame) if name.startswith(f"{split}/") and not name.endswith("_stderr")]
     return [name.partition("/")[2] for name in columns if frame[name].notna().any()]
+
+
+def _measured_alike(speeds: dict[str, SpeedRecord]) -> tuple[dict[str, SpeedRecord], str]:
+    """(those that were measured as the newest was, what that was in words)."""
+    if not speeds:
+        return {}, ""
+    newest = max(speeds.values(), key=lambda speed: speed.provenance.created_at)
+    serving, device = newest.serving, newest.provenance.device
+    alike = {key: speed for key, speed in speeds.items() if (speed.serving, speed.provenance.device) == (serving, device)}
+    left_out = (f"; {len(speeds) - len(alike)} measured otherwise before are left out: raysearch measure times what is on the "
+                "frontier again" if len(alike) < len(speeds) else "")
+    return alike, (f"{serving.batch_sequences} sequences of {serving.prompt_tokens} prompt and {serving.new_tokens} new tokens "
+                   f"on {device}{left_out}")
 
 
 def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Reports, makers: dict[str, str]

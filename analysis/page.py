@@ -1,9 +1,11 @@
 """One self-contained HTML page about a study: opens anywhere, loads nothing from a network.
 
-What it says is put together here; how it looks is in templates/: page.html (Jinja2, which escapes what is not ours), page.css
-and page.js.
+What it says is put together here; how it looks is in templates/: page.html (Jinja2, which escapes what is not ours), page.css,
+page.js and parallel.js.
 """
 
+import functools
+import gzip
 import json
 import math
 import shlex
@@ -38,10 +40,18 @@ from analysis.candidates import (
 from analysis.compare import compare
 from analysis.constraints import Constraint, parse_constraints
 from analysis.findings import default_limit, headlines, optimism
-from analysis.importance import importance
+from analysis.importance import dependence, importance
 from analysis.load import load, metric_names
+from analysis.parallel import parallel_coordinates
 from analysis.pick import pick
-from analysis.plots import frontier_figure, importance_figure, trajectory_figure, trial_texts
+from analysis.plots import (
+    MAX_DEPENDENCE,
+    dependence_figure,
+    frontier_figure,
+    importance_figure,
+    trajectory_figure,
+    trial_texts,
+)
 from analysis.reproduce import study_options
 from analysis.studies import progress_figure
 from analysis.tables import describe_config, metric_pair, with_stderr
@@ -89,15 +99,16 @@ def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constr
     templates = files("analysis") / "templates"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     ranked, importance_caption = _importance(frame)
-    texts = trial_texts(frame)
+    texts, parallel = trial_texts(frame), parallel_coordinates(frame)
     figures = {"frontier": frontier_figure(frame, None, texts), "trajectories": trajectory_figure(frame, texts), **ranked,
                "progress": progress_figure({"hypervolume": frame})}
     if frontier_split(frame) == "report":
         figures["selection"] = frontier_figure(frame, "selection", texts)
     return environment.from_string((templates / "page.html").read_text()).render(
         again_s=again_s, title=f"{PurePath(record.study.model.path).name}: {record.space}", meta=_meta(frame, record),
-        style=Markup((templates / "page.css").read_text()), script=Markup((templates / "page.js").read_text()),
-        plotly=Markup(plotly.offline.get_plotlyjs()), data=Markup(_data(frame, record, figures, texts)),
+        style=Markup((templates / "page.css").read_text()), plotly=_packed_plotly(),
+        script=Markup((templates / "parallel.js").read_text() + (templates / "page.js").read_text()),
+        data=Markup(_data(frame, record, figures, texts, parallel)), has_parallel=parallel is not None,
         heights={name: figure.layout.height for name, figure in figures.items()},
         directory=shlex.quote(setting(frame, "directory")), cards=_cards(frame),
         answer=_answer(frame, constraints), headlines=headlines(frame),
@@ -105,7 +116,14 @@ def _page(frame: pd.DataFrame, record: StudyRecord, constraints: Sequence[Constr
         importance_caption=importance_caption, ends=_ends(frame), method=_method(frame, record))
 
 
-def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure], texts: dict[int, str]) -> str:
+@functools.cache
+def _packed_plotly() -> str:
+    """Plotly's script, 4.8 MB, in 2: page.js unpacks it."""
+    return b64encode(gzip.compress(plotly.offline.get_plotlyjs().encode(), mtime=0)).decode()
+
+
+def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure], texts: dict[int, str],
+          parallel: dict[str, Any] | None) -> str:
     """What page.js reads, as JSON that may stand in a script. Points name their trial, whose text is there once."""
     number_of: dict[str, int] = {text: number for number, text in texts.items()}
     plain = {}
@@ -116,11 +134,11 @@ def _data(frame: pd.DataFrame, record: StudyRecord, figures: dict[str, go.Figure
             packed = [b64encode(np.asarray(x, np.float32).tobytes()).decode() for x in points["x"]]
             points["x"] = [{"dtype": "f4", "bdata": each} for each in packed]
         for trace in plain[name]["data"]:
-            if name not in ("importance", "progress") and trace.get("text") is not None:
+            if name not in ("importance", "dependence", "progress") and trace.get("text") is not None:
                 trace["text"] = [number_of.get(text) for text in trace["text"]]
     reported = pruned(frame)[lambda rows: quality(rows, "report").notna()][["trial", "round"]]
     return json.dumps({
-        "figures": plain, "texts": texts, "directory": shlex.quote(setting(frame, "directory")),
+        "figures": plain, "parallel": parallel, "texts": texts, "directory": shlex.quote(setting(frame, "directory")),
         "trial": shlex.quote(str(location(setting(frame, "directory")) / "trials" / "NUMBER.json")),
         "prune": study_options(record.study), "reported": [f"{trial}/{depth}" for trial, depth in reported.to_numpy()]},
                       cls=PlotlyJSONEncoder, separators=(",", ":")).replace("<", "\\u003c")
@@ -193,6 +211,8 @@ def _frontier_caption(frame: pd.DataFrame) -> str:
     colours = ("Blue: candidates that no other one beats in both size and quality; the band holds, all along at 95 %, the best "
                "quality that candidates of a size or less would have on other items on which dense stays where it is. Grey: "
                f"all candidates. Dotted: the dense baseline.{in_amber}")
+    if setting(frame, "speed"):
+        colours += " Measured times are over those of the dense model beside it; who was not measured is not in their picture."
     if frontier_split(frame) == "report":
         splits = (f"The report split, which the search never saw, was scored for the {num_scored['report']} of {len(made)} "
                   f"candidates that the search chose; choose from these. The {num_scored['selection']} candidates scored on "
@@ -226,7 +246,8 @@ def _frontier_table(frame: pd.DataFrame) -> dict[str, Any]:
                      "-" if pd.isna(row["front_probability"]) else f"{row['front_probability']:.2f}",
                      human_bytes(row["stored_bytes"]), f"{row['sparsity']:.3f}", describe_config(row),
                      human_count(row["num_nonzero"]), human_bytes(row["resident_bytes"]),
-                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" for name in speeds), *scores])
+                     *("-" if pd.isna(row[name]) else f"{row[name]:.3g}" if row[name] < 1000 else human_count(row[name])
+                       for name in speeds), *scores])
     return {"header": header, "rows": rows[:MAX_ROWS], "num_left_out": max(0, len(rows) - MAX_ROWS)}
 
 
@@ -244,18 +265,20 @@ def _optimism_table(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _importance(frame: pd.DataFrame) -> tuple[dict[str, go.Figure], str]:
-    """(the figure by its name, none where there is too little to say; what it shows, or why there is none)."""
+    """(the figures by name, none where there is too little to say; what they show, or why there is none)."""
     try:
-        table = importance(frame)
+        table, effects = importance(frame), dependence(frame)
     except ValueError as error:
         return {}, f"Not shown: {error}."
     pool = pruned(frame)
-    return {"importance": importance_figure(table, frame)}, (
+    return {"importance": importance_figure(table, frame), "dependence": dependence_figure(table, effects, frame)}, (
         f"From {len(pool)} candidates of {pool['trial'].nunique()} trials, selection split: the objective is ranked, a "
         "cubic in the rank of the size is taken out, and a bar is the share of the remaining variance that the levels "
         "of one hyper-parameter explain (adjusted eta squared). Grey bars do not exceed what reshuffled trials give in "
         "95 % of cases (the tick). Hyper-parameters that vary together share their credit; this is association in the "
-        "trials that were run, not cause.")
+        f"trials that were run, not cause. Below, level by level, for the {min(MAX_DEPENDENCE, len(table))} most important: by "
+        "how much of all candidates those of a level are ahead of what their size says, on average, with two standard errors "
+        "over trials. These are marginal means of what was run: no model holds the other hyper-parameters fast.")
 
 
 def _ends(frame: pd.DataFrame) -> list[list[str]]:
@@ -287,7 +310,8 @@ def _method(frame: pd.DataFrame, record: StudyRecord) -> list[tuple[str, str]]:
          "that learning rate; another one may suit the dense model better or worse." if study.search.dense_control and trains
          else "off (dense_control): part of what a candidate gains is its fine-tuning." if trains
          else "none, since nothing was fine-tuned."),
-        ("speed", "as `raysearch measure` found on its machine, dense beside it." if frame["decode_ms"].notna().any() else
+        ("speed", f"as `raysearch measure` found: {how}. Medians beside the dense model, in the same process and in turn; a "
+         "few per cent are noise." if (how := setting(frame, "speed")) else
          "not measured: fewer non-zero parameters do not by themselves make a model faster (raysearch measure)."),
         ("model", study.model.path), ("corpus", study.data.corpus or "none"), ("tasks", ", ".join(study.evaluation.tasks)),
         ("prunable", study.model.prunable), ("precision, ranks", f"{study.model.dtype}, ZeRO "

@@ -14,7 +14,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
-from analysis.candidates import candidates, control_rows, frontier, frontier_bounds, frontier_split, quality, setting, sizes
+from analysis.candidates import candidates, control_rows, frontier, frontier_bounds, frontier_split, quality, setting, sizes_of
+from analysis.load import LATENCIES
 from analysis.reproduce import trial_options
 from analysis.tables import describe_config
 from raysearch.config import higher_is_better
@@ -23,9 +24,13 @@ from raysearch.study.records import OTHER
 
 INK, MUTED, GRID, BLUE, PALE, AMBER, PINK = "#1f2937", "#6b7280", "#e5e7eb", "#2563eb", "#aab2bf", "#d97706", "#be185d"
 SIZE_NAMES = {"num_nonzero": "non-zero parameters", "stored_bytes": "stored bytes", "resident_bytes": "resident bytes",
-              "predicted_ms": "predicted ms of a batch"}
+              "predicted_ms": "predicted ms of a batch", "decode_of_dense": "measured decoding time",
+              "scoring_of_dense": "measured scoring time"}
+"""The measured times are over those of the dense model."""
 END_SYMBOLS = {"stopped": "square", "failed": "x", "running": "triangle-right"}
 LEFT_PX = 84
+MAX_DEPENDENCE = 6
+"""Hyper-parameters whose levels are shown."""
 NUM_COLOURED = 20
 """Trajectories that can be told from each other."""
 Button = tuple[str, dict[str, object], dict[str, object]]
@@ -35,14 +40,15 @@ Floats32 = npt.NDArray[np.float32]
 
 
 def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapping[int, str] | None = None) -> go.Figure:
-    """Size against the objective on one split (None: `frontier_split`), with a button for each size.
+    """Size against the objective on one split (None: `frontier_split`), with a button for each size, and for each time that was
+    measured of some candidates, which then are the picture.
 
     Blue is the frontier, a staircase, in its simultaneous 95 % band, which the selection split loses once there is a report
     split, for it says nothing of values that were chosen by. Grey are all candidates that were scored; dense baseline and dense
     control are diamonds on dotted lines. The splits never share a picture: they hold different items, and one may be easier by
     more than the candidates differ. `customdata` of a point begins with trial and round; `texts`: of trial_texts."""
     split, column = split or frontier_split(frame), setting(frame, "objective")
-    shown = sizes(frame)
+    shown = sizes_of(frame)
     pool, trained = candidates(frame), control_rows(frame)
     pool, trained = pool[quality(pool, split).notna()], trained[quality(trained, split).notna()]
     made, baseline = pool[pool["status"] != "dense"], pool[pool["status"] == "dense"]
@@ -67,12 +73,13 @@ def frontier_figure(frame: pd.DataFrame, split: Split | None = None, texts: Mapp
                           "yaxis.title.text": f"{html.escape(column)}<br>{split} split ({direction} is better)",
                           **_limited_y(frame, split)})
     style(figure, frame)
-    figure.update_xaxes(title_text=_size_title(shown[0]), tickformat="~s")
+    figure.update_xaxes(title_text=_size_title(shown[0]), tickformat=_size_format(shown[0]))
     own = [trace.x for trace in figure.data[len(fixed):]]
     _add_buttons(figure, [
         (SIZE_NAMES[size], {"x": [*(_numbers(rows[size]) for rows, _ in fixed), *own],
                             "visible": [trace.meta in (None, size) for trace in figure.data]},
-         {"xaxis.title.text": _size_title(size), "xaxis.autorange": True}) for size in shown])
+         {"xaxis.title.text": _size_title(size), "xaxis.tickformat": _size_format(size), "xaxis.autorange": True})
+        for size in shown])
     return figure
 
 
@@ -128,6 +135,34 @@ def importance_figure(table: pd.DataFrame, frame: pd.DataFrame) -> go.Figure:
     figure.update_xaxes(title_text="share of variance explained", tickformat=".0%",
                         range=[0, max(0.05, 1.08 * float(table[["share", "chance"]].to_numpy().max()))])
     figure.update_yaxes(showgrid=False)
+    return figure
+
+
+def dependence_figure(table: pd.DataFrame, effects: pd.DataFrame, frame: pd.DataFrame) -> go.Figure:
+    """`analysis.importance.dependence` of the MAX_DEPENDENCE most important of `table` (`importance`): by level, in its order,
+    the mean at equal size with two standard errors; grey as in `importance_figure`."""
+    ticks: list[str] = []
+    columns: dict[str, list[object]] = {"x": [], "y": [], "error": [], "color": [], "hovertext": []}
+    for _, row in table.head(MAX_DEPENDENCE).iterrows():
+        ticks.append(f"<b>{row['hyperparameter']}</b>")
+        for _, level in effects[effects["hyperparameter"] == row["hyperparameter"]].iterrows():
+            error = "of one trial" if pd.isna(level["stderr"]) else f"± {2 * level['stderr']:.1%}"
+            values = (level["effect"], len(ticks), 0.0 if pd.isna(level["stderr"]) else 2 * level["stderr"],
+                      BLUE if row["share"] > row["chance"] else "#94a3b8",
+                      f"{row['hyperparameter']} {html.escape(level['level'])}: {level['effect']:+.1%} {error}<br>"
+                      f"{level['num_candidates']} candidates of {level['num_trials']} trials")
+            for column, value in zip(columns.values(), values):
+                column.append(value)
+            ticks.append(html.escape(level["level"]))
+    figure = go.Figure(go.Scatter(
+        x=columns["x"], y=np.array(columns["y"]), mode="markers", marker={"size": 9, "color": columns["color"]},
+        showlegend=False, hovertext=columns["hovertext"], hoverinfo="text",
+        error_x={"array": columns["error"], "color": MUTED, "thickness": 1.4, "width": 3}))
+    style(figure, frame)
+    figure.add_vline(x=0, line={"color": INK, "width": 1.2, "dash": "dot"})
+    figure.update_layout(height=120 + 22 * len(ticks), margin_t=36, margin_b=64)
+    figure.update_xaxes(title_text="ahead at equal size (right is better)", tickformat="+.0%", nticks=6, title_font_size=12)
+    figure.update_yaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[len(ticks) - 0.5, -0.5])
     return figure
 
 
@@ -205,24 +240,34 @@ def _size_title(size: str) -> str:
     return f"{SIZE_NAMES[size]} (smaller is better)"
 
 
-def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
-    """Layout that keeps a few ruined candidates from flattening the figure: where the values on `split` span more than
-    three times those of its frontiers (by each size), dense baseline and dense control, the axis opens on these, and a note
-    counts the candidates outside."""
+def _size_format(size: str) -> str:
+    return "~g" if size in ("predicted_ms", *LATENCIES) else "~s"
+
+
+def limited(frame: pd.DataFrame, split: str) -> tuple[float, float] | None:
+    """(low, high) of the objective, so that a few ruined candidates do not flatten a figure: where the values on `split` span
+    more than three times those of its frontiers (by each size), dense baseline and dense control, these; else None."""
     pool = candidates(frame)
     values = quality(pool, split).abs()
-    on_frontier = {key for size in sizes(frame) for key in frontier(frame, split, size)["key"]}
+    on_frontier = {key for size in sizes_of(frame) for key in frontier(frame, split, size)["key"]}
     matter = values[pool["key"].isin(on_frontier) | (pool["status"] == "dense")].dropna()
     matter = pd.concat([matter, quality(control_rows(frame), split).abs().dropna()])
     if matter.empty or values.max() - values.min() <= 3 * (matter.max() - matter.min()):
-        return {"yaxis.autorange": True, "annotations": []}
+        return None
     pad = 0.15 * (matter.max() - matter.min()) or 0.05 * matter.max()
-    low, high = float(matter.min() - pad), float(matter.max() + pad)
-    num_outside = int(((values < low) | (values > high)).sum())
+    return float(matter.min() - pad), float(matter.max() + pad)
+
+
+def _limited_y(frame: pd.DataFrame, split: str) -> dict[str, object]:
+    """Layout whose axis opens on `limited`, with a note that counts the candidates outside."""
+    if (ends := limited(frame, split)) is None:
+        return {"yaxis.autorange": True, "annotations": []}
+    values = quality(candidates(frame), split).abs()
+    num_outside = int(((values < ends[0]) | (values > ends[1])).sum())
     note = {"text": f"{num_outside} outside this view; double-click shows all", "x": 1, "y": 1, "xref": "paper",
             "yref": "paper", "xanchor": "right", "yanchor": "top", "showarrow": False,
             "font": {"size": 11, "color": MUTED}, "bgcolor": "white"}
-    return {"yaxis.autorange": False, "yaxis.range": [low, high], "annotations": [note] if num_outside else []}
+    return {"yaxis.autorange": False, "yaxis.range": list(ends), "annotations": [note] if num_outside else []}
 
 
 def _add_buttons(figure: go.Figure, buttons: Sequence[Button]) -> None:

@@ -74,7 +74,7 @@ def progress_figure(frames: Mapping[str, pd.DataFrame]) -> go.Figure:
     """Hypervolume over the hours spent."""
     drawn = {name: hypervolume_over_time(frame) for name, frame in frames.items()}
     figure = _lines({name: (rows["hours"], rows["hypervolume"]) for name, rows in drawn.items()}, list(frames.values()))
-    figure.update_xaxes(title_text="hours of computing, trials one after the other")
+    figure.update_xaxes(title_text="hours of computing")
     figure.update_yaxes(title_text="hypervolume, selection split")
     return figure
 

@@ -102,7 +102,7 @@ def whole_items(directory: str, recorded: pd.DataFrame, split: Split) -> dict[st
     return found
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=512)
 def _read(path: AnyPath, changed: float) -> dict[str, Items]:
     """A page asks for the same ones several times."""
     return read_items(path)

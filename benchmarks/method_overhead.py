@@ -9,6 +9,7 @@ counted. On a GPU the step is compiled. `ratio` is the median over turns of a me
 import argparse
 import datetime
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -19,7 +20,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.cluster.placement import MicroBatch
-from raysearch.config import TrialConfig, study_of
+from raysearch.config import ClusterSettings, TrialConfig, study_of
 from raysearch.frozen import parse
 from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import pruning_steps
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS))
     options = parser.parse_args()
     layers, width, heads, context, vocab = SHAPES[options.shape]
+    torch.set_num_threads(math.ceil(ClusterSettings().cpus_per_rank))  # as a gang's rank has
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
         GPT2LMHeadModel(GPT2Config(

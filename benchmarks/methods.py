@@ -108,6 +108,8 @@ def n_of_m() -> Iterator[Case]:
         yield "gradual magnitude, 2:4, 1000 steps", trained(1000, pattern="2:4", criterion="gradual_magnitude"), seed
         yield ("SR-STE and 2/3 KL, 2:4, 1000 steps",
                trained(1000, pattern="2:4", criterion="sr_ste", distill_alpha=2 / 3), seed)
+        yield ("sparsegpt and 2/3 KL, 2:4, 1000 steps",
+               trained(1000, pattern="2:4", criterion="sparsegpt", distill_alpha=2 / 3), seed)
 
 
 GROUPS = {"one_shot": one_shot, "losses": losses, "methods": methods, "n_of_m": n_of_m}
@@ -140,8 +142,11 @@ def run(options: argparse.Namespace, all_groups: dict[str, Callable[[], Iterator
     worker = Worker(study, ledger, inputs)
     part, num_parts = map(int, options.part.split("/"))
     seeds = set(map(int, options.seeds.split(",")))
+    done = {(line["case"], line["seed"]) for file in options.skip for line in map(json.loads, file.read_text().splitlines())}
     cases = [("dense", {}, 0),
-             *(case for group in options.groups.split(",") for case in all_groups[group]() if case[2] in seeds)]
+             *(case for group in options.groups.split(",") for case in all_groups[group]()
+               if case[2] in seeds and (case[0], case[2]) not in done)]
+    cases.sort(key=lambda case: case[2])  # where time runs out, the first seeds are whole
     for number, (name, config_fields, seed) in enumerate(cases):
         if (number and number % num_parts != part) or time.perf_counter() - started > options.limit_s:
             continue
@@ -226,6 +231,7 @@ def add_arguments(run_parser: argparse.ArgumentParser, groups: Iterable[str], li
     run_parser.add_argument("--part", default="0/1")
     run_parser.add_argument("--groups", default=",".join(groups))
     run_parser.add_argument("--seeds", default=",".join(map(str, SEEDS)))
+    run_parser.add_argument("--skip", type=Path, nargs="*", default=[], help="cases.jsonl of earlier runs")
     run_parser.add_argument("--limit-s", type=float, default=limit_s)
     run_parser.add_argument("--cpu", action="store_true")
 

@@ -98,8 +98,8 @@ def run_rank(job: dict[str, Any]) -> None:
     losses: list[str] = []
     train_step = worker.engine.train_step
 
-    def noted(*arguments: Any) -> torch.Tensor:
-        loss = train_step(*arguments)
+    def noted(*arguments: Any, **named: Any) -> torch.Tensor:
+        loss = train_step(*arguments, **named)
         losses.append(float(loss).hex())
         return loss
 

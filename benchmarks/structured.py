@@ -1,14 +1,15 @@
 """Structured pruning: quality at equal bytes and at equal time, and the speed of what is deployed.
 
-    python benchmarks/structured.py run OUT [--root ../shared] [--part 0/1] [--limit-s 600]      # quality, books-30m
+    python benchmarks/structured.py run OUT [--root ../shared] [--part 0/1] [--limit-s 600] [--speed]  # quality, books-30m
     python benchmarks/structured.py table OUT [OUT ...]
     python benchmarks/structured.py speed OUT.jsonl       # 124 and 950 M on a GPU; --cpu: books-30m
 
-`run` prunes and fine-tunes as benchmarks/methods.py does, whose files and tables these are; the candidates of the first data
-seed are also timed, compact and through the dispatcher, beside the dense model. Half of the neurons, half of the heads and two
-of eight layers, each with and without 2/3 KL, stand beside single weights of equal bytes (bitmap form), and beside a row of
-sparsities of single weights among which the one of equal time is found. `speed` times random models, whose speed is that of
-trained ones, and makes no folder. Each line of OUT.jsonl is one model beside its dense one.
+`run` prunes and fine-tunes as benchmarks/methods.py does, whose files and tables these are; with --speed, which wants a card of
+its own, the candidates of the first data seed are also timed, compact and through the dispatcher, beside the dense model. Half
+of the neurons, half of the heads and two of eight layers, each with and without 2/3 KL, stand beside single weights of equal
+bytes (bitmap form), and beside a row of sparsities of single weights among which the one of equal time is found. `speed` times
+random models, whose speed is that of trained ones, and makes no folder. Each line of OUT.jsonl is one model beside its dense
+one.
 """
 
 import argparse
@@ -246,7 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     groups = {"structured": structured}
-    methods.add_arguments(commands.add_parser("run"), groups, 600.0)
+    running = commands.add_parser("run")
+    methods.add_arguments(running, groups, 600.0)
+    running.add_argument("--speed", action="store_true")
     commands.add_parser("table").add_argument("out", type=Path, nargs="+")
     timing = commands.add_parser("speed")
     timing.add_argument("out", type=Path)
@@ -256,7 +259,7 @@ def main() -> None:
     if getattr(options, "cpu", False):
         os.environ["DS_ACCELERATOR"] = "cpu"
     if options.command == "run":
-        methods.run(options, groups, timed)
+        methods.run(options, groups, timed if options.speed else lambda worker, name, seed: {})
     elif options.command == "speed":
         speed(options)
     else:

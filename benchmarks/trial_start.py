@@ -104,8 +104,8 @@ class Stopwatch:
     def __init__(self, engine: Engine) -> None:
         self.train_step, self.first = engine.train_step, True
 
-    def __call__(self, tokens: torch.Tensor, learning_rate: float) -> torch.Tensor:
-        loss = self.train_step(tokens, learning_rate)
+    def __call__(self, *arguments: Any, **named: Any) -> torch.Tensor:
+        loss = self.train_step(*arguments, **named)
         if self.first:
             float(loss)  # waits for the device
             if loss.is_cuda:

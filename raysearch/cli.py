@@ -44,7 +44,7 @@ def main() -> None:
     except KeyboardInterrupt:
         fail("interrupted; the same command goes on from the last finished round", code=130)
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not str(error).startswith("pretraining failed"):
+        if isinstance(error, RuntimeError) and not str(error).startswith("training failed"):
             raise
         if os.environ.get("RAYSEARCH_TRACEBACK"):
             raise

@@ -202,7 +202,7 @@ class DataSettings(Frozen):
     """Text to fine-tune on and to hold out: "builtin", a file, folder or glob (.txt, .jsonl, .parquet), or a Hugging Face
     dataset name; None where nothing is fine-tuned."""
     text_field: Place = "text"
-    """Where a row holds its text, in all formats but .txt."""
+    """Where a row holds its text or its chat, in all formats but .txt; a chat is also found in `messages`."""
     context_tokens: int = Field(128, ge=2)
     epoch_tokens: int | None = Field(None, ge=1)
     """Tokens that count as one epoch; None is the whole train split."""

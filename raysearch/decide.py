@@ -165,15 +165,18 @@ def verify(
     corpus: Annotated[str | None, typer.Option(help="Where its corpus is now.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all by default.")] = None,
 ) -> None:
-    """Score a deployment folder or a picked candidate again, and compare it item by item with its study."""
+    """Score a deployment folder or a picked candidate again, and compare it item by item with its study; time it again if that
+    was done on this device."""
     doing("scoring")
     from tempfile import TemporaryDirectory
 
     from analysis.tables import aligned
     from raysearch.deploy.verify import verify as run
+    from raysearch.deploy.verify import verify_speed
 
+    notes: list[str] = []
     if Path(what).is_dir():
-        compared = run(Path(what), data_dir, corpus, limit)
+        compared, timed = run(Path(what), data_dir, corpus, limit), verify_speed(Path(what), notes.append)
     else:
         from analysis.pick import check_pick, read_pick
         from raysearch.deploy.export import export as write
@@ -183,10 +186,12 @@ def verify(
         check_pick(picked, echo)
         with TemporaryDirectory() as folder:
             written = write(Ledger.open(picked.study_directory), picked.key, Path(folder) / "deploy")
-            compared = run(written, data_dir, corpus, limit)
+            compared, timed = run(written, data_dir, corpus, limit), verify_speed(written, notes.append)
     rows = [[each.metric, f"{each.recorded:.6g}", f"{each.found:.6g}", str(each.num_items), str(each.num_differing)]
             for each in compared]
-    echo(aligned(["metric", "in the study", "here", "items", "differing"], rows, left=["metric"]) + f"{what}: verified")
+    notes += [f"{each.name}: {each.found:.3g} of the dense model's time, {each.recorded:.3g} in the study" for each in timed]
+    echo(aligned(["metric", "in the study", "here", "items", "differing"], rows, left=["metric"])
+         + "\n".join([*notes, f"{what}: verified"]))
 
 
 @app.command()
@@ -222,6 +227,26 @@ def replicate(
     echo(describe_spread(spread(load(picked.study_directory), picked.key, made)))
     replicas = shlex.quote(str(location(picked.study_directory) / REPLICAS))
     echo(f"the replicas are a study of their own, and on no frontier of this one: raysearch results {replicas}")
+
+
+@app.command()
+def finish(
+    pick_file: Annotated[str, typer.Argument(help="pick.json of `raysearch pick`.", metavar="PICK")],
+    epochs: Annotated[float, typer.Option(help="Of the study's, that it is trained more.")],
+    learning_rate: Annotated[float | None, typer.Option(help="Peak; without it that of the candidate's last round.")] = None,
+    distill_alpha: Annotated[float, typer.Option(help="Share of the dense model's logits in the loss; this did best at 50 %."
+                                                 )] = 0.67,
+) -> None:
+    """Train a picked candidate longer, its masks held, with the dense model as teacher: one more candidate of the study."""
+    doing("training")
+    from analysis.pick import read_pick
+    from raysearch.finish import finish as run
+
+    picked = read_pick(pick_file)
+    trial = run(picked.study_directory, picked.key, epochs, echo, learning_rate=learning_rate, distill_alpha=distill_alpha)
+    study = shlex.quote(picked.study_directory)
+    echo(f"raysearch compare {study} {picked.key} {trial.keys[-1]}\nraysearch pick {study} --candidate "
+         f"{trial.number}/{len(trial.keys)}")
 
 
 @app.command()

@@ -108,7 +108,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         directory=str(ledger.directory), space=record.space, model=record.study.model.path,
         objective=record.study.search.objective,
         driver_running=running_now, driver=driver, num_trials=record.study.search.num_trials,
-        trials={status: sum(trial.status == status for trial in trials)
+        trials={status: sum(trial.status == status and not trial.is_finish for trial in trials)
                 for status in ("running", "done", "stopped", "failed")},
         running=tuple(
             RunningTrial(number=trial.number, num_rounds_done=len(trial.keys), num_rounds=len(trial.actions),

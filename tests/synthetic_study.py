@@ -6,11 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from raysearch.config import Action, Metric, TrialConfig, study_of
+from raysearch.config import Action, Metric, ServingSettings, TrialConfig, study_of
 from raysearch.search.control import due_control
+from raysearch.study.files import write_record
 from raysearch.study.items import Items, form_of, write_items
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import Provenance, RoundRecord, StudyRecord, TrialRecord, hash_json, round_key
+from raysearch.study.records import (
+    Provenance,
+    RoundRecord,
+    Served,
+    SpeedRecord,
+    StudyRecord,
+    TrialRecord,
+    hash_json,
+    round_key,
+)
 
 NUM_PRUNABLE = 800_000
 NUM_PARAMETERS = 1_000_000
@@ -109,6 +119,15 @@ class SyntheticStudy:
                 name: metric.model_copy(update={"value": metric.value + (0.01 if name == "text/bits_per_byte" else -0.01)})
                 for name, metric in self.ledger.candidate(keys[-1]).metrics.items()})
         return keys
+
+    def speed(self, key: str, decode_ms: float, tokens_per_s: float = 1e5, provenance: Provenance = PROVENANCE,
+              **serving: int) -> None:
+        """What `raysearch measure` found; the dense model takes 8 ms a step."""
+        one, other = (Served(scoring_tokens_per_s=rate, decode_ms=ms, resident_bytes=4_000_000)
+                      for rate, ms in ((tokens_per_s, decode_ms), (5e4, 8.0)))
+        write_record(self.ledger.speed_path(key), SpeedRecord(
+            key=key, serving=ServingSettings(**serving), served=one, dense=other, dtype="float32", form="dense",
+            provenance=provenance))
 
     def _round(self, key: str, parent: str | None, action: Action | None, depth: int, sparsity: float,
                scored: dict[str, Metric]) -> None:

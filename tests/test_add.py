@@ -1,5 +1,6 @@
 """`raysearch add`: models of another origin beside a study's frontier."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def test_a_model_is_scored_as_the_studys_own(directory: Path, tiny_model: Path, 
     code, out, err = run("compare", directory, "dense", "other-half")
     assert (code, "needs items of at least 4 documents for an error, got those of 1" in err) == (2, True)  # both were found
     assert "added: half" in run("results", directory)[1]
+    shutil.rmtree(other)
+    code, out, err = run("measure", directory, "--prompt-tokens", 24, "--new-tokens", 4, "--batch-sequences", 2)
+    assert code == 0, err
+    assert "other-copy, as it is: scoring" in out
+    assert re.search(r"other-half is left out, for it cannot be opened: .*no such folder", out)
+    frame = load(directory)
+    timed = frame[frame["decode_of_dense"].notna()]
+    assert {*timed["key"]} >= {dense["key"], "other-copy", "other-ours"}
+    assert "other-half" not in {*timed["key"]}
     run("report", directory, "--out", tmp_path / "r.html")
     assert "added: half" in (tmp_path / "r.html").read_text()
 

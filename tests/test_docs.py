@@ -12,6 +12,8 @@ import typer
 from commands import Run
 from synthetic_study import twelve_trials
 from test_boundaries import LAYERS
+from tiny_models import story
+from transformers import PreTrainedTokenizerFast
 
 from analysis.constraints import parse_constraints
 from raysearch.cli import app
@@ -202,6 +204,12 @@ def test_other_programs_of_the_readme_find_what_they_name() -> None:
 def prepare(folder: Path, model: Path) -> None:
     """In `folder`, what README.md's commands expect or have made by then: models, a study, a deployment folder, data."""
     shutil.copytree(model, folder / "models" / "mine")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "models" / "mine")
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    tokenizer.save_pretrained(folder / "models" / "mine")
+    chats = [[{"role": "user", "content": f"Who ran to house {n}?"}, {"role": "assistant", "content": story(n)}]
+             for n in range(60)]
+    (folder / "chats.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in chats))
     twelve_trials(folder / "studies" / "mine")
     shutil.copytree(model, folder / "deploy")
     (folder / "data" / "lambada").mkdir(parents=True)
@@ -224,6 +232,7 @@ ELSEWHERE = {  # how a command of a document begins -> the test that runs one li
     "raysearch export": "test_prune_with_fine_tuning_is_found_again",
     "raysearch add": "test_a_model_is_scored_as_the_studys_own",
     "raysearch replicate": "test_the_seeds_of_a_fork_are_run_once_and_leave_the_study_as_it_is",
+    "raysearch finish": "test_a_finished_candidate_is_one_of_the_study",
     "raysearch verify": "test_the_command_verifies_a_folder_and_a_pick",
     "raysearch measure": "test_the_frontier_is_measured_once_and_shown",
     "raysearch doctor": "test_doctor_asks_every_node",

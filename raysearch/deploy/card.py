@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from raysearch.config import Metric
-from raysearch.study.records import Recovered, RoundRecord, StudyRecord, TrialRecord
+from raysearch.study.records import Recovered, RoundRecord, SpeedRecord, StudyRecord, TrialRecord
 
 
 def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | None, report: dict[str, Metric] | None,
                dense: dict[str, Metric] | None, is_plain: bool, recovered: Recovered | None = None,
-               compacted: Any = None) -> str:
+               compacted: Any = None, speed: SpeedRecord | None = None) -> str:
     """README.md of the deployment folder: what it is, how it was made, what was measured, how to load it. `compacted` is a
     model out of which dead parts were cut."""
     metrics = report if report is not None else record.metrics
@@ -30,7 +30,7 @@ def model_card(study: StudyRecord, record: RoundRecord, trial: TrialRecord | Non
         f"| sparsity of the prunable weights | {record.sparsity:.4f} |",
         f"| bytes stored, in the smallest format | {record.stored_bytes:,} |",
         f"| bytes in memory as plain matrices, without what can be cut out | {record.resident_bytes:,} |",
-        *_compact_rows(compacted), "",
+        *_compact_rows(compacted), *_speed_rows(speed), "",
         f"## Quality, on the {split}", "", "| metric | this model | dense model | items |", "|---|---|---|---|", *rows, "",
         "The standard errors are over the items." + (
             " The numbers are of weights that were lost: those here were computed again, on "
@@ -51,6 +51,16 @@ def _compact_rows(model: Any) -> list[str]:
     num_bytes = sum(parameter.nbytes for parameter in model.parameters())
     return [f"| parameters of this compact form | {sum(parameter.numel() for parameter in model.parameters()):,} |",
             f"| bytes of this compact form, stored and resident, the file's header apart | {num_bytes:,} |"]
+
+
+def _speed_rows(speed: SpeedRecord | None) -> list[str]:
+    if speed is None:
+        return []
+    serving, served, dense = speed.serving, speed.served, speed.dense
+    return [f"| scoring, tokens/s (dense beside it) | {served.scoring_tokens_per_s:,.0f} ({dense.scoring_tokens_per_s:,.0f}) |",
+            f"| decoding, ms a step (dense beside it) | {served.decode_ms:.3g} ({dense.decode_ms:.3g}) |",
+            f"| so measured on | {speed.provenance.device}, {serving.batch_sequences} sequences of {serving.prompt_tokens} "
+            f"prompt and {serving.new_tokens} new tokens, form: {speed.form} |"]
 
 
 def _settings(trial: TrialRecord | None) -> dict[str, object] | list[dict[str, object]]:

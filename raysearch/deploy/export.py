@@ -75,10 +75,11 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "hf", echo: Callab
                 tensor, tensor != 0 if name in prunable and format == "sparse" else None)
                                                 for name, tensor in own_tensors(model).items()})
         copy_companions(Path(study.study.model.path), folder)
+        speed = ledger.speeds().get(key)
         trial = next((t for t in [*ledger.trials(), *ledger.controls()] if key in t.keys), None)
         (folder / "README.md").write_text(model_card(study, record, trial, ledger.report_metrics(record.key),
                                                      ledger.report_metrics(study.root_key),
-                                                     is_plain, recovered, model if format == "compact" else None))
+                                                     is_plain, recovered, model if format == "compact" else None, speed))
         if items:
             write_items(folder / ITEMS, items)
         files = {file.relative_to(folder).as_posix(): file_sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
@@ -87,7 +88,8 @@ def export(ledger: Ledger, key: str, out: Path, format: str = "hf", echo: Callab
                                                "dtype": study.study.model.dtype,
                                                "evaluation": evaluation if tasks else None, "not_scored": reason,
                                                "record": record.model_dump(mode="json"), "sha256": files,
-                                               "recovered": recovered.model_dump(mode="json") if recovered else None})
+                                               "recovered": recovered.model_dump(mode="json") if recovered else None,
+                                               "speed": speed.model_dump(mode="json") if speed else None})
         _check(folder, model, logits)
         if tasks:
             compared = rescore(folder, tasks, items, NUM_RESCORED)

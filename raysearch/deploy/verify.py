@@ -1,18 +1,23 @@
-"""Whether a deployment folder is what it claims to be: its files, what it was scored on, and what it scores."""
+"""Whether a deployment folder is what it claims to be: its files, what it was scored on, what it scores and how fast it is."""
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from raysearch.config import Study, higher_is_better
 from raysearch.deploy.load import load
 from raysearch.evaluation import Scorer, Task, evaluate, tasks_fingerprint
-from raysearch.models.model import load_tokenizer, on_device
+from raysearch.evaluation.speed import beside_dense
+from raysearch.kernels.device import device_name
+from raysearch.models.model import load_model, load_tokenizer, on_device
 from raysearch.study.items import Items, form_of, read_items
+from raysearch.study.records import SpeedRecord
+from raysearch.study.text import first_line
 from raysearch.trial.inputs import read_tasks
 
 ITEMS = "raysearch-items.npz"
@@ -24,6 +29,12 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}
 books-30m in bfloat16, scored again in fp32: 0.039 at most (2026-11-27)."""
 FLIPPED = {"float32": 0.02, "bfloat16": 0.1}
 """Share of the items, one at least, on which an answer may turn from right to wrong or back: where two are nearly even."""
+
+
+SPEED_TOLERANCE = 0.25
+"""Of a time over that of the dense model beside it. The milliseconds themselves double where others use the machine."""
+NUM_RUNS = 3
+"""Of the timing, until one is within the tolerance."""
 
 
 class Compared(NamedTuple):
@@ -62,6 +73,48 @@ def verify(folder: Path, data_dir: str | None = None, corpus: str | None = None,
     compared = rescore(folder, tasks, read_items(folder / ITEMS), limit)
     check(folder, compared)
     return compared
+
+
+class Timed(NamedTuple):
+    """A time over that of the dense model, beside it and in turn."""
+
+    name: str
+    recorded: float
+    found: float
+
+    @property
+    def is_off(self) -> bool:
+        return abs(math.log(self.found / self.recorded)) > math.log1p(SPEED_TOLERANCE)
+
+
+def verify_speed(folder: Path, say: Callable[[str], object]) -> list[Timed]:
+    """Times an export again as `raysearch measure` did in its study, if that was on this device and the dense model is here;
+    else [], and `say` gets why. ValueError of one sentence where scoring or decoding is off by more than SPEED_TOLERANCE, in
+    each of NUM_RUNS runs."""
+    described = json.loads((folder / "raysearch.json").read_text())
+    if not (claimed := described.get("speed")):
+        say("its speed was not measured (raysearch measure), so none is claimed")
+        return []
+    recorded, device = SpeedRecord.model_validate(claimed), device_name("cuda" if torch.cuda.is_available() else "cpu")
+    if device != recorded.provenance.device:
+        say(f"its speed was measured on {recorded.provenance.device}, and this is {device}: it cannot be compared")
+        return []
+    settings = described["evaluation"]["study"]["model"]
+    try:
+        dense = on_device(load_model(settings["path"], getattr(torch, settings["dtype"])))
+    except (OSError, ValueError) as error:
+        say(f"its speed cannot be compared, for the dense model beside which it was measured is not here: {first_line(error)}")
+        return []
+    for _ in range(NUM_RUNS):
+        one, other, _ = beside_dense(dense, on_device(load(folder, backend="dense")), recorded.serving, lambda line: None)
+        timed = [Timed("decoding", recorded.served.decode_ms / recorded.dense.decode_ms, other.decode_ms / one.decode_ms),
+                 Timed("scoring", recorded.dense.scoring_tokens_per_s / recorded.served.scoring_tokens_per_s,
+                       one.scoring_tokens_per_s / other.scoring_tokens_per_s)]
+        if not (off := [each for each in timed if each.is_off]):
+            return timed
+    raise ValueError(f"{folder}: is not as fast as its study recorded: {off[0].name} takes {off[0].found:.3g} of the dense "
+                     f"model's time and took {off[0].recorded:.3g}, more than {SPEED_TOLERANCE:.0%} apart in {NUM_RUNS} runs; "
+                     "its weights, its record or the kernels of this machine have changed")
 
 
 def rescore(folder: Path, tasks: Sequence[Task], recorded: Mapping[str, Items], limit: int | None) -> list[Compared]:

@@ -17,19 +17,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from raysearch.config import ServingSettings
 from raysearch.evaluation.attention import attending, own_attention
 from raysearch.evaluation.forward import following, fused_gelu, last_hidden
 from raysearch.evaluation.generation import Slots
 from raysearch.kernels.dispatch import time_in_turn
 from raysearch.models.architectures import shares_prefixes
 from raysearch.models.model import context_limit
-from raysearch.models.sparse import SparseLinear
+from raysearch.models.sparse import SparseLinear, Sparsified, sparsify_for_inference
 from raysearch.study.records import Served
 
 NUM_ROUNDS = 20
 """Medians are taken of so many."""
 WARM_ROUNDS = 2
 """Before them: a graph is captured at the second pass."""
+
+
+def beside_dense(dense: Any, model: Any, serving: ServingSettings, say: Callable[[str], object]) -> tuple[Served, Served, str]:
+    """(of the dense model, of the other one as it is served, cut down and, in place, on sparse kernels where those win, and
+    what was done to it)."""
+    num_tokens = (serving.batch_sequences * serving.prompt_tokens, serving.batch_sequences)
+    form = _in_words(sparsify_for_inference(model, num_tokens=num_tokens, say=say))
+    one, other = speeds([dense, model], **serving.model_dump())
+    return one, other, form
+
+
+def _in_words(done: Sparsified) -> str:
+    """What `sparsify_for_inference` made of a model."""
+    on_kernels = sorted({choice.backend for layer in done.layers for tokens, choice in layer.choices.items()
+                         if done.model_ratio[tokens] > 1 and choice.backend != "dense"})
+    parts = [f"{done.compaction.num_parameters:,} parameters cut out"] if done.compaction.num_parameters else []
+    return ", ".join(parts + [f"kernel {name}" for name in on_kernels]) or "dense"
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
 from raysearch.evaluation.own_tasks import check_own, is_own, own_tasks
 from raysearch.study.text import json_lines, open_text
+from raysearch.training.chats import is_chat
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -162,11 +163,15 @@ def heldout_tasks(documents: Sequence[str], tasks: Sequence[str], *, limit: int 
     """Tasks made from the documents of one split; equal arguments give equal items.
 
     tasks: names among "text", "last_word", "choice"; limit: at most this many items of each, sampled with `seed`.
-    ValueError for an unknown name, a limit below 1, or documents that give no item.
+    ValueError for an unknown name, a limit below 1, or documents that give no item, as chats do: their text is the template's,
+    and bits per byte of it say little about the answers.
     """
     from raysearch.evaluation.item_task import ItemTask
 
     check_limit(limit)
+    if tasks and any(map(is_chat, documents)):
+        raise ValueError(f"tasks {', '.join(tasks)} are made from running text, but the corpus holds chats; give other tasks, "
+                         "those of lm-eval or YAML files of your own")
     item_tasks = []
     for name in tasks:
         if name not in HELDOUT_CONFIGS:

@@ -1,8 +1,8 @@
 """Sparse matrix products on tensors, behind three functions; it knows no model.
 
 `compress` makes a SparseWeight of a weight and a mask, `linear` multiplies with it anywhere, `best_backend` says what is
-fastest here. Nothing above this package knows a backend. And `selection_passes` is how exact selection reads weights on a
-device.
+fastest here. Nothing above this package knows a backend. And `selection_passes` is how exact selection reads weights and scores
+on a device.
 """
 
 from raysearch.kernels.backends import selection_passes

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raysearch.kernels import bitmap, cpu, decode, magnitudes, semi24
+from raysearch.kernels import bitmap, cpu, decode, keys, semi24
 from raysearch.kernels.weight import SparseWeight
 from raysearch.pruning.selection import MAGNITUDES, Passes
 
@@ -55,11 +55,11 @@ def _semi24_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.dev
     return list(semi24.ALGORITHMS) if semi24.fits_semi24(weight, dtype) else []
 
 
-def selection_passes(device: torch.device) -> Passes:
-    """The fastest passes of exact selection by magnitude on this device."""
-    if device.type != "cuda" or not compiles("nvcc", magnitudes.library):
-        return MAGNITUDES
-    return magnitudes.PASSES
+def selection_passes(passes: Passes, device: torch.device) -> Passes:
+    """MAGNITUDES or SCORES of exact selection, as they are fastest on this device."""
+    if device.type != "cuda" or not compiles("nvcc", keys.library):
+        return passes
+    return keys.MAGNITUDES if passes is MAGNITUDES else keys.SCORES
 
 
 def _block_variants(weight: SparseWeight, dtype: torch.dtype, device: torch.device, num_tokens: int) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from raysearch.pruning.selection import SCORES, AllReduce, keep_masks, one_process, reserved
+from raysearch.pruning.selection import SCORES, AllReduce, Passes, keep_masks, one_process, reserved
 
 
 def moved_fraction(step: int, last: int, fraction: float) -> float:
@@ -26,8 +26,8 @@ class Moves(NamedTuple):
 
 
 def drop_and_grow(weights: Sequence[Tensor], masks: Sequence[Tensor], growth: Sequence[Tensor], layers: Sequence[int],
-                  moves: Mapping[int, Moves], *, all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1
-                  ) -> list[Tensor]:
+                  moves: Mapping[int, Moves], *, all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1,
+                  passes: Passes = SCORES) -> list[Tensor]:
     """bool [n] each: the masks of this rank's shards once as many weights of each layer have moved as `moves` says.
 
     weights, growth fp32 [n], masks bool [n], one for each shard, of the layer that `layers` names. In each layer the lowest |w|
@@ -37,7 +37,7 @@ def drop_and_grow(weights: Sequence[Tensor], masks: Sequence[Tensor], growth: Se
     def highest(scores: Iterable[Tensor], eligible: Sequence[Tensor], num: Callable[[Moves], int]) -> list[Tensor]:
         return keep_masks([reserved(score, may) for score, may in zip(scores, eligible, strict=True)], layers,
                           {layer: each.num_weights - num(each) for layer, each in moves.items()}, all_reduce=all_reduce,
-                          rank=rank, world_size=world_size, passes=SCORES)
+                          rank=rank, world_size=world_size, passes=passes)
 
     stays = highest((each.abs() for each in weights), masks, lambda each: each.num_kept - each.num_moved)
     grown = highest(growth, [~each for each in stays], lambda each: each.num_moved)

@@ -6,7 +6,7 @@
     parameter_index  the parameter that each shard belongs to, numbered alike on all ranks
     mask             bool, True = keep, one per shard, in the shape of the shard
     all_reduce       int64 tensor -> its sum over ranks (may work in place)
-    passes           how the scores are read: `MAGNITUDES` or `SCORES`, or a device's own kernels for magnitudes
+    passes           how the scores are read: `MAGNITUDES` or `SCORES`, or a device's own kernels for them
 
 A float becomes an integer key in the order of the floats, hence histograms of the keys' digits, the highest first and each of
 the keys that share the digits before, find the k-th smallest exactly, denormals and infinities included. Two kinds of keys:
@@ -33,6 +33,8 @@ _CHUNK_CUDA = 1 << 24  # 64 MB of bits
 _NEGATIVE_ZERO = -(1 << 31)  # as int32: the bits of -0.0
 _RANKED = 16
 """Scores of a group, up to which all pairs are compared."""
+_RANKED_ROWS = 1 << 20
+"""Groups at a time: of each 3 bytes for each pair."""
 _RESERVED = -1  # as int32: the bits of a NaN whose key is 0
 
 
@@ -43,8 +45,11 @@ class Passes(NamedTuple):
     """[n] scores -> [n] integers in their order, the smallest 0."""
     digits: tuple[int, ...]
     """Bits of each digit of a key, from the top."""
-    counts: Callable[[Sequence[Tensor], int, int, int], Tensor]
-    masks: Callable[[Sequence[Tensor], int, Sequence[int]], list[Tensor]]
+    counts: Callable[[Sequence[Tensor], int, int, Sequence[int]], Tensor]
+    """(shards, low_bit, width, prefixes) -> int32 [shards, 2^width]: how many keys of each shard hold each number in the
+    `width` bits from `low_bit` on, of those whose bits above are the shard's prefix."""
+    masks: Callable[[Sequence[Tensor], Sequence[int], Sequence[int]], list[Tensor]]
+    """(shards, thresholds, ends) -> masks that keep keys above the shard's threshold, and those equal to it from its end on."""
     lowest: int
     """Smallest key of a number; below it only what is reserved, key 0, and NaN."""
     infinity: int
@@ -74,11 +79,9 @@ def score_keys(chunk: Tensor) -> Tensor:
 def _torch_passes(keys: Callable[[Tensor], Tensor], digits: tuple[int, ...], lowest: int, infinity: int) -> Passes:
     num_bits = sum(digits)
 
-    def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefix: int) -> Tensor:
-        """int32 [shards, 2^width]: how many keys of each shard hold each number in the `width` bits from `low_bit` on, of
-        those whose bits above are `prefix`."""
+    def counts(shards: Sequence[Tensor], low_bit: int, width: int, prefixes: Sequence[int]) -> Tensor:
         table = torch.zeros(len(shards), 1 << width, dtype=torch.int32, device=_device(shards))
-        for row, shard in zip(table, shards):
+        for row, shard, prefix in zip(table, shards, prefixes, strict=True):
             for chunk in _chunks(shard):
                 high = keys(chunk) >> low_bit
                 if low_bit + width < num_bits:
@@ -86,9 +89,8 @@ def _torch_passes(keys: Callable[[Tensor], Tensor], digits: tuple[int, ...], low
                 row += torch.bincount(high, minlength=1 << width)
         return table
 
-    def masks(shards: Sequence[Tensor], threshold: int, ends: Sequence[int]) -> list[Tensor]:
-        """Keep keys above the threshold, and those equal to it from each shard's `ends` index on."""
-        return [_mask(shard, keys, threshold, end) for shard, end in zip(shards, ends, strict=True)]
+    def masks(shards: Sequence[Tensor], thresholds: Sequence[int], ends: Sequence[int]) -> list[Tensor]:
+        return [_mask(shard, keys, threshold, end) for shard, threshold, end in zip(shards, thresholds, ends, strict=True)]
 
     return Passes(keys, digits, counts, masks, lowest, infinity)
 
@@ -134,10 +136,7 @@ def keep_masks(
         pruned = min(max(cuts[group].num_pruned - offset, 0), num)
         ends.append(shard.numel() if pruned == num and cuts[group].num_pruned
                     else _end_of_ties(shard, cuts[group].threshold, pruned, passes))
-    if len(cuts) == 1:
-        return passes.masks(shards, cuts[0].threshold, ends) if shards else []
-    return [mask for shard, group, end in zip(shards, group_of, ends)
-            for mask in passes.masks([shard], cuts[group].threshold, [end])]
+    return passes.masks(shards, [cuts[group].threshold for group in group_of], ends) if shards else []
 
 
 def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> list[Tensor]:
@@ -193,12 +192,15 @@ def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     """As `row_masks`, of many small rows: by comparing each score with each, since a GPU selects in one row at a time."""
     _refuse_any_nan(groups)
     size = groups.shape[1]
-    num_before = torch.zeros(groups.shape, dtype=torch.int8, device=groups.device)
-    for column in range(size):
-        of_column = groups[:, column:column + 1]
-        num_before[:, :column] += of_column < groups[:, :column]
-        num_before[:, column + 1:] += of_column <= groups[:, column + 1:]
-    return num_before >= size - num_kept
+    is_left = torch.ones(size, size, dtype=torch.bool, device=groups.device).tril(-1)[:, :, None]  # [of, by, 1]
+    mask = torch.empty_like(groups, dtype=torch.bool)
+    for start in range(0, len(groups), _RANKED_ROWS):
+        rows = slice(start, start + _RANKED_ROWS)
+        columns = groups[rows].T.contiguous()  # [size, rows]
+        of, by = columns[:, None], columns[None]
+        num_before = torch.where(is_left, by <= of, by < of).sum(1, dtype=torch.int8)
+        mask[rows] = (num_before >= size - num_kept).T
+    return mask
 
 
 def _refuse_any_nan(scores: Tensor) -> None:
@@ -227,13 +229,8 @@ def _cut(shards: Sequence[Tensor], group_of: Sequence[int], ks: Sequence[int], a
     groups = torch.tensor(group_of, dtype=torch.int64, device=device)
     for width in passes.digits:
         low_bit -= width
-        if not shards:
-            own = torch.zeros(0, 1 << width, dtype=torch.int32)
-        elif len(set(prefixes)) == 1:
-            own = passes.counts(shards, low_bit, width, prefixes[0])
-        else:
-            own = torch.cat([passes.counts([shard], low_bit, width, prefixes[group])
-                             for shard, group in zip(shards, group_of)])
+        own = (passes.counts(shards, low_bit, width, [prefixes[group] for group in group_of]) if shards
+               else torch.zeros(0, 1 << width, dtype=torch.int32))
         joint = own.sum(0, keepdim=True) if len(ks) == 1 else torch.zeros(
             len(ks), 1 << width, dtype=torch.int64, device=device).index_add_(0, groups, own.long())
         joint = all_reduce(joint)

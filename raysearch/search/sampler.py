@@ -84,7 +84,7 @@ class Sampler:
         asked = Asked(trial.number, trial.config, trial.actions, trial.parameters, trial.distributions,
                       forked_at=trial.forked_at)
         self._asked[trial.number] = asked
-        if self._left is not None:
+        if self._left is not None and not trial.is_finish:
             self._left.remove(given_as(trial))
         self._proposed.update(prefixes(trial.actions))
         self._num_whole += trial.forked_at is None

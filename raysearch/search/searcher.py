@@ -40,7 +40,8 @@ class StudySearcher(Searcher):
         self.ledger, self.study, self.inputs, self.show = ledger, study, inputs, show
         self._max_disk_bytes = max_disk_bytes
         records = ledger.trials()
-        self.progress = Progress(ledger, study, inputs.root_key, echo, records)
+        asked_for = [trial for trial in records if not trial.is_finish]
+        self.progress = Progress(ledger, study, inputs.root_key, echo, asked_for)
         self.finished = False
         self.dense_failed = False
         """Twice, and left no record: then no trial can run."""
@@ -61,9 +62,12 @@ class StudySearcher(Searcher):
         """The space has nothing that was not proposed."""
         journal = open_journal(ledger, study, echo, records)
         recorded = {trial.number for trial in records}
+        finishes = recorded - {trial.number for trial in asked_for}
         self._interrupted: list[int] = []
         num_asked = 0
         for trial in journal.get_trials(deepcopy=False):
+            if trial.number in finishes:  # those that were interrupted are for the command that began them
+                continue
             began = trial.number in recorded
             if trial.state == TrialState.RUNNING and began:  # a dead driver left it: it runs again
                 self._interrupted.append(trial.number)

@@ -180,7 +180,8 @@ def given_as(trial: TrialRecord) -> GivenTrial:
 
 
 def check_given(given: Sequence[GivenTrial], trials: Sequence[TrialRecord]) -> None:
-    """ValueError unless each of the study's trials is one of the given ones."""
+    """ValueError unless each of the study's trials, but for those of `raysearch finish`, is one of the given ones."""
+    trials = [trial for trial in trials if not trial.is_finish]
     if len(trials) > len(given):
         raise ValueError(f"the study has {len(trials)} trials, more than the {len(given)} that are given; give the same list, "
                          "longer or not, or a new directory with --out")

@@ -23,6 +23,7 @@ of the same names on a store (storage.py), where a round exists once its record.
     micro_batches.json       how many tokens at a time fitted a gang's memory, where fewer did than were planned
     tune/                    TensorBoard's events, a folder for each trial, and Ray Tune's own files
     others/NAME.json, ...    OtherRecord: a model of another origin beside the frontier (raysearch add), and its items
+    finish/KEY/              Ray Train's checkpoints within the round KEY of raysearch finish, until it is done
     replicas/                a study like this one: a picked candidate's rounds with other seeds (raysearch replicate)
     lock                     held by the driver that runs the study; on a store a lease (lease.py)
     ...damaged               a file as it was found damaged (damage.py), before the sweep made it again
@@ -243,10 +244,11 @@ class Ledger(RecordFiles):
         return self.round_directory(key) / "speed.json"
 
     def speeds(self) -> dict[str, SpeedRecord]:
-        """Of the candidates that were measured, by key; one whose file is damaged is to be measured again."""
+        """Of the candidates and other models that were measured, by key; one whose file is damaged is to be measured again."""
         paths = self.matching("rounds", "[!.]*/speed.json")
-        return {path.parent.name: speed for path, speed in self.readable(
-            paths, lambda path: self.read(path, SpeedRecord)).items()}
+        own = self.readable(paths, lambda path: self.read(path, SpeedRecord))
+        return {**{path.parent.name: speed for path, speed in own.items()},
+                **{other.key: other.speed for other in self.others() if other.speed}}
 
     def others(self) -> list[OtherRecord]:
         """By name; damaged ones are left out, to be added again."""

@@ -118,7 +118,6 @@ class Served(Frozen):
     resident_bytes: int
     """Of its weights in memory, in whatever form they were served."""
 
-
     def batch_ms(self, serving: ServingSettings) -> float:
         """Of a batch: the prompts are read, then every sequence gets its new tokens."""
         prompt_tokens = serving.batch_sequences * serving.prompt_tokens
@@ -145,6 +144,19 @@ class Latency(Frozen):
     provenance: Provenance
 
 
+class SpeedRecord(Frozen):
+    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
+
+    key: str
+    serving: ServingSettings
+    served: Served
+    dense: Served
+    dtype: str
+    form: str
+    """What was served, in words."""
+    provenance: Provenance
+
+
 class OtherRecord(Frozen):
     """A model that the study did not make, such as a quantised or a smaller one, scored on its items to stand beside the
     frontier."""
@@ -161,6 +173,8 @@ class OtherRecord(Frozen):
     metrics: dict[str, dict[str, Metric]]
     """By split and "task/metric"."""
     provenance: Provenance
+    speed: SpeedRecord | None = None
+    """As it was opened, without cutting it down; None until `raysearch measure` timed it."""
 
     @property
     def key(self) -> str:
@@ -169,19 +183,6 @@ class OtherRecord(Frozen):
 
 OTHER = "other-"
 """Before the names of such models where keys of candidates stand."""
-
-
-class SpeedRecord(Frozen):
-    """A candidate's speed, cut down and on sparse kernels where those won, and the dense model's in the same process."""
-
-    key: str
-    serving: ServingSettings
-    served: Served
-    dense: Served
-    dtype: str
-    form: str
-    """What was served, in words."""
-    provenance: Provenance
 
 
 class Recovered(Frozen):
@@ -221,6 +222,8 @@ class TrialRecord(Frozen):
     """Resolved before the trial ran, from the dense model on."""
     forked_at: int | None = None
     """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
+    is_finish: bool = False
+    """Made by `raysearch finish`: a fork that no search asked for."""
     parameters: dict[str, Any] = Field(default_factory=dict)
     """What Optuna sampled for `space`, by name; with `distributions` the journal can be made again from the records."""
     distributions: dict[str, str] = Field(default_factory=dict)

@@ -3,7 +3,6 @@
 import ast
 import functools
 import glob
-import operator
 import os
 import pydoc_data.topics
 import re
@@ -15,6 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from raysearch.study.text import COMPRESSIONS, first_line, json_array, json_lines, open_text, plain_suffix
+from raysearch.training.chats import MESSAGES, chat_document
 from raysearch.training.texts import Part, Texts
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def load_documents(corpus: str, field: str = "text", say: Say = quiet) -> Texts:
     `corpus` is "builtin" (Python's own documentation and the docstrings of its standard library); a file, folder or
     glob of .txt (documents separated by a line <|endoftext|>), .jsonl, .json or .parquet (the texts in `field`), the first
     three also compressed (.gz, .bz2, .xz, .zst); a folder that `datasets` saved; or a Hugging Face dataset as NAME or
-    NAME:CONFIG. Of a dataset with splits the train split is read. Raises ValueError of one sentence.
+    NAME:CONFIG. Of a dataset with splits the train split is read. A row may hold a chat instead, in `field` or, where it has
+    no text there, in `messages`. Raises ValueError of one sentence.
     """
     parts = map(_whole, _builtin_documents()) if corpus == "builtin" else _parts(corpus, field)
     documents = Texts.of(progress(parts, say, lambda num_bytes: f"corpus {corpus}: {num_bytes / 1e6:,.0f} MB of text read"))
@@ -136,12 +137,12 @@ def _file_parts(file: Path, field: str) -> Iterator[Part]:
     if file.is_dir():
         yield from map(_whole, _column(where, _saved_dataset(file), field))
     elif suffix == ".parquet":
-        yield from map(_whole, _parquet_texts(file, field))
+        yield from map(_whole, _parquet_documents(file, field))
     elif suffix == ".txt":
         yield from _plain_parts(file)
     else:
         for place, row in _json_rows(file, where):
-            yield from map(_whole, _row_text(row, field, place))
+            yield from map(_whole, _row_document(row, field, place))
 
 
 def _whole(text: str) -> Part:
@@ -180,46 +181,59 @@ def _json_rows(file: Path, where: str) -> Iterator[tuple[str, Any]]:
     yield from ((f"{where}, line {number}", row) for number, row in json_lines(file, where))
 
 
-def _row_text(row: Any, field: str, where: str) -> Iterator[str]:
-    """Its text, unless that is null."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if isinstance(value, str):
-        yield value
-    elif not isinstance(row, dict) or field not in row or value is not None:
-        got = (f"a {type(row).__name__}" if not isinstance(row, dict) else
-               f"a {type(value).__name__} in it" if field in row else f"the fields {', '.join(row) or 'of an empty object'}")
+def _row_document(row: Any, field: str, where: str) -> Iterator[str]:
+    """Its text or its chat, unless that is null."""
+    fields = row if isinstance(row, dict) else {}
+    value = fields.get(field) if fields.get(field) is not None else fields.get(MESSAGES)
+    if isinstance(value, str) or (isinstance(value, list) and all(isinstance(message, dict) for message in value)):
+        yield from _document(value, where)
+    elif value is not None or field not in fields:
+        got = (f"a {type(row).__name__}" if not isinstance(row, dict) else f"a {type(value).__name__} in it"
+               if value is not None else f"the fields {', '.join(row) or 'of an empty object'}")
         raise ValueError(f"{where}: every row needs a field `{field}` with a string or null, got {got}; {FIELD_ADVICE}")
+
+
+def _document(value: Any, where: str) -> Iterator[str]:
+    """Of a text or a list of messages; none of what is empty."""
+    if value:
+        yield value if isinstance(value, str) else chat_document(value, where)
 
 
 FIELD_ADVICE = "name the field that holds the text with --text-field, or text_field in STUDY"
 
 
-def _parquet_texts(file: Path, field: str) -> Iterator[str]:
+def _parquet_documents(file: Path, field: str) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            _check_column(f"corpus {file}", {each.name: each.type for each in table.schema_arrow}, field)
-            for batch in table.iter_batches(PARQUET_ROWS, columns=[field]):
-                yield from filter(None, map(operator.methodcaller("as_py"), batch.column(0)))
+            where = f"corpus {file}"
+            column = _column_of(where, {each.name: each.type for each in table.schema_arrow}, field)
+            for batch in table.iter_batches(PARQUET_ROWS, columns=[column]):
+                for value in batch.column(0):
+                    yield from _document(value.as_py(), where)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"corpus {file}: cannot be read as Parquet ({first_line(error)}); write it again") from error
 
 
 def _column(where: str, data: "datasets.Dataset", field: str) -> Iterator[str]:
-    _check_column(where, {name: feature.dtype if hasattr(feature, "dtype") else feature
-                          for name, feature in data.features.items()}, field)
-    return (text for text in data[field] if text)
+    column = _column_of(where, {name: feature.dtype if hasattr(feature, "dtype") else feature
+                                for name, feature in data.features.items()}, field)
+    return (document for value in data[column] for document in _document(value, where))
 
 
-def _check_column(where: str, types: dict[str, Any], field: str) -> None:
-    if not any(str(types.get(field)).startswith(kind) for kind in STRINGS):
-        got = f"`{field}` of {types[field]}" if field in types else f"the columns {', '.join(types)}"
+def _column_of(where: str, types: dict[str, Any], field: str) -> str:
+    """The column of the texts or the chats."""
+    column = field if field in types or MESSAGES not in types else MESSAGES
+    if not COLUMNS.match(str(types.get(column))):
+        got = f"`{column}` of {types[column]}" if column in types else f"the columns {', '.join(types)}"
         raise ValueError(f"{where}: needs a column `{field}` of strings, got {got}; {FIELD_ADVICE}")
+    return column
 
 
-STRINGS = ("string", "large_string", "dictionary<values=string", "dictionary<values=large_string")
+COLUMNS = re.compile(r"(dictionary<values=)?(large_)?string|(large_)?list<\w+: struct<|(Large)?List\(\{")
+"""Types of texts and of chats, in the words of Arrow and of datasets."""
 
 
 def _saved_dataset(folder: Path) -> "datasets.Dataset":

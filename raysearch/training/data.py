@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from raysearch.study.files import default_cache_dir
+from raysearch.training.chats import chat_template, chat_tokens, is_chat
 from raysearch.training.corpus import END_OF_TEXT, Say, progress, quiet
 from raysearch.training.texts import Part, Texts
 
@@ -91,14 +92,20 @@ class Blocks:
     """Packed tokens in a file. Sent to another process it travels as its path, so the file must be there too."""
 
     path: Path
-    """.npy, uint16 or uint32 [num_blocks, context]"""
+    """.npy, uint16 or uint32 [num_blocks, context]; of a corpus with chats [num_blocks, context, 2], of which the second says
+    whether the token counts in the loss."""
     fingerprint: str
     """Hex; equal for equal text, tokenizer, context and split, on every machine."""
 
     @functools.cached_property
-    def tokens(self) -> NDArray[np.unsignedinteger]:
-        """Memory-mapped, read-only, [num_blocks, context]."""
+    def _stored(self) -> NDArray[np.unsignedinteger]:
+        """Memory-mapped, read-only."""
         return np.load(self.path, mmap_mode="r")
+
+    @property
+    def tokens(self) -> NDArray[np.unsignedinteger]:
+        """[num_blocks, context]"""
+        return self._stored if self._stored.ndim == 2 else self._stored[..., 0]
 
     def __reduce__(self) -> tuple[type["Blocks"], tuple[Path, str]]:
         return Blocks, (self.path, self.fingerprint)
@@ -117,9 +124,18 @@ class Blocks:
 
     def stream(self, start: int, num_sequences: int, seed: int) -> Tensor:
         """int64 [num_sequences, context] of the endless stream of shuffled epochs, from its `start`-th on."""
+        return self.batch(self._at(start, num_sequences, seed))
+
+    def counted(self, start: int, num_sequences: int, seed: int) -> Tensor | None:
+        """bool [num_sequences, context], which tokens of the same part of `stream` count in the loss; None where all do, as in
+        a corpus without chats."""
+        if self._stored.ndim == 2:
+            return None
+        return torch.from_numpy(self._stored[self._at(start, num_sequences, seed), :, 1] > 0)
+
+    def _at(self, start: int, num_sequences: int, seed: int) -> list[int]:
         num_blocks = len(self.tokens)
-        positions = range(start, start + num_sequences)
-        return self.batch([int(self.order(seed, p // num_blocks)[p % num_blocks]) for p in positions])
+        return [int(self.order(seed, p // num_blocks)[p % num_blocks]) for p in range(start, start + num_sequences)]
 
 
 @functools.lru_cache(maxsize=4)
@@ -135,7 +151,7 @@ def pack(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, spl
     """The documents of one split in blocks of `context` tokens: in order, an end of text behind each, no tail.
 
     Made once and cached under a hash of the text, the tokenizer, `context` and `split`; two processes may make the same
-    file at once. Raises ValueError when the split fills no block.
+    file at once. Raises ValueError when the split fills no block, and for chats that hold no answer or cannot be rendered.
     """
     check_tokenizer(tokenizer, 2**32)
     fingerprint = _fingerprint(documents, tokenizer, context, split)
@@ -145,12 +161,17 @@ def pack(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, spl
         if num_tokens < context:
             raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
                              "give more text or a shorter context")
-    return Blocks(path.resolve(), fingerprint)
+    blocks = Blocks(path.resolve(), fingerprint)
+    if blocks._stored.ndim == 3 and not blocks._stored[:, 1:, 1].any():
+        raise ValueError(f"the chats of the corpus's {split} split must hold an answer, a message of the role assistant, got "
+                         "none; give others")
+    return blocks
 
 
 def _fingerprint(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, split: str) -> str:
     digest = hashlib.sha256()
-    head = (f"{FORMAT_VERSION} {context} {split}".encode(), _tokenizer_json(tokenizer).encode("utf-8", "replace"))
+    head = [f"{FORMAT_VERSION} {context} {split}".encode(), _tokenizer_json(tokenizer).encode("utf-8", "replace")]
+    head += [chat_template(tokenizer).encode()] if documents.holds_chats else []
     for data in itertools.chain(head, documents.all_bytes()):
         digest.update(len(data).to_bytes(8) + data)
     return digest.hexdigest()[:32]
@@ -165,20 +186,37 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _token_stream(documents: Texts, tokenizer: PreTrainedTokenizerBase, say: Say) -> Iterator[NDArray[np.unsignedinteger]]:
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    total = documents.num_bytes / 1e6
+    total, holds_chats = documents.num_bytes / 1e6, documents.holds_chats
     parts = progress(_parts(documents, tokenizer), say,
                      lambda num_bytes: f"corpus: {num_bytes / 1e6:,.0f} of {total:,.0f} MB tokenized")
     for batch in _batches(parts):
+        if holds_chats:
+            yield _with_marks(batch, tokenizer).astype(dtype)
+            continue
         ids = token_ids(tokenizer, [text for text, _ in batch], False)
         ends = ([tokenizer.eos_token_id] if is_last else [] for _, is_last in batch)
         yield np.fromiter(itertools.chain.from_iterable(itertools.chain.from_iterable(zip(ids, ends, strict=True))), dtype)
+
+
+def _with_marks(batch: Sequence[Part], tokenizer: PreTrainedTokenizerBase) -> NDArray[np.int64]:
+    """[n, 2], tokens and whether they count: of plain text all, of a chat those of the answers. An end of text is not put
+    behind a chat that the template ended with one."""
+    chats = iter(chat_tokens([text for text, _ in batch if is_chat(text)], tokenizer))
+    plain = iter(token_ids(tokenizer, [text for text, _ in batch if not is_chat(text)], False))
+    parts: list[NDArray[np.int64]] = []
+    for text, is_last in batch:
+        ids, counts = next(chats) if is_chat(text) else (np.array(next(plain), dtype=np.int64), True)
+        parts.append(np.stack([ids, np.broadcast_to(counts, ids.shape)], axis=1))
+        if is_last and not (is_chat(text) and ids[-1:].tolist() == [tokenizer.eos_token_id]):
+            parts.append(np.array([[tokenizer.eos_token_id, not is_chat(text)]]))
+    return np.concatenate(parts)
 
 
 def _parts(documents: Texts, tokenizer: PreTrainedTokenizerBase) -> Iterator[Part]:
     """Long documents in parts, so that each has work for all cores, and what the tokenizer keeps of a part stays small."""
     for index in range(len(documents)):
         held: list[str] = []
-        for part in documents.parts(index):
+        for part in (documents[index],) if documents.is_chat(index) else documents.parts(index):
             if held and (cut := _cut(held[-1], tokenizer)):
                 yield "".join(held)[:cut - len(held[-1])], False
                 held = [held[-1][cut:]]
@@ -220,25 +258,25 @@ def token_ids(tokenizer: Any, texts: Sequence[str], special: bool | None) -> lis
 
 
 def _write_blocks(path: Path, parts: Iterable[NDArray[np.unsignedinteger]], context: int) -> int:
-    """The number of tokens. Writes them in the bytes of np.save, [num_blocks, context] without what fills no block; aside,
-    fsynced and moved, so that a reader sees no file or the whole one."""
+    """The number of tokens. Writes them, with their marks where they have such, in the bytes of np.save, [num_blocks, context]
+    without what fills no block; aside, fsynced and moved, so that a reader sees no file or the whole one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
-            def write_header(descr: str, num_blocks: int) -> int:
+            def write_header(descr: str, *shape: int) -> int:
                 """As long for any number of blocks: numpy leaves room."""
                 file.seek(0)
-                np.lib.format.write_array_header_1_0(
-                    file, {"descr": descr, "fortran_order": False, "shape": (num_blocks, context)})
+                np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
                 return file.tell()
 
-            num_tokens, header_bytes = 0, write_header("<u2", 0)
+            num_tokens = header_bytes = 0
             for part in parts:
+                header_bytes = header_bytes or write_header(part.dtype.str, 0, context, *part.shape[1:])
                 file.write(part.tobytes())
                 num_tokens += len(part)
             if num_tokens >= context:
-                file.truncate(header_bytes + num_tokens // context * context * part.itemsize)
-                write_header(part.dtype.str, num_tokens // context)
+                file.truncate(header_bytes + num_tokens // context * context * part[0].nbytes)
+                write_header(part.dtype.str, num_tokens // context, context, *part.shape[1:])
                 file.flush()
                 os.fsync(file.fileno())
                 os.chmod(file.name, 0o644)

@@ -21,7 +21,7 @@ from raysearch.kernels import SparseWeight
 from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
 from raysearch.training.hardware import join
-from raysearch.training.loss import Loss, as_teacher, next_token_loss, take_loss
+from raysearch.training.loss import Labels, Loss, as_teacher, labels_of, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
 from raysearch.training.replicated import Replicated
 from raysearch.training.zero import Sharded
@@ -316,9 +316,9 @@ class Engine:
         self._layout.save_checkpoint(folder, step)
 
     def load_checkpoint(self, folder: str) -> int:
-        """Back to what `save_checkpoint` wrote; the number of steps done."""
+        """Back to what `save_checkpoint` wrote under the same masks; the number of steps done."""
         step = self._layout.load_checkpoint(folder)
-        self.set_masks(self._dense_masks())
+        self.set_masks(self.masks())
         return step
 
     def restart(self, l1_lambda: float, distill_alpha: float = 0.0, temperature: float = 1.0,
@@ -334,16 +334,21 @@ class Engine:
             with torch.no_grad():
                 self.model.eval()(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), output_hidden_states=True)
 
-    def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss) -> Tensor:
+    def train_step(self, tokens: Tensor, learning_rate: float, loss: Loss = next_token_loss, counted: Tensor | None = None
+                   ) -> Tensor:
         """One optimizer step on this rank's `tokens` [sequences, context], `micro_sequences` at a time, whose gradients are
-        added up in fp32; this rank's loss."""
+        added up in fp32; this rank's part of the loss, a mean over the ranks. `counted`: of all ranks' sequences, see loss."""
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate if self._trainable in ("all", group["name"]) else 0.0
-        if self.device.type == "cuda":  # copied while the step before computes
-            tokens = tokens.pin_memory().to(self.device, non_blocking=True)
-        parts = tokens.split(self.micro_sequences)
-        return self._layout.train_step([functools.partial(self._loss, part, loss) for part in parts])
+        labels = None if counted is None else labels_of(tokens, counted, self.rank, self.micro_sequences)
+        parts = self._there(tokens).split(self.micro_sequences)
+        return self._layout.train_step([functools.partial(self._loss, part, loss, *given)
+                                        for part, *given in (zip(parts, labels) if labels else zip(parts))])
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """On the engine's device; copied while the step before computes."""
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
     def look(self, tokens: Tensor, gather: Gather) -> None:
         """What `gather` makes of the gradients of the cross-entropy on this rank's tokens, from 0; no weight changes."""
@@ -353,14 +358,15 @@ class Engine:
         self._distillation = distillation
         self.optimizer.forget_steps()
 
-    def _loss(self, tokens: Tensor, loss: Loss) -> Tensor:
+    def _loss(self, tokens: Tensor, loss: Loss, labels: Labels | None = None) -> Tensor:
+        given = {} if labels is None else {"labels": tuple(map(self._there, labels))}
         if self._distillation is None:
-            return self._layout.forward(input_ids=tokens, loss=loss)
+            return self._layout.forward(input_ids=tokens, loss=loss, **given)
         alpha, temperature, weight, follows_states = self._distillation
         with torch.no_grad():
             dense = self._dense()(input_ids=tokens, use_cache=False, output_hidden_states=follows_states)
         states = {"states": (dense.hidden_states[1:], weight)} if follows_states else {}
-        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(dense.logits, alpha, temperature), **states)
+        return self._layout.forward(input_ids=tokens, loss=loss, teacher=(dense.logits, alpha, temperature), **states, **given)
 
     def halve_micro_batch(self) -> int | None:
         """After memory ran out in a step: half as many sequences at a time from now on, or as divide the rank's; how many, and

@@ -25,16 +25,18 @@ def train(engine: Engine, blocks: Blocks, steps: range, rate_at: Callable[[int],
     from `first_sequence` on. Rank r takes the r-th part of each share, so that a gang of any size reads the same tokens in a
     step. `after_step` gets the number of steps done, from 1, and this rank's loss."""
     num_sequences = engine.sequences_per_rank * engine.world_size
-    first = first_sequence + engine.rank * engine.sequences_per_rank
     for step in steps:
-        tokens = blocks.stream(first + step * num_sequences, engine.sequences_per_rank, seed)
-        after_step(step + 1, engine.train_step(tokens, rate_at(step)))
+        start = first_sequence + step * num_sequences
+        tokens = blocks.stream(start + engine.rank * engine.sequences_per_rank, engine.sequences_per_rank, seed)
+        counted = blocks.counted(start, num_sequences, seed)  # of all ranks: the loss is the mean over what counts on any
+        after_step(step + 1, engine.train_step(tokens, rate_at(step), counted=counted))
 
 
 def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: float,
-             after_step: Callable[[int], object] = lambda step: None) -> float:
+             after_step: Callable[[int], object] = lambda step: None, first_step: int = 0) -> float:
     """Trains the surviving weights on the action's span of the data; the mean loss of the last tenth of the steps, nats per
-    token. `after_step` is called with the number of steps done. Collective. Raises Diverged on all ranks at once.
+    token. `after_step` is called with the number of steps done. Collective. Raises Diverged on all ranks at once. With a
+    `first_step` the engine is as it was behind that many steps, and goes on.
 
     The caller starts the optimizer afresh, and each round has a warm-up and decay of its own (learning-rate rewinding, Renda
     et al. 2020): so the result depends on the weights before and the action, and on nothing else.
@@ -59,6 +61,6 @@ def finetune(engine: Engine, blocks: Blocks, action: Action, warmup_fraction: fl
                 raise Diverged(f"the training loss became {latest} within {num_done} of {num_steps} steps at learning rate "
                                f"{action.learning_rate:g}")
 
-    train(engine, blocks, range(num_steps), rate_at, look, first_sequence=action.data_start_tokens // context_tokens,
-          seed=action.seed)
+    train(engine, blocks, range(first_step, num_steps), rate_at, look, seed=action.seed,
+          first_sequence=action.data_start_tokens // context_tokens)
     return mean_of_tail()

@@ -81,7 +81,7 @@ class SparseAdamW(torch.optim.AdamW):
             amount = learning_rate * self.l1_lambda * (group.get("name") not in SPARED)
             for master in group["params"]:
                 if master in self.trained:
-                    torch.sub(master, master * self.masks[master], out=self.latents[master])
+                    self.latents[master].copy_(master).masked_fill_(self.masks[master].bool(), 0)
                 if master in self.masks:
                     soft_threshold_(master, amount).mul_(self.masks[master])
                 if self.units is not None:

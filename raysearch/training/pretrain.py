@@ -31,7 +31,7 @@ from raysearch.kernels.device import device_name
 from raysearch.study.files import file_sha256, new_directory, write_json
 from raysearch.study.provenance import provenance
 from raysearch.study.records import hash_json
-from raysearch.study.storage import location
+from raysearch.study.storage import AnyPath, StorePath, location
 from raysearch.training.corpus import load_documents
 from raysearch.training.data import Blocks, pack, split_documents, train_tokenizer
 from raysearch.training.presets import PRESETS, Preset
@@ -96,6 +96,9 @@ def pretrain(
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; give a directory with --out")
     documents = split_documents(load_documents(corpus, text_field, echo))
+    if any(part.holds_chats for part in documents.values()):
+        raise ValueError(f"corpus {corpus}: holds chats, which need a tokenizer with a chat template, and pretraining makes "
+                         "its own; give plain text, or fine-tune a model that has one")
     settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
                 "corpus_fingerprint": _fingerprint(documents)}
     del settings["note"]
@@ -121,7 +124,7 @@ def pretrain(
         (work / name).unlink(missing_ok=True)
     try:
         with _progress_lines(work / "progress.json", num_steps, echo):
-            _fit(job, num_workers, resources)
+            fit(train_loop, job, num_workers, resources, work / "ray")
     except (KeyboardInterrupt, SystemExit):
         echo("stopped by a signal; the same command goes on from the last checkpoint")
         raise
@@ -221,16 +224,20 @@ def _tokenizer(folder: Path, documents: list[str], vocab_size: int) -> PreTraine
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> None:
+def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers: int, resources: dict[str, float],
+        place: AnyPath) -> None:
+    """Runs `loop(job)` on so many workers with these resources each. They are started again where one died, up to three times,
+    and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence."""
+    has_gpu = bool(resources.get("GPU"))
     trainer = TorchTrainer(
-        train_loop,
+        loop,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if "GPU" in resources else "gloo"),
-        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu="GPU" in resources,
-                                               resources_per_worker=resources),
+        torch_config=TorchConfig(backend="nccl" if has_gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=num_workers, use_gpu=has_gpu, resources_per_worker=resources),
         run_config=ray.train.RunConfig(
             name="run",  # the same name and place: Ray Train goes on from the last checkpoint that it finds there
-            storage_path=str(job["work"] / "ray"),
+            storage_path=place.path if isinstance(place, StorePath) else str(place),
+            storage_filesystem=place.filesystem if isinstance(place, StorePath) else None,
             failure_config=ray.train.FailureConfig(max_failures=3, controller_failure_limit=1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
@@ -246,7 +253,7 @@ def _fit(job: dict[str, Any], num_workers: int, resources: dict[str, float]) -> 
         reason = "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[0]
         if "memory" in str(error) or "died unexpectedly" in str(error):
             reason = f"a rank was killed, as one is that needs more memory than there is ({reason})"
-        raise RuntimeError(f"pretraining failed: {reason}") from error
+        raise RuntimeError(f"training failed: {reason}") from error
 
 
 @contextlib.contextmanager

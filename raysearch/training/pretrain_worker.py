@@ -47,14 +47,14 @@ def train_loop(job: dict[str, Any]) -> None:
     engine = Engine(str(random_model), prunable="matrices", zero_stage=job["zero_stage"], dtype=job["dtype"],
                     batch_tokens=job["batch_tokens"], context_tokens=shape.context_tokens, weight_decay=shape.weight_decay,
                     micro_batch=planned(shape, job, dist.get_world_size())[1], compiled=can_compile())
-    first_step = _load_checkpoint(engine)
+    first_step = load_checkpoint(engine)
     clock = _Clock(engine, work / "progress.json", job["batch_tokens"], first_step, num_steps,
                    job["checkpoint_every_s"])
     num_warmup = min(MAX_WARMUP_STEPS, num_steps // 10)
 
     def after_step(num_done: int, loss: torch.Tensor) -> None:
         if clock.tick(num_done, loss) and num_done < num_steps:
-            _save_checkpoint(engine, num_done)
+            save_checkpoint(engine, num_done)
 
     try:
         train(engine, blocks["train"], range(first_step, num_steps),
@@ -129,20 +129,26 @@ def eval_indices(blocks: Blocks) -> np.ndarray:
     return np.unique(np.linspace(0, num_blocks - 1, min(num_blocks, MAX_EVAL_BLOCKS)).round().astype(np.int64))
 
 
-def _save_checkpoint(engine: Engine, step: int) -> None:
-    """Every rank hands in its own files; Ray Train joins them into one folder."""
+def save_checkpoint(engine: Engine, step: int) -> None:
+    """Every rank hands in its own files, of what it draws too; Ray Train joins them into one folder."""
     with tempfile.TemporaryDirectory() as folder:
         engine.save_checkpoint(folder, step)
+        drawn = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if engine.device.type == "cuda" else [])]
+        torch.save(drawn, Path(folder) / f"drawn-{engine.rank}.pt")
         ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def _load_checkpoint(engine: Engine) -> int:
+def load_checkpoint(engine: Engine) -> int:
     """The number of steps done."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        return engine.load_checkpoint(folder)
+        step = engine.load_checkpoint(folder)
+        for state, restore in zip(torch.load(Path(folder) / f"drawn-{engine.rank}.pt"),
+                                  (torch.set_rng_state, torch.cuda.set_rng_state)):
+            restore(state)
+        return step
 
 
 def _write_model(engine: Engine, folder: Path, dtype: torch.dtype) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from raysearch.training.chats import MARK
+
 PART_BYTES = 2**16
 """About what is decoded at a time of a document that may be long."""
 
@@ -58,15 +60,23 @@ class Texts(Sequence[str]):
             return iter((self[index],))
         return codecs.iterdecode((self.utf8[at:min(at + PART_BYTES, end)] for at in range(start, end, PART_BYTES)), "utf-8")
 
+    def is_chat(self, index: int) -> bool:
+        return self.utf8.startswith(MARK.encode(), self.spans[index, 0])
+
+    @property
+    def holds_chats(self) -> bool:
+        return any(map(self.is_chat, range(len(self))))
+
     def where(self, is_chosen: NDArray[np.bool_]) -> "Texts":
         return Texts(self.utf8, self.spans[is_chosen])
 
     def pieces(self, num_chars: int) -> "Texts":
-        """The documents in pieces of at most `num_chars`, that end with a paragraph, else a line, else a word; none blank."""
+        """The documents in pieces of at most `num_chars`, that end with a paragraph, else a line, else a word; none blank.
+        Chats stay whole."""
         spans = []
         for index in range(len(self)):
             start = self.spans[index, 0]
-            for piece in _pieces(self.parts(index), num_chars):
+            for piece in (self[index],) if self.is_chat(index) else _pieces(self.parts(index), num_chars):
                 end = start + len(piece.encode())
                 if piece.strip():
                     spans.append((start, end))

@@ -5,9 +5,11 @@ import math
 import torch
 
 from raysearch.config import Action
+from raysearch.kernels import selection_passes
 from raysearch.pruning.budgets import masks_are_due, pruning_steps
 from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.regrow import Moves, drop_and_grow, moved_fraction, random_growth
+from raysearch.pruning.selection import SCORES
 from raysearch.training.engine import Engine
 
 
@@ -51,7 +53,7 @@ class DropAndGrow:
                     growth[shard.name] = anywhere[shard.start:shard.start + len(shard.values)].clone()
         moved = drop_and_grow([shard.values for shard in shards], [masks[place] for place in places], list(growth.values()),
                               [shard.index for shard in shards], moves, all_reduce=engine.all_reduce, rank=rank,
-                              world_size=world_size)
+                              world_size=world_size, passes=selection_passes(SCORES, engine.device))
         for place, mask in zip(places, moved, strict=True):
             masks[place] = mask
         engine.set_masks(masks, grows=True)

@@ -26,7 +26,7 @@ from raysearch.models.model import (
     stored_dtype,
     vocab_size,
 )
-from raysearch.study.records import root_key
+from raysearch.study.records import StudyRecord, root_key
 from raysearch.training.corpus import Say, load_documents, quiet
 from raysearch.training.data import Blocks, check_tokenizer, pack, split_documents
 
@@ -79,6 +79,15 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
     tasks = read_tasks(study, documents)
     contents = [model_hash, blocks.fingerprint if blocks else None, *(tasks_fingerprint(each) for each in tasks.values())]
     return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks, tokenizer)
+
+
+def same_inputs(described: StudyRecord, what_fails: str) -> Inputs:
+    """Of a study that is there; ValueError where the files of its model, text or tasks are others now."""
+    inputs = read_inputs(described.study)
+    if inputs.root_key != described.root_key:
+        raise ValueError(f"{what_fails} because the files of the model, the corpus or the tasks are not the study's; put those "
+                         "back")
+    return inputs
 
 
 def read_tasks(study: Study, documents: Mapping[str, Sequence[str]] | None = None) -> dict[str, list[Task]]:

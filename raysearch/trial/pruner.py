@@ -18,7 +18,7 @@ from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import CRITERIA, magnitude
 from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
-from raysearch.pruning.selection import SCORES, Passes, keep_masks, reserved, threshold_masks
+from raysearch.pruning.selection import MAGNITUDES, SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
 from raysearch.trial.contribution import contributions
@@ -110,11 +110,10 @@ class Pruner:
     def _masks(self, sparsity: float | None) -> Masks:
         if self.units is not None:
             return self._unit_masks(self.units, sparsity)
-        masks: Masks = [None] * len(self.engine.shards)
-        prunable = [index for index, shard in enumerate(self.engine.shards) if shard.name in self.engine.prunable_names]
-        for index, mask in zip(prunable, self._weight_masks(sparsity), strict=True):
-            masks[index] = mask
-        return masks
+        of_prunable = iter(self._weight_masks(sparsity))
+        # what units took of biases stays pruned
+        return [next(of_prunable) if shard.name in self.engine.prunable_names else shard.of(self.engine.optimizer.masks)
+                for shard in self.engine.shards]
 
     def _weight_masks(self, sparsity: float | None) -> list[Tensor]:
         """Of the prunable shards, each weight by itself."""
@@ -124,7 +123,7 @@ class Pruner:
             values = [shard.values for shard in shards]
             if sparsity is None:
                 return threshold_masks(values, thresholds(self.engine, self.action))
-            return self._selected(values, selection_passes(self.engine.device), sparsity)
+            return self._selected(values, MAGNITUDES, sparsity)
         scores = [self._scores(shard) for shard in shards]
         if sparsity is None:
             return [score >= cut for score, cut in zip(scores, thresholds(self.engine, self.action))]
@@ -141,6 +140,7 @@ class Pruner:
         engine, action = self.engine, self.action
         shards = engine.prunable_shards
         rank, world_size = engine.shard_rank
+        passes = selection_passes(passes, engine.device)
         if self.n_of_m is not None:
             stays = masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
             if sparsity >= self.n_of_m.sparsity:

@@ -92,7 +92,7 @@ class Rank:
                 yield {"done": record.status != "running", "status": record.status, "key": key, **numbers}
         elif job["kind"] == "mend":
             trial = None if job["trial"] is None else ledger.trial(job["trial"])
-            actions, raced = (trial.actions, not trial.is_control) if trial else ((), True)
+            actions, raced = (trial.actions, not (trial.is_control or trial.is_finish)) if trial else ((), True)
             candidate = mend_candidate(self.worker, actions, job["key"], raced)
             yield {"done": True, "status": "done", "key": candidate.key, **measured(candidate)}
         else:

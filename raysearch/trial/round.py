@@ -177,7 +177,11 @@ def _train(worker: Worker, parent: RoundRecord, action: Action, micro_tokens: in
     train_loss = None
     if action.finetune_tokens:
         assert worker.inputs.blocks is not None
-        train_loss = finetune(engine, worker.inputs.blocks, action, worker.study.training.warmup_fraction, pruner.after_step)
+        first_step, after_step = 0, pruner.after_step
+        if (checkpoints := worker.checkpoints) and checkpoints.key == round_key(parent.key, action):
+            first_step, after_step = checkpoints.resume(engine, pruner.num_steps, after_step)
+        warmup = worker.study.training.warmup_fraction
+        train_loss = finetune(engine, worker.inputs.blocks, action, warmup, after_step, first_step)
         pruner.end()
     times.append(time.perf_counter())
     return train_loss, times

@@ -44,7 +44,7 @@ def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
     try:
         candidate = dense_round(worker)
         for action in trial.actions:
-            candidate = run_round(worker, candidate, action, raced=not trial.is_control)
+            candidate = run_round(worker, candidate, action, raced=not (trial.is_control or trial.is_finish))
             updated = update(keys=(*trial.keys, candidate.key))
             if len(trial.keys) > (trial.forked_at or 0):  # else it is the candidate of another trial
                 yield updated

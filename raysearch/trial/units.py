@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.pruning.budgets import evened, num_to_prune, units_to_keep
-from raysearch.pruning.patterns import Units, units_of
+from raysearch.pruning.patterns import Part, Units, units_of
 from raysearch.training.engine import Engine, Shard
 
 OfShard = Callable[[Shard], Tensor]
@@ -17,23 +17,23 @@ OfShard = Callable[[Shard], Tensor]
 def unit_counts(engine: Engine, units: Units, is_eligible: OfShard) -> tuple[Tensor, Tensor]:
     """On the CPU: int64 [U], weights of each unit; bool [U], whether any of them is eligible."""
     table = torch.zeros(2, len(units.group) + 1, dtype=torch.int64, device=engine.device)  # the last column is of no unit
-    for shard, where in _places(engine, units):
-        table[0].scatter_add_(0, where, torch.ones_like(where))
-        table[1].scatter_add_(0, where, is_eligible(shard).long())
+    for shard, part in _places(engine, units):
+        _add_by_unit(table[0], part, shard.start, torch.ones_like(shard.values, dtype=torch.int64))
+        _add_by_unit(table[1], part, shard.start, is_eligible(shard).long())
     sizes, alive = engine.all_reduce(table)[:, :-1].cpu()
     return sizes, alive > 0
 
 
 def unit_sums(engine: Engine, units: Units, sizes: Tensor, of_shard: OfShard) -> Tensor:
     """fp64 [U] on the CPU: sums over the weights of each unit, as integers, in which no order of adding shows."""
-    parts = [(of_shard(shard), where) for shard, where in _places(engine, units)]
-    largest = max((numbers.abs().max() for numbers, _ in parts), default=torch.zeros((), device=engine.device))
+    places = [(part, shard.start, of_shard(shard)) for shard, part in _places(engine, units)]
+    largest = max((numbers.abs().max() for *_, numbers in places), default=torch.zeros((), device=engine.device))
     # integers of as many bits as the sum over the largest unit leaves, at most 40
     num_bits = min(40, 62 - int(sizes.max()).bit_length())
     scale = 2.0**num_bits / max(engine.maximum(largest), torch.finfo(torch.float32).tiny)
     sums = torch.zeros(len(units.group) + 1, dtype=torch.int64, device=engine.device)
-    for numbers, where in parts:
-        sums.scatter_add_(0, where, (numbers.double() * scale).round().long())
+    for part, start, numbers in places:
+        _add_by_unit(sums, part, start, (numbers.double() * scale).round().long())
     return engine.all_reduce(sums)[:-1].cpu().double() / scale
 
 
@@ -65,12 +65,29 @@ def unit_masks(engine: Engine, units: Units, action: Action, sparsity: float | N
     return masks
 
 
-def _places(engine: Engine, units: Units) -> list[tuple[Shard, Tensor]]:
-    """Of each part that is scored: its shard, and int64 [n], the unit of each weight, U where it has none."""
-    places = []
-    for shard in engine.prunable_shards:
-        for part in units.parts:
-            if part.name == shard.name and not part.goes_along:
-                unit = units_of(part, shard.start, shard.start + shard.values.numel(), engine.device)
-                places.append((shard, torch.where(unit < 0, len(units.group), unit)))
-    return places
+def _places(engine: Engine, units: Units) -> list[tuple[Shard, Part]]:
+    """Each part that is scored, with its shard."""
+    return [(shard, part) for shard in engine.prunable_shards for part in units.parts
+            if part.name == shard.name and not part.goes_along and shard.values.numel()]
+
+
+def _add_by_unit(sums: Tensor, part: Part, start: int, numbers: Tensor) -> None:
+    """Adds int64 [n] of the weights from `start` on of the flattened parameter to the sums [U + 1] of their units: over equal
+    rows and over equal columns first, since a GPU adds to one place one after the other."""
+    width = len(part.columns)
+    row, column = divmod(start, width)
+    height = -(-(column + len(numbers)) // width)
+    table = torch.nn.functional.pad(numbers, (column, height * width - column - len(numbers))).view(height, width)
+    table, rows = _folded(table, 0, part.rows[row:row + height])
+    table, columns = _folded(table, 1, part.columns)
+    unit = (rows[:, None] + columns).flatten()
+    sums.index_add_(0, torch.where(unit < 0, len(sums) - 1, unit).to(sums.device), table.flatten())
+
+
+def _folded(table: Tensor, dim: int, lines: Tensor) -> tuple[Tensor, Tensor]:
+    """(the table with its lines of equal numbers summed, the numbers)."""
+    distinct, where = lines.unique(return_inverse=True)
+    if len(distinct) == 1:
+        return table.sum(dim, keepdim=True), distinct
+    shape = (len(distinct), table.shape[1]) if dim == 0 else (table.shape[0], len(distinct))
+    return table.new_zeros(shape).index_add_(dim, where.to(table.device), table), distinct

@@ -23,7 +23,8 @@ from raysearch.study.ledger import Ledger
 from raysearch.study.records import Latency, RoundRecord
 from raysearch.training.engine import Engine
 from raysearch.training.hardware import can_compile, device_type, memory_bytes
-from raysearch.trial.inputs import Inputs, read_inputs
+from raysearch.trial.checkpoints import Checkpoints
+from raysearch.trial.inputs import Inputs, same_inputs
 from raysearch.trial.latency import measured_latency
 
 START_LIMIT_S = 600.0
@@ -49,6 +50,8 @@ class Worker:
                              gather=self.engine.gather_objects, lockstep=study.cluster.zero_stage == 3)
         self.loaded_key: str | None = None
         """The candidate whose weights the engine holds now; None while they are being changed."""
+        self.checkpoints: Checkpoints | None = None
+        """Of the one round that is worth them."""
 
     def micro_batch(self, *rounds: Action) -> MicroBatch:
         """Of a round: the largest that is planned to fit, or as much as fitted where less did."""
@@ -137,8 +140,5 @@ def lone_worker(ledger: Ledger, record: RoundRecord, what_fails: str) -> Worker:
     described = ledger.study()
     if not described.study.cluster.gpus_per_rank:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    inputs = read_inputs(described.study)
-    if inputs.root_key != described.root_key:
-        raise ValueError(f"candidate {record.key}: {what_fails} because the files of the model, the corpus or the tasks are "
-                         "not the study's; put those back")
+    inputs = same_inputs(described, f"candidate {record.key}: {what_fails}")
     return Worker(described.study.replaced(num_ranks=1, zero_stage=record.provenance.zero_stage or 0), ledger, inputs)

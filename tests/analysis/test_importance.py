@@ -6,8 +6,11 @@ import pandas as pd
 import pytest
 from synthetic_study import SyntheticStudy
 
-from analysis.importance import explained_share, importance, quality_at_equal_size
+from analysis.candidates import pruned, quality
+from analysis.importance import as_used, dependence, explained_share, importance, quality_at_equal_size
 from analysis.load import load
+from raysearch.config import Action
+from raysearch.study.records import TrialRecord
 
 
 def test_explained_share_by_hand() -> None:
@@ -77,3 +80,47 @@ def test_a_quality_that_size_explains_whole_leaves_nothing_to_explain(frame: pd.
     frame["selection/text/bits_per_byte"] = quality(frame["num_nonzero"].astype(float))
     with pytest.raises(ValueError, match="needs candidates whose quality differs at equal size, got none that do"):
         importance(frame)
+
+
+def test_dependence_by_hand(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    for number in range(6):
+        study.trial(number, [0.2 + 0.1 * number, 0.25 + 0.1 * number], scope=["global", "layer"][number % 2],
+                    finetune_epochs=float(number // 5), schedule="linear")
+    frame = load(tmp_path / "study")
+    table = dependence(frame)
+    made = pruned(frame)
+    residual = pd.Series(quality_at_equal_size(made["num_nonzero"], quality(made, "selection")), made.index)
+    for scope in ("global", "layer"):
+        (row,) = table[(table["hyperparameter"] == "scope") & (table["level"] == scope)].to_dict("records")
+        of_level = residual[made["scope"] == scope]
+        assert row["effect"] == pytest.approx(of_level.mean())
+        by_trial = (of_level - of_level.mean()).groupby(made["trial"]).sum()
+        assert row["stderr"] == pytest.approx(np.sqrt((by_trial**2).sum() * 3 / 2) / 6)
+        assert (row["num_candidates"], row["num_trials"]) == (6, 3)
+    assert np.isnan(table.loc[(table["hyperparameter"] == "finetune_epochs") & (table["level"] == "1"), "stderr"]).all()
+    levels = table.loc[table["hyperparameter"] == "target_sparsity", "level"].tolist()
+    assert levels == sorted(levels, key=lambda text: float(text.split()[0]))
+
+
+def test_what_nothing_depends_on_is_missing(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    study.trial(0, [0.3], finetune_epochs=0.5, learning_rate=1e-3)
+    study.trial(1, [0.3, 0.5], schedule="linear", finetune_epochs=0.0, learning_rate=1e-4)
+    study.trial(2, [0.4], threshold=0.5, threshold_unit="std", finetune_epochs=2.0)
+    action = Action(sparsity=0.6, scope="layer", criterion="wanda", finetune_tokens=2000, learning_rate=2e-3)
+    first = study.ledger.trial(0).actions
+    study.ledger.write_trial(TrialRecord(number=3, config=None, actions=(*first, action), forked_at=1, started_at=""))
+    study.finish(3)
+    frame = load(tmp_path / "study")
+    used = as_used(frame[frame["trial"].notna()]).set_axis(frame["trial"].dropna())
+    used = used[~used.index.duplicated()].astype(object).where(lambda values: values.notna(), None)
+    assert used["learning_rate"].tolist() == [1e-3, None, 3e-4, 2e-3]
+    assert used["scope"].tolist() == ["global", "global", None, "layer"]
+    assert used["schedule"].tolist() == ["one_shot", "linear", "one_shot", "fork"]
+    assert used["finetune_epochs"].tolist() == [0.5, 0.0, 2.0, 2.0]
+    assert used["target_sparsity"].tolist() == [0.3, 0.5, None, 0.6]
+    assert used["threshold"].tolist() == [None, None, 0.5, None]
+    assert not {"threshold_unit", "l1_lambda", "owl_m", "temperature", "pattern"} & {*used}  # do not vary

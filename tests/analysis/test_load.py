@@ -66,7 +66,7 @@ def test_attrs_survive_selection(frame: pd.DataFrame, study_directory: Path) -> 
     assert part.attrs == {"directory": str(study_directory.resolve()), "model": "/models/tiny-gpt",
                           "objectives": ("num_nonzero", "text/bits_per_byte"),
                           "objective": "text/bits_per_byte", "size": "num_nonzero", "device": "CPU, 2 cores",
-                          "created_at": "2026-11-23T09:00:00+00:00", "damage": ()}
+                          "created_at": "2026-11-23T09:00:00+00:00", "speed": "", "damage": ()}
 
 
 def test_no_trials_not_even_a_baseline(tmp_path: Path) -> None:

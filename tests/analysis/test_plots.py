@@ -4,12 +4,20 @@ import numpy as np
 import pandas as pd
 import pytest
 from plotly.graph_objects import Figure, Scatter
-from synthetic_study import SyntheticStudy
+from synthetic_study import PROVENANCE, ROOT, SyntheticStudy
 
-from analysis.candidates import candidates, frontier, sizes
-from analysis.importance import importance
+from analysis.candidates import candidates, frontier, setting
+from analysis.importance import dependence, importance
 from analysis.load import load
-from analysis.plots import SIZE_NAMES, frontier_figure, importance_figure, trajectory_figure, trial_texts
+from analysis.plots import (
+    SIZE_NAMES,
+    dependence_figure,
+    frontier_figure,
+    importance_figure,
+    sizes_of,
+    trajectory_figure,
+    trial_texts,
+)
 
 
 def visible(figure: Figure) -> dict[str, Scatter]:
@@ -72,7 +80,7 @@ def test_a_picture_holds_values_of_one_split_only(frame: pd.DataFrame, split: st
 
 def test_the_band_holds_the_frontier_and_belongs_to_the_split_that_is_published(frame: pd.DataFrame) -> None:
     figure = frontier_figure(frame)
-    for label in [SIZE_NAMES[size] for size in sizes(frame)]:
+    for label in map(SIZE_NAMES.get, sizes_of(frame)):
         press(figure, label)
         drawn = [trace for trace in figure.data if trace.visible is not False]
         (high,) = [trace for trace in drawn if trace.name == "95 % band of the frontier"]
@@ -84,6 +92,33 @@ def test_the_band_holds_the_frontier_and_belongs_to_the_split_that_is_published(
             position = high.x.tolist().index(x)
             assert low.y[position] <= y <= high.y[position]
     assert not any(trace.fill for trace in frontier_figure(frame, "selection").data)
+
+
+def test_measured_times_are_axes_of_what_was_measured_alike(tmp_path: Path) -> None:
+    study = SyntheticStudy(tmp_path / "study")
+    study.dense()
+    fast, slow, smallest = study.trial(0, [0.2, 0.4, 0.6], report=True)
+    (elsewhere,) = study.trial(1, [0.9], report=True)
+    study.speed(elsewhere, 0.5, provenance=PROVENANCE.model_copy(update={"device": "H100", "created_at": "2026-11-22"}))
+    assert "measured" not in str(frontier_figure(load(tmp_path / "study"), "selection").layout.updatemenus[0].buttons[1].label)
+    for key, decode_ms, rate in ((ROOT, 8.0, 5e4), (fast, 4.0, 8e4), (slow, 6.0, 4e4), (smallest, 5.0, 1e5)):
+        study.speed(key, decode_ms, rate)
+    frame = load(tmp_path / "study")
+    assert setting(frame, "speed") == ("8 sequences of 96 prompt and 32 new tokens on CPU, 2 cores; 1 measured otherwise "
+                                       "before are left out: raysearch measure times what is on the frontier again")
+    figure = frontier_figure(frame)
+    assert [button.label for button in figure.layout.updatemenus[0].buttons][3:] == [
+        "measured decoding time", "measured scoring time"]
+    press(figure, "measured decoding time")
+    front = visible(figure)["frontier (report split)"]
+    assert front.x.tolist() == [0.5, 1.0]  # the best of those below dense is the fastest as well
+    assert visible(figure)["candidates"].x[:3].tolist() == [0.5, 0.75, 0.625]
+    assert np.isnan(visible(figure)["candidates"].x[3])
+    assert (visible(figure)["dense baseline"].x.tolist(), figure.layout.xaxis.tickformat) == ([1.0], "~g")
+    band = visible(figure)["95 % band of the frontier"]
+    assert (band.x.tolist(), np.isfinite(band.y).all()) == ([0.5, 0.625, 0.75, 1.0], True)
+    press(figure, "measured scoring time")
+    assert visible(figure)["frontier (report split)"].x.tolist() == [0.5, 0.625, 1.0]
 
 
 def test_without_items_there_is_no_band(tmp_path: Path) -> None:
@@ -155,6 +190,23 @@ def test_importance_figure_greys_what_chance_gives(frame: pd.DataFrame) -> None:
     bars = importance_figure(table, frame).data[0]
     grey = [colour == "#cbd5e1" for colour in bars.marker.color]
     assert grey == (table["share"] <= table["chance"]).tolist()[::-1]
+
+
+def test_dependence_figure_has_a_row_per_level_of_the_most_important(frame: pd.DataFrame) -> None:
+    table, effects = importance(frame), dependence(frame)
+    figure = dependence_figure(table, effects, frame)
+    (points,) = figure.data
+    texts = figure.layout.yaxis.ticktext
+    heads = [text.removeprefix("<b>").removesuffix("</b>") for text in texts if text.startswith("<b>")]
+    assert heads == table["hyperparameter"].head(6).tolist()
+    for head in heads:
+        start = texts.index(f"<b>{head}</b>")
+        of_head = effects[effects["hyperparameter"] == head]
+        for row, (_, level) in enumerate(of_head.iterrows(), start=start + 1):
+            (position,) = [i for i, y in enumerate(points.y) if y == row]
+            assert texts[row] == level["level"]
+            assert points.x[position] == pytest.approx(level["effect"])
+            assert points.error_x.array[position] == pytest.approx(0 if np.isnan(level["stderr"]) else 2 * level["stderr"])
 
 
 def test_figures_say_model_hardware_and_day(frame: pd.DataFrame) -> None:

@@ -1,22 +1,33 @@
 """What a deployment folder claims is checked by its files, its items and its scores."""
 
 import json
+import re
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from commands import Run
 from safetensors.torch import load_file, save_file
 
 from analysis.constraints import Constraint
-from analysis.load import load
+from analysis.load import load as load_study
 from analysis.pick import pick, write_pick
+from raysearch.config import ServingSettings
 from raysearch.deploy.export import export
-from raysearch.deploy.verify import ITEMS, compare, verify
-from raysearch.study.files import file_sha256
+from raysearch.deploy.load import candidate_model, load
+from raysearch.deploy.verify import ITEMS, compare, verify, verify_speed
+from raysearch.evaluation.speed import beside_dense
+from raysearch.kernels import device_name
+from raysearch.models.model import load_model
+from raysearch.study.files import file_sha256, write_record
 from raysearch.study.items import Items
-from raysearch.study.records import RoundRecord, TrialRecord
+from raysearch.study.provenance import provenance
+from raysearch.study.records import RoundRecord, SpeedRecord, TrialRecord
 from raysearch.trial.worker import Worker
 
 
@@ -117,6 +128,71 @@ def test_an_answer_may_flip_and_a_likelihood_may_round() -> None:
     assert compare("task/acc", few, right, "float32").num_items == 10
 
 
+@pytest.fixture
+def measured(worker: Worker, candidate: RoundRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An export whose candidate was measured here."""
+    dense = load_model(worker.study.model.path, torch.float32)
+    serving = ServingSettings(batch_sequences=2, prompt_tokens=24, new_tokens=4)
+    monkeypatch.setattr("raysearch.deploy.verify.SPEED_TOLERANCE", 4.0)  # of a model whose steps are those of the clock's noise
+    one, other, form = beside_dense(dense, candidate_model(worker.ledger, candidate), serving, str)
+    write_record(worker.ledger.speed_path(candidate.key), SpeedRecord(
+        key=candidate.key, serving=serving, served=other, dense=one, form=form, dtype="float32",
+        provenance=provenance(device_name("cpu"))))
+    yield export(worker.ledger, candidate.key, tmp_path / "measured", "hf")
+    worker.ledger.speed_path(candidate.key).unlink()
+
+
+def claim(folder: Path, **changes: Any) -> None:
+    described = json.loads((folder / "raysearch.json").read_text())
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        place = described["speed"]
+        for parent in parents:
+            place = place[parent]
+        place[name] = value
+    (folder / "raysearch.json").write_text(json.dumps(described))
+
+
+def test_a_speed_is_measured_again_beside_dense(measured: Path) -> None:
+    said: list[str] = []
+    assert "| decoding, ms a step (dense beside it) |" in (measured / "README.md").read_text()
+    assert [each.name for each in verify_speed(measured, said.append)] == ["decoding", "scoring"]
+    assert said == []
+    recorded = json.loads((measured / "raysearch.json").read_text())["speed"]
+    for name, unit in (("decode_ms", "decoding"), ("scoring_tokens_per_s", "scoring")):
+        claim(measured, **{f"served__{name}": recorded["dense"][name] * (0.02 if unit == "decoding" else 50)})
+        with pytest.raises(ValueError, match=f"is not as fast as its study recorded: {unit} takes .* of the dense model's time "
+                                             "and took 0.02, more than 400% apart in 3 runs"):
+            verify_speed(measured, said.append)
+        claim(measured, **{f"served__{name}": recorded["served"][name]})
+
+
+def test_a_model_that_became_slower_is_found(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(folder: Path, backend: str) -> Any:
+        model = load(folder, backend)
+        model.transformer.h[0].mlp.register_forward_hook(lambda *given: time.sleep(0.01))
+        return model
+
+    monkeypatch.setattr("raysearch.deploy.verify.load", slow)
+    monkeypatch.setattr("raysearch.deploy.verify.NUM_RUNS", 1)
+    monkeypatch.setattr("raysearch.deploy.verify.SPEED_TOLERANCE", 0.25)
+    with pytest.raises(ValueError, match="is not as fast as its study recorded: (decoding|scoring) takes"):
+        verify_speed(measured, str)
+
+
+def test_a_speed_that_cannot_be_compared_is_said(measured: Path, deployed: Path) -> None:
+    said: list[str] = []
+    claim(measured, provenance__device="NVIDIA H100")
+    assert verify_speed(measured, said.append) == []
+    claim(measured, provenance__device=device_name("cpu"))
+    described = json.loads((measured / "raysearch.json").read_text())
+    described["evaluation"]["study"]["model"]["path"] = "/gone"
+    (measured / "raysearch.json").write_text(json.dumps(described))
+    assert verify_speed(measured, said.append) == []
+    assert re.fullmatch(r"its speed was measured on NVIDIA H100, and this is .* threads: it cannot be compared", said[0])
+    assert said[1].startswith("its speed cannot be compared, for the dense model beside which it was measured is not here: ")
+
+
 def test_the_command_verifies_a_folder_and_a_pick(worker: Worker, candidate: RoundRecord, deployed: Path, run: Run,
                                                   tmp_path: Path) -> None:
     action = candidate.action
@@ -124,11 +200,12 @@ def test_the_command_verifies_a_folder_and_a_pick(worker: Worker, candidate: Rou
     worker.ledger.write_trial(TrialRecord(number=0, config=None, actions=(action,), keys=(candidate.key,), status="done",
                                           started_at="now"))
     limit = Constraint(kind="max_nonzero", metric=None, limit=1e9)
-    picked = pick(load(worker.ledger.directory), [limit])
+    picked = pick(load_study(worker.ledger.directory), [limit])
     path = write_pick(picked, tmp_path / "pick.json")
     for what in (deployed, path):
         code, out, err = run("verify", what)
         assert (code, out.splitlines()[-1]) == (0, f"{what}: verified"), err
+        assert "its speed was not measured (raysearch measure), so none is claimed" in out
         assert "text/bits_per_byte" in out
     path = write_pick(picked.model_copy(update={"stored_bytes": 5}), tmp_path / "pick.json")
     assert "is not what the study" in run("verify", path)[2]

@@ -173,10 +173,11 @@ def test_masks_on_cuda_equal_masks_on_cpu() -> None:
 def test_layers_on_cuda_are_cut_as_on_cpu() -> None:
     layers = [torch.randn(1000 * number, generator=torch.Generator().manual_seed(number)) for number in (1, 20, 300)]
     num_prune = {0: 500, 1: 0, 2: 299_000}
-    for passes in (MAGNITUDES, SCORES, selection_passes(torch.device("cuda"))):
-        on_cpu = keep_masks(layers, range(3), num_prune, passes=SCORES if passes is SCORES else MAGNITUDES)
-        on_cuda = keep_masks([layer.cuda() for layer in layers], range(3), num_prune, passes=passes)
-        assert all(torch.equal(one.cpu(), other) for one, other in zip(on_cuda, on_cpu, strict=True))
+    for passes in (MAGNITUDES, SCORES):
+        on_cpu = keep_masks(layers, range(3), num_prune, passes=passes)
+        for on_device in (passes, selection_passes(passes, torch.device("cuda"))):
+            on_cuda = keep_masks([layer.cuda() for layer in layers], range(3), num_prune, passes=on_device)
+            assert all(torch.equal(one.cpu(), other) for one, other in zip(on_cuda, on_cpu, strict=True))
 
 
 @pytest.mark.gpu
@@ -186,9 +187,10 @@ def test_what_is_reserved_is_so_on_cuda(num_prune: int) -> None:
     scores = torch.randn(1_000_000, generator=generator).mul(64).round()  # ties
     scores[:100], scores[100:200] = -0.0, -math.inf
     eligible = torch.rand(1_000_000, generator=generator) < 0.7
-    on_cpu, on_cuda = (keep_masks([reserved(scores.to(device), eligible.to(device))], [0], num_prune, passes=SCORES)[0]
-                       for device in ("cpu", "cuda"))
-    assert torch.equal(on_cuda.cpu(), on_cpu)
+    on_cpu, *on_cuda = (keep_masks([reserved(scores.to(device), eligible.to(device))], [0], num_prune, passes=passes)[0]
+                        for device, passes in (("cpu", SCORES), ("cuda", SCORES),
+                                               ("cuda", selection_passes(SCORES, torch.device("cuda")))))
+    assert all(torch.equal(each.cpu(), on_cpu) for each in on_cuda)
     assert num_prune < 300_100 or not (on_cpu & ~eligible).any()
 
 

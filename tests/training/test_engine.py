@@ -64,6 +64,24 @@ def test_checkpointed_micro_batches_give_the_step_of_the_whole(measured: dict, s
     assert case["micro"] == pytest.approx(case["whole"], rel=exact if dtype == "float32" else 2e-3)
 
 
+def test_a_step_is_on_the_mean_over_what_counts_on_all_ranks(measured: dict, tiny_model: Path) -> None:
+    """As transformers and torch make it of the whole batch."""
+    model = GPT2LMHeadModel.from_pretrained(tiny_model)
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": [p for p in model.parameters() if p.dim() < 2],
+                                                          "weight_decay": 0.0}], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    wanted = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = model(input_ids=TOKENS, labels=TOKENS.where(counted(0), -100)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        wanted.append(loss.item())
+    for stage in (0, 1, 2, 3):
+        assert measured[f"{stage}/float32"]["counted"] == pytest.approx(wanted, rel=2e-5), stage
+
+
 def test_masks_do_not_depend_on_the_world_size(tiny_model: Path) -> None:
     one, two = (run_ranks(__file__, world_size, [str(tiny_model), "masks"]) for world_size in (1, 2))
     assert one == two
@@ -76,6 +94,7 @@ def test_no_later_trial_compiles_anything(tiny_model: Path, device: str) -> None
         # forward and loss; or a block, for all of them, and the head
         assert case["num_graphs"] == {"0": 1, "0, wide": 2, "3": 2}[stage], stage
         assert case["num_breaks"] == 0, stage
+        assert case["num_masked"] == {"0": 1, "0, wide": 0, "3": 0}[stage], stage  # whatever the masks
         assert case["num_later"] == 0, stage
         assert case["compiled"] == pytest.approx(case["eager"], rel=1e-5), stage
 
@@ -112,7 +131,7 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
 
     from raysearch.kernels import selection_passes
     from raysearch.models.weights import read_sparse, to_store, write_weights
-    from raysearch.pruning.selection import keep_masks
+    from raysearch.pruning.selection import MAGNITUDES, keep_masks
     from raysearch.training.engine import Engine
     from raysearch.training.hardware import can_compile
 
@@ -130,7 +149,8 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     flat = torch.cat([dense[name].flatten() for name in names]).abs()
     num_wanted = int(0.6 * flat.numel())
     keep = keep_masks(values, [shard.index for shard in engine.prunable_shards], num_wanted,
-                      all_reduce=engine.all_reduce, rank=rank, world_size=world_size, passes=selection_passes(engine.device))
+                      all_reduce=engine.all_reduce, rank=rank, world_size=world_size,
+                      passes=selection_passes(MAGNITUDES, engine.device))
     engine.set_masks(on_all_shards(engine, keep))
     reference = torch.ones_like(flat, dtype=torch.bool)
     reference[flat.argsort(stable=True)[:num_wanted]] = False
@@ -172,7 +192,13 @@ def measure(model: str, folder: str, stage: int, dtype: str) -> dict:
     if engine.world_size == 2:
         cut = Engine(model, **settings, micro_batch=MicroBatch(32, is_checkpointed=True))
         case["whole"], case["micro"] = steps_of(engine), steps_of(cut)
-        engine.load_base()
+        for each in (engine, cut):
+            each.load_base()
+        case["whole"] += steps_of(engine, counted(0))
+        case["micro"] += steps_of(cut, counted(0))
+    engine.load_base()
+    case["counted"] = steps_of(engine, counted(0))
+    engine.load_base()
     case["base_is_exact"] = all(torch.equal(engine.gather(name), dense[name]) for name in dense)
     return case | {"is_compiled": settings["compiled"], "num_graphs": counters["stats"]["unique_graphs"]}
 
@@ -242,12 +268,19 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
     return engine.gather_objects(found)
 
 
-def steps_of(engine: Any) -> list[float]:
+TOKENS = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(1))
+
+
+def counted(seed: int) -> Tensor:
+    """Which of TOKENS count: more and more of a sequence, of the first none."""
+    return torch.rand(4, 32, generator=torch.Generator().manual_seed(seed)) < torch.tensor([[0.0], [0.1], [0.3], [0.9]])
+
+
+def steps_of(engine: Any, counts: Tensor | None = None) -> list[float]:
     """Losses of four steps, of which the last three depend on the gradients."""
     engine.restart(0.0)
-    tokens = torch.randint(0, 257, (4, 32), generator=torch.Generator().manual_seed(1))
-    mine = tokens[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
-    return [engine.mean(engine.train_step(mine, 1e-3)) for _ in range(4)]
+    mine = TOKENS[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank]
+    return [engine.mean(engine.train_step(mine, 1e-3, counted=counts)) for _ in range(4)]
 
 
 def graphs(model: str) -> dict:
@@ -275,14 +308,18 @@ def graphs(model: str) -> dict:
         case: dict[str, Any] = {"eager": steps_of(engines[False]), "compiled": steps_of(engines[True])}
         case |= {"num_graphs": counters["stats"]["unique_graphs"], "num_breaks": sum(counters["graph_break"].values())}
         engine = engines[True]
+        steps_of(engine, counted(0))
+        case["num_masked"] = counters["stats"]["unique_graphs"] - case["num_graphs"]
         engine.load_base()
+        for seed in range(4):
+            steps_of(engine, counted(seed))
         keep = [torch.rand_like(shard.values) < 0.5 for shard in engine.prunable_shards]
         engine.set_masks(on_all_shards(engine, keep))
         steps_of(engine)
         engine.model.eval()
         with torch.no_grad():
             engine.model(input_ids=torch.zeros(1, 7, dtype=torch.int64, device=engine.device))
-        found[name] = case | {"num_later": counters["stats"]["unique_graphs"] - case["num_graphs"]}
+        found[name] = case | {"num_later": counters["stats"]["unique_graphs"] - case["num_graphs"] - case["num_masked"]}
     return found
 
 

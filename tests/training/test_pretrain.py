@@ -104,7 +104,7 @@ def test_pretrain_learns_writes_a_hugging_face_folder_and_is_done_once(
     dog = model(**tokenizer("cat purrs dog", return_tensors="pt")).logits[0, -1].argmax()
     assert " barks".startswith(tokenizer.decode(dog))
 
-    monkeypatch.setattr(module, "_fit", None)  # a second call trains nothing
+    monkeypatch.setattr(module, "fit", None)  # a second call trains nothing
     assert pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache", echo=lines.append) == plain
     with pytest.raises(ValueError, match=r"holds a model made with other settings \(num_steps\)"):
         pretrain("toy", corpus, tmp_path / "plain", steps=61)
