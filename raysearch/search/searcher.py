@@ -49,7 +49,8 @@ class StudySearcher(Searcher):
         """Why nothing more is asked: a disk that is full, a space that contradicts itself. What runs may end."""
         self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
         self._running: dict[str, Job] = {}
-        self._needs_dense = ledger.report_metrics(inputs.root_key) is None
+        self._needs_dense = (ledger.report_metrics(inputs.root_key) is None
+                             or (study.search.predicts_ms and ledger.latency() is None))
         self._mends = list(mends)
         self._reports_due: list[str] | None = None
         """Known once no trial can change the frontier any more."""
@@ -113,6 +114,8 @@ class StudySearcher(Searcher):
         if self._needs_dense:
             self._needs_dense = False
             return {"kind": "dense"}
+        if self.study.search.predicts_ms and any(job["kind"] == "dense" for job in self._running.values()):
+            return None  # it times models, and nothing may run beside them
         if self._mends:
             return self._mends.pop(0)
         out_of_time = self._deadline is not None and time.monotonic() > self._deadline

@@ -83,6 +83,21 @@ def test_the_baseline_then_trials_then_the_frontiers_report(tmp_path: Path) -> N
     assert sum("round 1/2" in line for line in said) == 3
 
 
+def test_nothing_runs_beside_the_job_that_times_models(tmp_path: Path) -> None:
+    asked = {"objectives": ("predicted_ms", "text/bits_per_byte")}
+    for name, settings in (("asks", asked), ("not", {})):
+        study = SyntheticStudy(tmp_path / name, **settings)
+        made = searcher(study, 3, [])
+        assert made.suggest("a") == {"kind": "dense"}
+        second = made.suggest("b")
+        assert (second is None) == (name == "asks")
+        study.dense()
+        made.on_trial_complete("a", {"done": True})
+        assert made.suggest("c")["kind"] == "trial"
+    again = SyntheticStudy(tmp_path / "asks", **asked)
+    assert searcher(again, 3, []).suggest("a") == {"kind": "dense"}  # no table was written
+
+
 def test_a_space_that_fails_late_fails_its_trial_and_never_the_sweep(tmp_path: Path) -> None:
     for num_failures, states in ((1, ["done", "failed", "done"]), (9, ["done", "failed", "failed", "failed"])):
         failing = range(1, 1 + num_failures)
