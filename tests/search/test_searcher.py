@@ -189,6 +189,18 @@ def test_no_trial_begins_after_the_time_budget(tmp_path: Path) -> None:
     assert study.ledger.trials() == []
 
 
+def test_no_trial_begins_once_rounds_took_the_gpu_hours(tmp_path: Path) -> None:
+    """3 s a round on two GPUs: the baseline and two trials of two rounds are 30 GPU-seconds."""
+    study, said = SyntheticStudy(tmp_path / "study", gpus_per_rank=2.0), []
+    made = searcher(study, 9, said, gpu_hours=29 / 3600)
+    assert run_to_the_end(made, study)[:4] == ["dense", "trial", "trial", "report"]
+    assert len(study.ledger.trials()) == 2
+    assert [line for line in said if "GPU-hours" in line] == [
+        "no further trial begins: the study's rounds took 0.00833 GPU-hours of 0.00805556"]
+    again = searcher(study, 9, [], gpu_hours=31 / 3600)  # what was spent counts in the next sweep
+    assert run_to_the_end(again, study).count("trial") == 1
+
+
 def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_never_hears_of_it(tmp_path: Path) -> None:
     study, said = trained(tmp_path / "study"), []
     made = searcher(study, 3, said, given(2, 3, 3))
