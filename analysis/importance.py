@@ -119,13 +119,17 @@ def quality_at_equal_size(size: npt.ArrayLike, quality: npt.ArrayLike) -> Floats
 
 def explained_share(values: Floats, levels: Ints) -> float:
     """Adjusted eta squared, 1 - (SS_within / (n - k)) / (SS_total / (n - 1)), cut off at 0; k = number of levels."""
-    counts = np.bincount(levels)
-    n, k = len(values), np.count_nonzero(counts)
-    total = float(np.sum((values - values.mean()) ** 2))
+    centred = values - values.mean()
+    return _share(np.stack([np.bincount(levels, weights) for weights in (centred, np.ones(len(levels)))]), centred @ centred)
+
+
+def _share(by_level: Floats, total: float) -> float:
+    """Of values around 0, from [2, k]: their sum and number at each level, and from the sum of their squares."""
+    sums, counts = by_level[:, by_level[1] > 0]
+    n, k = float(counts.sum()), len(counts)
     if n <= k or total == 0:
         return 0.0
-    means = np.bincount(levels, weights=values) / np.maximum(counts, 1)
-    within = float(np.sum((values - means[levels]) ** 2))
+    within = total - float(np.sum(sums**2 / counts))
     return max(0.0, 1 - (within / (n - k)) / (total / (n - 1)))
 
 
@@ -133,7 +137,11 @@ def _chance(residual: Floats, levels: Ints, trial: Ints, generator: np.random.Ge
     """95th percentile of the share when the trials swap their levels at random."""
     of_trial = np.zeros(trial.max() + 1, dtype=np.int64)
     of_trial[trial] = levels
-    shares = [explained_share(residual, generator.permutation(of_trial)[trial]) for _ in range(NUM_SHUFFLES)]
+    centred = residual - residual.mean()
+    by_trial = [np.bincount(trial, weights) for weights in (centred, np.ones(len(trial)))]
+    shuffles = (generator.permutation(of_trial) for _ in range(NUM_SHUFFLES))
+    shares = [_share(np.stack([np.bincount(shuffled, weights) for weights in by_trial]), centred @ centred)
+              for shuffled in shuffles]
     return float(np.quantile(shares, 0.95))
 
 
