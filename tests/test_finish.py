@@ -17,6 +17,7 @@ from small_study import sweep
 
 import raysearch.finish as module
 from analysis.load import load
+from analysis.tables import describe_config
 from raysearch.config import Action, Study
 from raysearch.finish import finish, finish_loop
 from raysearch.models.weights import read_sparse
@@ -119,6 +120,7 @@ def test_a_finished_candidate_is_one_of_the_study(directory: Path, here: list[in
     frame = load(directory)
     row = frame[frame["key"] == record.key].iloc[0]
     assert (row["trial"], row["round"], row["forked_from"]) == (2, 3, "trial 0 round 2")
+    assert describe_config(row) == "from trial 0 round 2 on: masks held, global, 4.1k tokens, lr 0.002 constant, KL 0.67"
     assert frame.attrs["damage"] == ()
     compared, pick = (line.split()[1:] for line in out.splitlines()[-2:])
     assert compared == ["compare", str(directory), picked, record.key]
