@@ -102,7 +102,8 @@ def _given_actions(row: Row) -> str:
     if pd.isna(row.get("action")):
         return origin
     action = Action.model_validate_json(str(row["action"])).model_dump()
-    cut = f"threshold {action['threshold']:.3g}" if action["sparsity"] is None else f"to {action['sparsity']:.3g}"
+    cut = (f"threshold {action['threshold']:.3g}" if action["sparsity"] is None else
+           f"to {action['sparsity']:.3g}" if action["sparsity"] else "masks held")
     cut += " std" if action["threshold_unit"] == "std" else ""
     tokens = f"{human_count(action['finetune_tokens'])} tokens" if action["finetune_tokens"] else ""
     return f"{origin}: {', '.join([cut, *_method(action, tokens)])}"

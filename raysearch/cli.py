@@ -180,6 +180,7 @@ def sweep(
                                                          metavar="DIR")] = None,
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
+    gpu_hours: Annotated[float | None, typer.Option(help="Start no trial once rounds took so much.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
     max_disk: Annotated[str | None, typer.Option(help="Delete weights above this, such as 20GB; the frontier's last.")] = None,
     autoscaling: Annotated[bool, typer.Option("--autoscaling", help="Wait for nodes that the cluster adds.")] = False,
@@ -202,7 +203,7 @@ def sweep(
     enqueued = read_trials(enqueue, "--enqueue") if enqueue else []
     max_disk_bytes = parse_bytes(max_disk) if max_disk else None
     study, sample = load_space(space)
-    changes = {"num_trials": trials, "max_concurrent": max_concurrent,
+    changes = {"num_trials": trials, "max_concurrent": max_concurrent, "gpu_hours": gpu_hours,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
     from raysearch.study.storage import location

@@ -241,6 +241,8 @@ class SearchSettings(Frozen):
     max_concurrent: int = Field(1, ge=1)
     """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
+    gpu_hours: float | None = Field(None, gt=0)
+    """No trial begins once the rounds of this study, those of earlier sweeps too, have taken so many hours of GPUs."""
     sampler_seed: int = Field(0, ge=0, lt=2**32)
     sampler: Literal["ours", "tpe", "gp", "nsga2", "random"] = "ours"
     """What proposes trials: samplers of Optuna, which hear of every round that a configuration can say. `ours` is TPE for the
@@ -328,6 +330,8 @@ class Study(Frozen):
         num_ranks = 1 if self.cluster.num_ranks == "auto" else self.cluster.num_ranks
         if num_ranks < 1:
             raise ValueError(f"num_ranks must be at least 1, or auto, got {num_ranks}")
+        if self.search.gpu_hours is not None and not self.cluster.gpus_per_rank:
+            raise ValueError(f"gpu_hours {self.search.gpu_hours:g} limits nothing where gpus_per_rank is 0; give time_budget_s")
         per_step = self.data.context_tokens * num_ranks
         if self.training.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "

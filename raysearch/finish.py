@@ -4,11 +4,11 @@ The round is a round like any other, computed and stored as those of a sweep, an
 proposed. Ray Train starts the ranks, and starts them again where one died, from the last checkpoint within the round.
 """
 
+import contextlib
 import functools
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from raysearch.cluster.joining import start_ray
@@ -17,6 +17,7 @@ from raysearch.replicate import chain
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord, round_key
+from raysearch.study.storage import StorePath
 from raysearch.training.pretrain import fit
 from raysearch.training.pretrain_worker import load_checkpoint, save_checkpoint
 from raysearch.trial.actions import resolve_actions
@@ -42,26 +43,32 @@ def finish(directory: str, key: str, epochs: float, echo: Callable[[str], None],
     inputs = same_inputs(described, f"candidate {key}: it cannot be trained further")
     action = finishing(before, epochs, learning_rate, distill_alpha,
                        functools.partial(resolve_actions, study=study, num_train_tokens=inputs.num_train_tokens))
-    trials, actions, following = ledger.trials(), (*before, action), round_key(key, action)
-    number = next((trial.number for trial in trials if trial.actions == actions),
-                  1 + max((trial.number for trial in trials), default=-1))
+    actions, following = (*before, action), round_key(key, action)
     cluster, place = study.cluster, ledger.directory / "finish" / following
-    job = {"study": study.replaced(round_limit_s=NO_LIMIT_S), "directory": str(ledger.directory), "number": number,
-           "root_key": described.root_key, "key": following, "every_s": checkpoint_every_s}
     with ledger.lock():
-        if number not in {trial.number for trial in trials}:
-            ledger.write_trial(TrialRecord(number=number, config=None, actions=actions, forked_at=len(before), is_finish=True,
-                                           started_at=utc_now()))
-        if ledger.trial(number).status != "done" or ledger.report_metrics(following) is None:
+        trials = ledger.trials()
+        known = next((trial for trial in trials if trial.actions == actions), None)
+        number = known.number if known else 1 + max((trial.number for trial in trials), default=-1)
+        if known is None or known.status != "done" or ledger.report_metrics(following) is None:
             start_ray(study)
+            if known is None:
+                ledger.write_trial(TrialRecord(number=number, config=None, actions=actions, forked_at=len(before),
+                                               is_finish=True, started_at=utc_now()))
             echo(f"training candidate {key} on {action.finetune_tokens:,} tokens more as trial {number}; rank 0 prints to "
                  f"{ledger.log_path(number, 0)}")
-            fit(finish_loop, job, cluster.num_ranks, {"CPU": cluster.cpus_per_rank, "GPU": cluster.gpus_per_rank}, place)
+            job = {"study": study.replaced(round_limit_s=NO_LIMIT_S), "directory": str(ledger.directory), "number": number,
+                   "root_key": described.root_key, "key": following, "every_s": checkpoint_every_s}
+            try:
+                fit(finish_loop, job, cluster.num_ranks, {"CPU": cluster.cpus_per_rank, "GPU": cluster.gpus_per_rank}, place)
+            except RuntimeError as error:  # processes that died could not write it
+                ledger.write_trial(ledger.trial(number).model_copy(
+                    update={"status": "failed", "crashed": True, "reason": str(error), "ended_at": utc_now()}))
+                raise
     trial = ledger.trial(number)
     if trial.status != "done":
         raise ValueError(f"the round was not finished: {trial.reason}; try a lower --learning-rate")
-    if isinstance(place, Path):
-        shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        place.filesystem.delete_dir(place.path) if isinstance(place, StorePath) else shutil.rmtree(place)
     return trial
 
 
@@ -72,10 +79,10 @@ def finishing(before: tuple[Action, ...], epochs: float, learning_rate: float | 
     if epochs <= 0:
         raise ValueError(f"epochs must be above 0, got {epochs:g}")
     last = next((action for action in reversed(before) if action.finetune_tokens), None)
-    rate = learning_rate or (last.learning_rate if last else None)
-    if rate is None:
+    if learning_rate is None and last is None:
         raise ValueError("the candidate was never fine-tuned, so it has no learning rate; give --learning-rate")
-    fields = {"target_sparsity": 0.0, "finetune_epochs": epochs, "learning_rate": rate, "distill_alpha": distill_alpha,
+    fields = {"target_sparsity": 0.0, "finetune_epochs": epochs, "distill_alpha": distill_alpha,
+              "learning_rate": last.learning_rate if last and learning_rate is None else learning_rate,
               "temperature": last.temperature if last and distill_alpha else 1.0,
               "lr_schedule": last.lr_schedule if last else "cosine"}
     (action,) = resolve(parse(TrialConfig, fields, "finish"))

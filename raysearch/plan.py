@@ -108,7 +108,8 @@ def calibrate(study: Study, inputs: Inputs, trials: Trials, inputs_s: float = 0.
     actions = [action for trial in trials for action in trial]
     # a threshold names no sparsity before it is applied
     sparsity = statistics.fmean([action.sparsity for action in actions if action.sparsity is not None] or [0.5])
-    one_rank = study.replaced(num_ranks=1, batch_tokens=study.training.batch_tokens // study.cluster.num_ranks)
+    one_rank = study.replaced(num_ranks=1, batch_tokens=study.training.batch_tokens // study.cluster.num_ranks,
+                              objectives=("num_nonzero", study.search.objective), constraints={})  # no time is predicted here
     trains = any(action.finetune_tokens for action in actions)
     if not study.cluster.gpus_per_rank:  # as the ranks of such a study are started
         os.environ["DS_ACCELERATOR"] = "cpu"

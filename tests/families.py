@@ -41,6 +41,7 @@ KNOWN: dict[str, Callable[[], Any]] = {
 }
 VARIANTS = {
     "falcon 40b": lambda: hf.FalconConfig(**WIDE, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon 40b with slopes": lambda: hf.FalconConfig(**WIDE, new_decoder_architecture=True, num_kv_heads=2, alibi=True),
     "falcon with slopes": lambda: hf.FalconConfig(**WIDE, alibi=True, multi_query=False),
     "falcon of one query a head": lambda: hf.FalconConfig(**WIDE, multi_query=False, bias=True),
     "gpt_bigcode of one query a head": lambda: hf.GPTBigCodeConfig(**OLD, multi_query=False),
@@ -48,7 +49,7 @@ VARIANTS = {
 }
 CASES = KNOWN | VARIANTS
 TWO_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "cohere", "granite", "olmo",
-             "starcoder2", "falcon 40b"}
+             "starcoder2", "falcon 40b", "falcon 40b with slopes"}
 """Two key-value heads, each with two queries."""
 EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 LATENT = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8,

@@ -17,6 +17,7 @@ from small_study import sweep
 
 import raysearch.finish as module
 from analysis.load import load
+from analysis.tables import describe_config
 from raysearch.config import Action, Study
 from raysearch.finish import finish, finish_loop
 from raysearch.models.weights import read_sparse
@@ -75,6 +76,7 @@ def here(apart: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
             apart.loaded_key = None
             with contextlib.suppress(KeyboardInterrupt):
                 return loop(job)
+        raise RuntimeError("training failed: it died too often")
 
     rank = Rank.__new__(Rank)
     rank.worker = apart
@@ -118,6 +120,7 @@ def test_a_finished_candidate_is_one_of_the_study(directory: Path, here: list[in
     frame = load(directory)
     row = frame[frame["key"] == record.key].iloc[0]
     assert (row["trial"], row["round"], row["forked_from"]) == (2, 3, "trial 0 round 2")
+    assert describe_config(row) == "from trial 0 round 2 on: masks held, global, 4.1k tokens, lr 0.002 constant, KL 0.67"
     assert frame.attrs["damage"] == ()
     compared, pick = (line.split()[1:] for line in out.splitlines()[-2:])
     assert compared == ["compare", str(directory), picked, record.key]
@@ -197,6 +200,10 @@ def test_a_list_of_given_trials_goes_on_beside_it(directory: Path, study: Study,
         check_given(given[:1] * 2, ledger.trials())
 
 
+def dies(job: dict[str, Any]) -> None:
+    raise KeyboardInterrupt
+
+
 def killing_loop(job: dict[str, Any]) -> None:
     """finish_loop, of which rank 1 is killed behind step 120, once; each rank writes from which step it began."""
     resume, folder = Checkpoints.resume, Path(job["directory"])
@@ -219,10 +226,13 @@ def killing_loop(job: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_rank_of_ray_train_goes_on(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_rank_of_ray_train_goes_on(directory: Path, stories: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a study whose corpus is named from the current folder."""
     ledger = Ledger.open(directory)
     described, key = ledger.study(), ledger.trial(0).keys[-1]
-    ledger.write_study(described.model_copy(update={"study": described.study.replaced(num_ranks=2, zero_stage=2)}))
+    study = described.study.replaced(num_ranks=2, zero_stage=2, corpus=stories.name)
+    ledger.write_study(described.model_copy(update={"study": study}))
+    monkeypatch.chdir(stories.parent)
     monkeypatch.setattr(module, "finish_loop", killing_loop)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -241,16 +251,24 @@ def test_a_killed_rank_of_ray_train_goes_on(directory: Path, monkeypatch: pytest
     assert not (directory / "finish" / record.key).exists()
 
 
-def test_what_cannot_be_finished_is_one_sentence(directory: Path, here: list[int], stories: Path, run: Run) -> None:
+def test_what_cannot_be_finished_is_one_sentence(directory: Path, here: list[int], stories: Path, run: Run,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("pick", directory, "--candidate", "1/1")[0] == 0
     code, _, err = run("finish", directory / "pick.json", "--epochs", 1)
     assert (code, "was never fine-tuned, so it has no learning rate; give --learning-rate" in err) == (2, True), err
     for options, sentence in ((("--epochs", 0.01), "finetune_epochs must be 0 or make at least one step of 256 tokens"),
                               (("--epochs", 1, "--distill-alpha", 2), "distill_alpha"),
+                              (("--epochs", 1, "--learning-rate", 0), "learning_rate"),
                               (("--epochs", -1), "epochs must be above 0, got -1"), (("--epochs", 0), "above 0, got 0")):
         code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e-3, *options)
         assert (code, sentence in err) == (2, True), err
     assert len(Ledger.open(directory).trials()) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "finish_loop", dies)
+        code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e-3, "--epochs", 1)
+    assert (code, err) == (2, "raysearch: training failed: it died too often\n")
+    trial = Ledger.open(directory).trial(2)
+    assert (trial.status, trial.crashed, trial.reason) == ("failed", True, "training failed: it died too often")
     code, _, err = run("finish", directory / "pick.json", "--learning-rate", 1e9, "--epochs", 1, "--distill-alpha", 0)
     assert (code, "the round was not finished: round 2: " in err) == (2, True), err
     assert run("results", directory)[0] == 0

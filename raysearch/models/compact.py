@@ -258,7 +258,7 @@ def _gives_equal_logits(model: nn.Module, whole: State) -> bool:
     cut = _state(model)
     try:
         after = few_logits(model)
-    except (RuntimeError, ValueError, TypeError, AttributeError):  # shapes that do not go together
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):  # shapes that do not go together
         after = None
     _restore(whole)
     is_equal = after is not None and are_close(after, few_logits(model), parameter.dtype)
@@ -337,11 +337,12 @@ def _cut_attention(module: Any, heads: Heads, keep: Tensor, has_slopes: bool) ->
         if hasattr(module, name):
             setattr(module, name, number)
     if has_slopes:
-        module.register_forward_pre_hook(_with_slopes_of(keep), with_kwargs=True)
+        of_queries = keep.repeat_interleave(heads.read_by.shape[1] // heads.size)
+        module.register_forward_pre_hook(_with_slopes_of(of_queries), with_kwargs=True)
 
 
 def _with_slopes_of(keep: Tensor) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """A hook that gives an attention module the slopes of its kept heads, and their masks [B, H, S, S]."""
+    """A hook that gives an attention module the slopes of its kept heads of queries, and their masks [B, H, S, S]."""
     def select(_: nn.Module, inputs: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         slopes, mask = named.get("alibi"), named.get("attention_mask")
         if slopes is not None:

@@ -17,7 +17,7 @@ from raysearch.search.sampler import Sampler
 from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
-from raysearch.study.records import TrialRecord, config_hash
+from raysearch.study.records import RoundRecord, TrialRecord, config_hash
 from raysearch.trial.inputs import Inputs
 from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
@@ -48,8 +48,12 @@ class StudySearcher(Searcher):
         self.refusal: OSError | ValueError | None = None
         """Why nothing more is asked: a disk that is full, a space that contradicts itself. What runs may end."""
         self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
+        self._gpu_s = ({key: self._gpu_seconds(record) for key, record in ledger.rounds().items()}
+                       if study.search.gpu_hours is not None else {})
+        """Of each finished round."""
         self._running: dict[str, Job] = {}
-        self._needs_dense = ledger.report_metrics(inputs.root_key) is None
+        self._needs_dense = (ledger.report_metrics(inputs.root_key) is None
+                             or (study.search.predicts_ms and ledger.latency() is None))
         self._mends = list(mends)
         self._reports_due: list[str] | None = None
         """Known once no trial can change the frontier any more."""
@@ -59,6 +63,7 @@ class StudySearcher(Searcher):
         """In a row."""
         self._is_used_up = False
         """The space has nothing that was not proposed."""
+        self._says_spent = False
         journal = open_journal(ledger, study, echo, records)
         recorded = {trial.number for trial in records}
         finishes = recorded - {trial.number for trial in asked_for}
@@ -113,9 +118,11 @@ class StudySearcher(Searcher):
         if self._needs_dense:
             self._needs_dense = False
             return {"kind": "dense"}
+        if self.study.search.predicts_ms and any(job["kind"] == "dense" for job in self._running.values()):
+            return None  # it times models, and nothing may run beside them
         if self._mends:
             return self._mends.pop(0)
-        out_of_time = self._deadline is not None and time.monotonic() > self._deadline
+        out_of_time = self._is_spent()
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
         while (self.sampler.num_asked < self.study.search.num_trials and not out_of_time
@@ -131,6 +138,24 @@ class StudySearcher(Searcher):
         due = self._to_report()
         self.progress.reports_left = len(due) + len(self._running)
         return {"kind": "report", "key": due.pop(0)} if due else None
+
+    def _is_spent(self) -> bool:
+        """Whether the time, or what rounds may take of GPUs, is up."""
+        limit, spent = self.study.search.gpu_hours, sum(self._gpu_s.values()) / 3600
+        if limit is not None and spent >= limit:
+            if not self._says_spent:
+                self.progress.echo(f"no further trial begins: the study's rounds took {spent:.3g} GPU-hours of {limit:g}")
+            self._says_spent = True
+            return True
+        return self._deadline is not None and time.monotonic() > self._deadline
+
+    def _gpu_seconds(self, record: RoundRecord) -> float:
+        num_gpus = self.study.cluster.gpus_per_rank * (record.provenance.num_ranks or 1)
+        return num_gpus * (record.prune_s + record.finetune_s + record.evaluate_s)
+
+    def _count(self, key: str) -> None:
+        if self.study.search.gpu_hours is not None and (record := self.ledger.round(key)) is not None:
+            self._gpu_s[key] = self._gpu_seconds(record)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -188,6 +213,7 @@ class StudySearcher(Searcher):
         """After every round but the last, which comes to `on_trial_complete`."""
         job = self._running[trial_id]
         with self._refusing():
+            self._count(result["key"])
             if job["kind"] == "trial":  # the search must not hear of a control: no parameter explains it
                 self.sampler.observe(job["number"], self.ledger.candidate(result["key"]))
             self.progress.round_done(job)
@@ -199,6 +225,8 @@ class StudySearcher(Searcher):
             return
         error |= job["kind"] == "dense" and (result or {}).get("status") == "failed"
         with self._refusing():
+            if job["kind"] == "dense":
+                self._count(self.inputs.root_key)
             if job["kind"] in RECORDED:
                 self._end(job["number"], error)
             elif error:
@@ -222,6 +250,8 @@ class StudySearcher(Searcher):
                                  "\n".join(f"{rank}: {stack}" for rank, stack in stacks.items()))
         elif trial.status == "running":
             trial = self._failed(trial, "its process died twice, killed or out of memory; the log is in log_path", None)
+        for key in trial.keys[-1:]:
+            self._count(key)
         if trial.is_control:
             return
         for rank, key in ((None, self.inputs.root_key), *((number, key) for key in trial.keys[-1:])):

@@ -102,7 +102,7 @@ class Blocks:
         """Memory-mapped, read-only."""
         return np.load(self.path, mmap_mode="r")
 
-    @property
+    @functools.cached_property
     def tokens(self) -> NDArray[np.unsignedinteger]:
         """[num_blocks, context]"""
         return self._stored if self._stored.ndim == 2 else self._stored[..., 0]

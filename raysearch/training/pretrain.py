@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -228,6 +229,7 @@ def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers
         place: AnyPath) -> None:
     """Runs `loop(job)` on so many workers with these resources each. They are started again where one died, up to three times,
     and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence."""
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a job's relative paths are those of this process
     has_gpu = bool(resources.get("GPU"))
     trainer = TorchTrainer(
         loop,

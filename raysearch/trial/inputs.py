@@ -75,8 +75,9 @@ def read_inputs(study: Study, say: Say = quiet) -> Inputs:
     blocks, documents = None, {}
     if study.data.corpus is not None:
         documents = split_documents(load_documents(study.data.corpus, study.data.text_field, say))
+    tasks = read_tasks(study, documents)  # before what takes long
+    if study.data.corpus is not None:
         blocks = pack(documents["train"], tokenizer, study.data.context_tokens, "train", say=say)
-    tasks = read_tasks(study, documents)
     contents = [model_hash, blocks.fingerprint if blocks else None, *(tasks_fingerprint(each) for each in tasks.values())]
     return Inputs(root_key(study, contents), blocks.num_tokens if blocks else 0, tasks, blocks, tokenizer)
 

@@ -51,6 +51,7 @@ def run_round(worker: Worker, parent: RoundRecord, action: Action, raced: bool =
 def dense_round(worker: Worker) -> RoundRecord:
     """The dense baseline: the root of every trial."""
     key = worker.inputs.root_key
+    worker.latency()  # before anything else runs
     if (done := stored_round(worker, key)) is not None:
         return done
     worker.engine.load_base()

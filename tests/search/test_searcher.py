@@ -83,6 +83,21 @@ def test_the_baseline_then_trials_then_the_frontiers_report(tmp_path: Path) -> N
     assert sum("round 1/2" in line for line in said) == 3
 
 
+def test_nothing_runs_beside_the_job_that_times_models(tmp_path: Path) -> None:
+    asked = {"objectives": ("predicted_ms", "text/bits_per_byte")}
+    for name, settings in (("asks", asked), ("not", {})):
+        study = SyntheticStudy(tmp_path / name, **settings)
+        made = searcher(study, 3, [])
+        assert made.suggest("a") == {"kind": "dense"}
+        second = made.suggest("b")
+        assert (second is None) == (name == "asks")
+        study.dense()
+        made.on_trial_complete("a", {"done": True})
+        assert made.suggest("c")["kind"] == "trial"
+    again = SyntheticStudy(tmp_path / "asks", **asked)
+    assert searcher(again, 3, []).suggest("a") == {"kind": "dense"}  # no table was written
+
+
 def test_a_space_that_fails_late_fails_its_trial_and_never_the_sweep(tmp_path: Path) -> None:
     for num_failures, states in ((1, ["done", "failed", "done"]), (9, ["done", "failed", "failed", "failed"])):
         failing = range(1, 1 + num_failures)
@@ -172,6 +187,18 @@ def test_no_trial_begins_after_the_time_budget(tmp_path: Path) -> None:
     made = StudySearcher(study.ledger, settings, space, INPUTS, said.append)
     assert made.suggest("0") == Searcher.FINISHED
     assert study.ledger.trials() == []
+
+
+def test_no_trial_begins_once_rounds_took_the_gpu_hours(tmp_path: Path) -> None:
+    """3 s a round on two GPUs: the baseline and two trials of two rounds are 30 GPU-seconds."""
+    study, said = SyntheticStudy(tmp_path / "study", gpus_per_rank=2.0), []
+    made = searcher(study, 9, said, gpu_hours=29 / 3600)
+    assert run_to_the_end(made, study)[:4] == ["dense", "trial", "trial", "report"]
+    assert len(study.ledger.trials()) == 2
+    assert [line for line in said if "GPU-hours" in line] == [
+        "no further trial begins: the study's rounds took 0.00833 GPU-hours of 0.00805556"]
+    again = searcher(study, 9, [], gpu_hours=31 / 3600)  # what was spent counts in the next sweep
+    assert run_to_the_end(again, study).count("trial") == 1
 
 
 def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_never_hears_of_it(tmp_path: Path) -> None:
