@@ -23,6 +23,7 @@ from raysearch.cluster.placement import host_bytes, work_of
 from raysearch.config import Action, Study
 from raysearch.evaluation import evaluate
 from raysearch.models.model import model_size
+from raysearch.search.forks import check_rule
 from raysearch.search.sampler import NUM_WHOLE
 from raysearch.search.space import load_space, sample_trials
 from raysearch.study.ledger import Ledger
@@ -88,6 +89,7 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
+    check_rule(study, space, inputs.num_train_tokens)
     if study.search.sampler == "ours":
         trials = with_forks(trials, study.search.num_trials)
     study = placed(study, None, work_of(study, trials), echo)

@@ -140,7 +140,8 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
         layers.append(Layer(name, sparse.shape, pattern, 1 - sparse.density, choices))
         if isinstance(module, SparseLinear) or any(choice.backend != "dense" for choice in choices.values()):
             bias = None if module.bias is None else module.bias.detach()
-            layer = SparseLinear(sparse, bias, choices, sparse.to_dense())
+            is_plain = not isinstance(module, SparseLinear)  # whose memory lies as its family multiplies fastest
+            layer = SparseLinear(sparse, bias, choices, dense_weight(module) if is_plain else sparse.to_dense())
             swaps.append((parent, attribute, _dense(layer) if isinstance(module, SparseLinear) else module, layer))
     ratios = dict.fromkeys(map(token_bucket, counts), 1.0)
     if swaps:

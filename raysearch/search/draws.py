@@ -29,13 +29,17 @@ def draws(study: Study, space: Space, num_draws: int = NUM_PROPOSALS) -> list[Dr
     asked = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     trials = [asked.ask() for _ in range(num_draws)]
     configs = [draw(space, trial) for trial in trials]
+    from raysearch.search.forks import check_rule
     from raysearch.trial.actions import resolve_actions  # torch, a second: after what the space itself may have wrong
 
-    num_train_tokens = study.data.epoch_tokens or 1000 * study.training.batch_tokens
+    num_train_tokens = 0
+    if study.data.corpus is not None:
+        num_train_tokens = study.data.epoch_tokens or 1000 * study.training.batch_tokens
     known = {}
     for trial, config in zip(trials, configs):
-        actions = resolve_actions(config, study, num_train_tokens if study.data.corpus is not None else 0)
+        actions = resolve_actions(config, study, num_train_tokens)
         known.setdefault(str(trial.params), Drawn(trial.params, trial.distributions, config, actions))
+    check_rule(study, space, num_train_tokens)
     return list(known.values())
 
 

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import optuna
 
-from raysearch.config import SIZES, Action, Study, is_maximised
+from raysearch.config import SIZES, Action, Metric, Study, is_maximised
 from raysearch.frozen import parse
 from raysearch.pruning.pareto import hypervolume_gains
 from raysearch.search.round_model import Floats, RoundModel, Start, Step
 from raysearch.search.space import Space, draw, in_space
-from raysearch.study.records import RoundRecord, objective_values
+from raysearch.study.records import Provenance, RoundRecord, objective_values
 from raysearch.trial.actions import check_actions, resolve_actions
 
 NUM_DRAWS = 100
@@ -214,6 +214,25 @@ def sparsity_before(parent: Parent, pattern: str) -> float:
         return named[-1] if named else 0.0
     sparsity = parent.record.sparsity
     return named[-1] if named and abs(named[-1] - sparsity) < ROUNDING else sparsity
+
+
+def check_rule(study: Study, space: Space, num_train_tokens: int) -> None:
+    """ValueError where the `round` of the space's module makes no action of a dense parent, whose qualities are taken as 1. One
+    that asks such a parent for something else is believed."""
+    forks = Forks(study, space, num_train_tokens, seed=0)
+    if study.search.sampler != "ours" or forks.rule is None:
+        return
+    ones = {name: Metric(value=1.0, stderr=None, num_items=1) for name in study.search.objectives if name not in SIZES}
+    nowhere = Provenance(created_at="", git_commit=None, versions={}, device="", hostname="")
+    dense = RoundRecord(key="", parent=None, action=None, depth=0, num_parameters=1, num_prunable=1, num_nonzero=1,
+                        sparsity=0.0, model_sparsity=0.0, layer_sparsity={}, stored_bytes=1, resident_bytes=1, metrics=ones,
+                        prune_s=0.0, finetune_s=0.0, evaluate_s=0.0, train_loss=None, weights_sha256=None, provenance=nowhere)
+    trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+    try:
+        forks.action(Numbered(trial, 0), Parent(dense, (), 0))
+    except ValueError as error:
+        if not isinstance(error.__cause__, KeyError):
+            raise
 
 
 class Numbered:

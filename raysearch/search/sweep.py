@@ -22,6 +22,7 @@ from raysearch.cluster.joining import placed, shortage, start_ray
 from raysearch.cluster.placement import work_of
 from raysearch.config import Study, TrialConfig
 from raysearch.kernels.device import device_name
+from raysearch.search.forks import check_rule
 from raysearch.search.loggers import Loggers, trackers
 from raysearch.search.mending import mend
 from raysearch.search.progress import last_line
@@ -69,6 +70,8 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     check_objectives(study, inputs)
     # a mistake in the space is told before anything is written
     actions = sample_trials(study, space, inputs, 20) if given is None else []
+    if given is None:
+        check_rule(study, space, inputs.num_train_tokens)
     for number, trial in enumerate(enqueued if given is None else given, start=1):
         if isinstance(trial, TrialConfig):
             actions.append(resolve_actions(trial, study, inputs.num_train_tokens))

@@ -114,8 +114,9 @@ def test_a_backend_gets_no_more_tokens_than_it_takes(monkeypatch: pytest.MonkeyP
     choose(monkeypatch, "few", 1.5)
     model = pruned_model()
     tokens = torch.arange(60)[None]
-    before = model(tokens).logits
+    before, weight = model(tokens).logits, model.transformer.h[0].attn.c_attn.weight
     sparsify_for_inference(model, num_tokens=16)
+    assert sparse_layers(model)[0].dense.data_ptr() == weight.data_ptr()  # no copy, and in the order of the family
     assert [layer._choice(n).backend for layer in sparse_layers(model)[:1] for n in (1, 16, 17)] == ["few", "few", "dense"]
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)
     with pytest.raises(ValueError, match="at most 8 tokens, got 9"):

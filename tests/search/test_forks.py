@@ -14,7 +14,7 @@ from synthetic_study import PROVENANCE, ROOT, metrics
 
 from raysearch.config import Action, Study, study_of
 from raysearch.pruning.pareto import hypervolume
-from raysearch.search.forks import Forks
+from raysearch.search.forks import Forks, check_rule
 from raysearch.search.journal import open_journal
 from raysearch.search.sampler import NUM_WHOLE, Sampler
 from raysearch.study.ledger import Ledger
@@ -179,8 +179,16 @@ def test_a_rule_that_makes_no_action_is_told_in_one_sentence(rule: Any, said: st
     module = with_rule(rule)
     monkeypatch.setitem(sys.modules, "a_space", module)
     made = forks(module.space)
-    with pytest.raises(ValueError, match=rf"^round\(trial, parent\).*{said}"):
-        made.action(fixed(), made.frontier[0])
+    for told in (lambda: made.action(fixed(), made.frontier[0]), lambda: check_rule(STUDY, module.space, TOKENS)):
+        with pytest.raises(ValueError, match=rf"^round\(trial, parent\).*{said}"):
+            told()
+    check_rule(STUDY.replaced(sampler="tpe"), module.space, TOKENS)  # which makes no forks
+
+
+def test_a_rule_that_asks_for_another_metric_is_believed_until_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = with_rule(lambda trial, parent: {"sparsity": 0.5 * parent.metrics["lambada/acc"].value})
+    monkeypatch.setitem(sys.modules, "a_space", module)
+    check_rule(STUDY, module.space, TOKENS)
 
 
 # ---- the search ----
