@@ -77,11 +77,12 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
         module.os.sched_getaffinity = lambda _: range(options.threads)  # a shared machine has no cores to itself
+    dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     chance, errors, started = random.Random(0), {}, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        path = str(model_folder(options.model, Path(folder), torch.float32))
-        latency = measured_latency(path, torch.float32, serving)
-        table_s, dense = time.perf_counter() - started, on_device(load_model(path, torch.float32))
+        path = str(model_folder(options.model, Path(folder), dtype))
+        latency = measured_latency(path, dtype, serving)
+        table_s, dense = time.perf_counter() - started, on_device(load_model(path, dtype))
         print(latency.model_dump_json(exclude={"provenance"}), flush=True)
         for index in range(options.candidates):
             model, kind = copy.deepcopy(dense), ("structured", "unstructured", "both")[index % 3]

@@ -148,7 +148,7 @@ def _mask(pattern: str, shape: torch.Size, density: float, chance: torch.Generat
 @contextlib.contextmanager
 def _all_cores() -> Iterator[None]:
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # macOS
     try:
         yield
     finally:
