@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from raysearch.config import Action, TrialConfig, study_of
 from raysearch.evaluation.item_task import ItemTask
@@ -122,6 +123,7 @@ def file_name(name: str, seed: int) -> str:
 def run(options: argparse.Namespace, all_groups: dict[str, Callable[[], Iterator[Case]]],
         look: Callable[[Worker, str, int], dict[str, Any]] = lambda worker, name, seed: {}) -> None:
     """`look` adds to a case's line what it finds in the worker, which holds the candidate."""
+    torch.set_num_threads(min(4, torch.get_num_threads()))  # of several processes with all cores each, none gets on
     started, data = time.perf_counter(), options.root / "data"
     study = study_of(
         path=str(options.root / "models" / "books-30m"), dtype="bfloat16", corpus=str(data / "books" / "train.txt"),
