@@ -259,7 +259,7 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
     with contextlib.ExitStack() as stored:
         with measuring("store"):
             worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"), study=study)
-            written = stored.enter_context(written_meanwhile(worker, "key", weigh(worker)))
+            written = stored.enter_context(written_meanwhile(worker, "key", weigh(worker, None)))
             file = engine.from_rank_0(lambda: written.result()[0])
         engine.load_base()
         with measuring("load"):

@@ -129,7 +129,7 @@ def test_what_has_no_mask_is_stored_with_its_zeros(apart: Worker) -> None:
     weights[bias][:100] = 0
     weights[matrix][3] = 0
     apart.engine.load(weights)
-    with written_meanwhile(apart, "key", weigh(apart)) as written:
+    with written_meanwhile(apart, "key", weigh(apart, None)) as written:
         stored = read_sparse(written.result()[0], None)
         assert isinstance(stored[bias], torch.Tensor)
         assert isinstance(stored[matrix], SparseWeight)

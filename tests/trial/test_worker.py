@@ -40,7 +40,7 @@ def test_a_dominated_candidate_stops_being_scored_and_is_never_on_the_frontier(
     assert rival.tolist() == whole[racing.search.objective].numerator[order].tolist()
     assert level == 0.01
     assert larger.key not in frontier_keys(worker.ledger, racing)
-    weighed = weigh(worker)
+    weighed = weigh(worker, None)
     assert all(getattr(weighed, size) == getattr(larger, size) for size in SIZES)  # any of them may be raced by
 
 
