@@ -158,6 +158,8 @@ def _answer(frame: pd.DataFrame, constraints: Sequence[Constraint]) -> dict[str,
         return {"lead": f"{asked}{error}", "sizes": []}
     assert baseline is not None
     table, row = compare(frame, "dense", picked.key), frame[frame["key"] == picked.key].iloc[0]
+    matters = {setting(frame, "objective"), *(check.constraint.metric for check in picked.checks)}
+    table = table.sort_values("metric", key=lambda metrics: ~metrics.isin(matters), kind="stable")
     limits = " ".join(map(str, constraints))
     where = shlex.quote(setting(frame, "directory"))
     sizes = {"non-zero parameters": (human_count, picked.num_nonzero, picked.dense_num_nonzero),
