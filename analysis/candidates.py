@@ -15,7 +15,7 @@ from analysis.uncertainty import (
     whole_items,
 )
 from raysearch import config
-from raysearch.config import higher_is_better
+from raysearch.config import higher_is_better, is_maximised
 from raysearch.pruning.pareto import Bools, Floats, hypervolume, knee, non_dominated
 from raysearch.study.ledger import Split
 
@@ -135,7 +135,7 @@ def frontier(frame: pd.DataFrame, split: str | None = None, size: str | None = N
     split, size = split or frontier_split(frame), size or setting(frame, "size")
     pool = candidates(frame)
     values = _objectives(frame, pool, split, size)
-    on_front = non_dominated(values.to_numpy(), [_is_maximised(str(name)) for name in values])
+    on_front = non_dominated(values.to_numpy(), [is_maximised(str(name)) for name in values])
     return pool[on_front].sort_values([size, "key"])
 
 
@@ -145,7 +145,7 @@ def front_probability(frame: pd.DataFrame, split: Split) -> pd.Series:
     pool = candidates(frame)
     scored = _objectives(frame, pool, split, setting(frame, "size")).dropna().index
     near, drawn, known = _resampled(frame, split)
-    share = front_share(drawn, [_is_maximised(str(name)) for name in near])
+    share = front_share(drawn, [is_maximised(str(name)) for name in near])
     return pd.Series(share, index=near.index).where(known).reindex(scored.union(near.index)).fillna(
         pd.Series(0.0, index=scored.difference(near.index)))
 
@@ -198,7 +198,7 @@ def _within_reach(pool: pd.DataFrame, values: pd.DataFrame, split: str) -> Bools
     """Which candidates no other one dominates by more than FAR standard errors of both: (n,)."""
     errors = pd.DataFrame({name: 0.0 if "/" not in name else pool[f"{split}/{name}_stderr"].fillna(np.inf)
                            for name in map(str, values)}, index=values.index)
-    lower = np.where([_is_maximised(str(name)) for name in values], -values, values)
+    lower = np.where([is_maximised(str(name)) for name in values], -values, values)
     surely, at_best = (np.asarray(lower + sign * FAR * errors.to_numpy()) for sign in (1, -1))
     reach = np.ones(len(lower), dtype=np.bool_)
     for point in surely[non_dominated(surely, [False] * lower.shape[1])]:
@@ -214,15 +214,10 @@ def _objectives(frame: pd.DataFrame, pool: pd.DataFrame, split: str, size: str) 
                          for name in names})
 
 
-def _is_maximised(objective: str) -> bool:
-    """Of a metric, "task/metric", by its name; sizes and times go down."""
-    return "/" in objective and higher_is_better(objective)
-
-
 def knee_of(frame: pd.DataFrame, split: Split) -> pd.Series | None:
     """The candidate where the frontier bends most (pareto.knee), or None where it does not."""
     values = _objectives(frame, front := frontier(frame, split), split, setting(frame, "size"))
-    position = knee(values.to_numpy(), [_is_maximised(str(name)) for name in values])
+    position = knee(values.to_numpy(), [is_maximised(str(name)) for name in values])
     return None if position is None else front.iloc[position]
 
 

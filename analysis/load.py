@@ -1,12 +1,9 @@
 """A study directory as one pandas frame: the only module here that reads the ledger's rounds and trials."""
 
-import gc
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pandas as pd
 
 from raysearch.config import SIZES, Metric, TrialConfig
+from raysearch.study.collector import without_collector
 from raysearch.study.damage import find_damage
 from raysearch.study.ledger import Ledger, Split
 from raysearch.study.records import OtherRecord, RoundRecord, SpeedRecord, TrialRecord
@@ -36,19 +33,7 @@ COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias
            "evaluate_s", "seconds", "trial_seconds")
 
 
-@contextmanager
-def without_collector() -> Iterator[None]:
-    """Thousands of records that all stay cost a third of the seconds if the garbage collector walks them again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-@without_collector()
+@without_collector()  # thousands of records that all stay: to walk them again and again takes a third of the seconds
 def load(directory: str | AnyPath) -> pd.DataFrame:
     """One row per (trial, round), after one row for the dense baseline (trial NA, round 0, status "dense") and before one per
     round of each dense control (trial NA, status "control") and one per model that was added (trial NA, status "other").

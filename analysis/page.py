@@ -41,7 +41,7 @@ from analysis.compare import compare
 from analysis.constraints import Constraint, parse_constraints
 from analysis.findings import default_limit, headlines, optimism
 from analysis.importance import dependence, importance
-from analysis.load import load, metric_names, without_collector
+from analysis.load import load, metric_names
 from analysis.parallel import parallel_coordinates
 from analysis.pick import pick
 from analysis.plots import (
@@ -56,6 +56,7 @@ from analysis.reproduce import study_options
 from analysis.studies import progress_figure
 from analysis.tables import describe_config, metric_pair, with_stderr
 from raysearch.config import higher_is_better
+from raysearch.study.collector import without_collector
 from raysearch.study.files import new_file
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import StudyRecord

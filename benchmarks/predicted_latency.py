@@ -88,8 +88,7 @@ def main() -> None:
             model, kind = copy.deepcopy(dense), ("structured", "unstructured", "both")[index % 3]
             thin(model, chance, kind)
             expected = predicted(latency, model) / latency.dense_ms
-            num_tokens = (serving.batch_sequences * serving.prompt_tokens, serving.batch_sequences)
-            sparsify_for_inference(model, num_tokens=num_tokens)
+            sparsify_for_inference(model, num_tokens=serving.tokens_at_once)
             runs = [speeds([dense, model], **serving.model_dump()) for _ in range(options.runs)]
             found = statistics.median(other.batch_ms(serving) / one.batch_ms(serving) for one, other in runs)
             errors.setdefault(kind, []).append(expected / found - 1)

@@ -259,7 +259,7 @@ def main() -> None:
     if getattr(options, "cpu", False):
         os.environ["DS_ACCELERATOR"] = "cpu"
     if options.command == "run":
-        methods.run(options, groups, timed if options.speed else lambda worker, name, seed: {})
+        methods.run(options, groups, *[timed] * options.speed)
     elif options.command == "speed":
         speed(options)
     else:

@@ -42,8 +42,8 @@ def higher_is_better(metric: str) -> bool:
 
 
 def is_maximised(objective: str) -> bool:
-    """Direction of an objective: sizes go down, metrics as `higher_is_better` says."""
-    return objective not in SIZES and higher_is_better(objective)
+    """Direction of an objective: metrics, "task/metric", as `higher_is_better` says; sizes and times go down."""
+    return "/" in objective and higher_is_better(objective)
 
 
 class TrialConfig(Frozen):
@@ -312,6 +312,11 @@ class ServingSettings(Frozen):
     prompt_tokens: int = Field(96, ge=1)
     """Of each sequence; with `new_tokens` at most the model's context."""
     new_tokens: int = Field(32, ge=1)
+
+    @property
+    def tokens_at_once(self) -> tuple[int, int]:
+        """In the forward pass that reads the prompts, and in one of decoding."""
+        return self.batch_sequences * self.prompt_tokens, self.batch_sequences
 
 
 class Study(Frozen):

@@ -175,18 +175,17 @@ def verify(
     from raysearch.deploy.verify import verify_speed
 
     notes: list[str] = []
-    if Path(what).is_dir():
-        compared, timed = run(Path(what), data_dir, corpus, limit), verify_speed(Path(what), notes.append)
-    else:
-        from analysis.pick import check_pick, read_pick
-        from raysearch.deploy.export import export as write
-        from raysearch.study.ledger import Ledger
+    with TemporaryDirectory() as aside:
+        folder = Path(what)
+        if not folder.is_dir():
+            from analysis.pick import check_pick, read_pick
+            from raysearch.deploy.export import export as write
+            from raysearch.study.ledger import Ledger
 
-        picked = read_pick(what)
-        check_pick(picked, echo)
-        with TemporaryDirectory() as folder:
-            written = write(Ledger.open(picked.study_directory), picked.key, Path(folder) / "deploy")
-            compared, timed = run(written, data_dir, corpus, limit), verify_speed(written, notes.append)
+            picked = read_pick(what)
+            check_pick(picked, echo)
+            folder = write(Ledger.open(picked.study_directory), picked.key, Path(aside) / "deploy")
+        compared, timed = run(folder, data_dir, corpus, limit), verify_speed(folder, notes.append)
     rows = [[each.metric, f"{each.recorded:.6g}", f"{each.found:.6g}", str(each.num_items), str(each.num_differing)]
             for each in compared]
     notes += [f"{each.name}: {each.found:.3g} of the dense model's time, {each.recorded:.3g} in the study" for each in timed]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 from raysearch.cluster.joining import start_ray
-from raysearch.config import Action, TrialConfig, parse
+from raysearch.config import Action, TrialConfig
+from raysearch.frozen import parse
 from raysearch.replicate import chain
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
@@ -24,6 +25,7 @@ from raysearch.trial.actions import resolve_actions
 from raysearch.trial.checkpoints import Checkpoints
 from raysearch.trial.inputs import same_inputs
 from raysearch.trial.rank import Rank
+from raysearch.trial.run import number_of
 
 NO_LIMIT_S = 1e9
 """Of a round that is long on purpose."""
@@ -46,9 +48,9 @@ def finish(directory: str, key: str, epochs: float, echo: Callable[[str], None],
     actions, following = (*before, action), round_key(key, action)
     cluster, place = study.cluster, ledger.directory / "finish" / following
     with ledger.lock():
-        trials = ledger.trials()
-        known = next((trial for trial in trials if trial.actions == actions), None)
-        number = known.number if known else 1 + max((trial.number for trial in trials), default=-1)
+        trials = {trial.number: trial for trial in ledger.trials()}
+        number = number_of(actions, list(trials.values()))
+        known = trials.get(number)
         if known is None or known.status != "done" or ledger.report_metrics(following) is None:
             start_ray(study)
             if known is None:

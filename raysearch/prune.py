@@ -17,7 +17,7 @@ from raysearch.study.text import first_line
 from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
 from raysearch.trial.round import dense_round, report_round
-from raysearch.trial.run import run_trial
+from raysearch.trial.run import number_of, run_trial
 from raysearch.trial.worker import Worker
 
 DEFAULT_CONTEXT_TOKENS = 128
@@ -71,9 +71,7 @@ def run_here(worker: Worker, config: TrialConfig | None, actions: tuple[Action, 
     """The trial of these actions, that of before where there is one, with a line for each round; one that diverged is a failed
     one. ValueError for any other fault."""
     ledger = worker.ledger
-    trials = ledger.trials()
-    new = 1 + max((trial.number for trial in trials), default=-1)  # one may be lost
-    number = next((trial.number for trial in trials if trial.actions == actions), new)
+    number = number_of(actions, ledger.trials())
     trial = TrialRecord(number=number, config=config, actions=actions, started_at=utc_now())
     try:
         for trial in run_trial(worker, trial):  # noqa: B020  its latest record

@@ -6,15 +6,16 @@ GPU took longer or still runs, a graph would save nothing (large models, large b
 never captured. A sweep scores the same items after every round, so from the second round on all shapes are known.
 """
 
-import gc
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from raysearch.study.collector import without_collector
 
 MAX_GRAPHS = 64
 """They share one pool of intermediate memory; each keeps its inputs and its output, which is why there is a limit."""
@@ -95,7 +96,8 @@ class Graphs:
         static = [tensor.clone() for tensor in inputs]
         graph, current, aside = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(current)
-        with torch.cuda.stream(aside), _no_collection():
+        # graphs of an earlier scorer that the garbage collector destroyed meanwhile would break the capture
+        with torch.cuda.stream(aside), without_collector():
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = self.forward(is_chain, *static)
@@ -106,18 +108,6 @@ class Graphs:
             graph.capture_end()
         current.wait_stream(aside)
         return _Captured(graph, static, output)
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Graphs of an earlier scorer that the garbage collector destroyed meanwhile would break the capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def bucket(num: int) -> int:

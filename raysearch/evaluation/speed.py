@@ -36,8 +36,7 @@ WARM_ROUNDS = 2
 def beside_dense(dense: Any, model: Any, serving: ServingSettings, say: Callable[[str], object]) -> tuple[Served, Served, str]:
     """(of the dense model, of the other one as it is served, cut down and, in place, on sparse kernels where those win, and
     what was done to it)."""
-    num_tokens = (serving.batch_sequences * serving.prompt_tokens, serving.batch_sequences)
-    form = _in_words(sparsify_for_inference(model, num_tokens=num_tokens, say=say))
+    form = _in_words(sparsify_for_inference(model, num_tokens=serving.tokens_at_once, say=say))
     one, other = speeds([dense, model], **serving.model_dump())
     return one, other, form
 

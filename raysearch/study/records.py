@@ -120,8 +120,7 @@ class Served(Frozen):
 
     def batch_ms(self, serving: ServingSettings) -> float:
         """Of a batch: the prompts are read, then every sequence gets its new tokens."""
-        prompt_tokens = serving.batch_sequences * serving.prompt_tokens
-        return prompt_tokens / self.scoring_tokens_per_s * 1e3 + serving.new_tokens * self.decode_ms
+        return serving.tokens_at_once[0] / self.scoring_tokens_per_s * 1e3 + serving.new_tokens * self.decode_ms
 
 
 Curve = tuple[tuple[float, float], ...]

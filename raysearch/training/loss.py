@@ -176,12 +176,13 @@ def take_loss(model: PreTrainedModel, compiled: bool = False, is_partitioned: bo
                 labels: Labels | None) -> Tensor:
         if states is not None:
             named = {**named, "output_hidden_states": True}
+        wanted = tokens if labels is None else labels[0]
         if has_plain_head:
             output = model.base_model(tokens, **named, use_cache=False)
-            value = loss(output.last_hidden_state, embeddings, tokens if labels is None else labels[0], *teacher)
+            value = loss(output.last_hidden_state, embeddings, wanted, *teacher)
         else:
             output = forward(tokens, **named)
-            value = loss(output.logits, _cross_entropy_of_logits, tokens if labels is None else labels[0], *teacher)
+            value = loss(output.logits, _cross_entropy_of_logits, wanted, *teacher)
         if labels is not None:
             value = value * labels[1]
         return value if states is None else value + states[1] * square_head(output.hidden_states[1:], states[0])

@@ -68,15 +68,13 @@ def measured_latency(model_path: str, dtype: torch.dtype, serving: ServingSettin
     dense, dense_ms = on_device(load_model(model_path, dtype)), []
 
     def ratio(model: Any) -> float:
-        one, other = (served.batch_ms(serving) for served in
-                      speeds([dense, model], **serving.model_dump()))
+        one, other = (served.batch_ms(serving) for served in speeds([dense, model], **serving.model_dump()))
         dense_ms.append(one)
         return other / one
 
     with _all_cores():
         neurons, heads, layer = _cut_curves(dense, ratio)
-        num_tokens = (serving.batch_sequences * serving.prompt_tokens, serving.batch_sequences)
-        masked = {pattern: _masked_curve(dense, pattern, num_tokens, ratio) for pattern in BLOCKS}
+        masked = {pattern: _masked_curve(dense, pattern, serving.tokens_at_once, ratio) for pattern in BLOCKS}
         ratio(dense)
         return Latency(serving=serving, dense_ms=float(np.median(dense_ms)), neurons=neurons, heads=heads, layer=layer,
                        masked=masked, provenance=provenance(device_name(str(dense.device))))

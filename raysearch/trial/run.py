@@ -2,10 +2,11 @@
 
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
+from raysearch.config import Action
 from raysearch.study.provenance import utc_now
 from raysearch.study.records import TrialRecord
 from raysearch.training.finetune import Diverged
@@ -15,6 +16,12 @@ from raysearch.trial.worker import Worker
 
 class Superseded(Exception):
     """This gang was given up, for example behind a network that broke, and its trial was started again or ended since."""
+
+
+def number_of(actions: tuple[Action, ...], trials: Sequence[TrialRecord]) -> int:
+    """Of the trial of these actions, or of the next one: a record in between may be lost."""
+    new = 1 + max((trial.number for trial in trials), default=-1)
+    return next((trial.number for trial in trials if trial.actions == actions), new)
 
 
 def run_trial(worker: Worker, trial: TrialRecord) -> Iterator[TrialRecord]:
