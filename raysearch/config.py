@@ -16,7 +16,6 @@ LrSchedule = Literal["cosine", "constant", "one_cycle"]
 Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
 
-
 SIZES = ("num_nonzero", "stored_bytes", "resident_bytes", "predicted_ms")
 """Sizes of a candidate that a search may lower: fields of its record. `predicted_ms`: time of a batch of `serving`."""
 
@@ -178,6 +177,16 @@ class Action(Frozen):
     """Where in the endless stream of shuffled epochs this round's fine-tuning begins."""
     seed: int = 0
     """Seed of the data order; 0 where nothing is read."""
+
+
+READ_BY = {"mask_interval_steps": ("gradual_magnitude", "sr_ste", "movement", "soft_movement", "l0", "rigl", "set"),
+           "mask_decay": ("sr_ste",), "drop_fraction": ("rigl", "set"), "score_rate": ("soft_movement", "l0"),
+           "score_penalty": ("soft_movement",), "gate_penalty": ("l0",),
+           "calibration_sequences": ("wanda", "ria", "sparsegpt", "taylor", "contribution")}
+"""Settings that these criteria alone read; calibration_sequences budget `owl` too."""
+WHILE_TRAINING = ("l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha", "distill_hidden", "learning_rate",
+                  "lr_schedule")
+"""Settings that say nothing where nothing is fine-tuned."""
 
 
 class Unhashed:
@@ -374,26 +383,17 @@ _RENAMED = {"model": "path", "eval_items": "num_items"}
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings by their own names, or those of format 1, in their sections; ValueError for a name that is none."""
     sections: dict[str, Any] = {}
-    objectives = [settings[name] for name in ("size", "objective") if name in settings]
-    if objectives:
-        defaults = {"size": "num_nonzero", "objective": "text/bits_per_byte"} | settings
-        sections["search"] = {"objectives": (defaults["size"], defaults["objective"])}
-    for name, value in settings.items():
+    objectives = {"size": "num_nonzero", "objective": "text/bits_per_byte"}  # of format 1, with their defaults
+    if objectives.keys() & settings:
+        sections["search"] = {"objectives": tuple((objectives | settings)[name] for name in objectives)}
+    for name in [name for name in settings if name not in objectives]:
         renamed = _RENAMED.get(name, name)
-        if name in ("size", "objective"):
-            continue
         if renamed not in SECTION_OF:
             raise ValueError(f"{name}: no such setting; the settings are {', '.join(SECTION_OF)}")
-        sections.setdefault(SECTION_OF[renamed], {})[renamed] = value
+        sections.setdefault(SECTION_OF[renamed], {})[renamed] = settings[name]
     return {section: sections[section] for section in Study.model_fields if section in sections}
 
 
 def study_of(**settings: Any) -> Study:
     """A study of settings by their own names: study_of(path="models/mine", num_trials=4)."""
     return parse(Study, nested(settings), "study")
-
-
-def is_flat(settings: dict[str, Any]) -> bool:
-    """Whether these are the settings of format 1, which had no sections."""
-    return isinstance(settings.get("model"), str) or bool(set(settings) & ({*SECTION_OF, "eval_items", "objective", "size"}
-                                                                           - set(Study.model_fields)))

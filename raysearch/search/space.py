@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raysearch
-from raysearch.config import Action, Study, TrialConfig, is_flat, nested
+from raysearch.config import SECTION_OF, Action, Study, TrialConfig, nested
 from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
@@ -59,7 +59,8 @@ def load_space(name: str) -> tuple[Study, Space]:
     if not isinstance(study, dict) or not callable(space):
         raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
                          f"{type(study).__name__} and {type(space).__name__}")
-    if is_flat(study):
+    of_format_1 = {*SECTION_OF, "eval_items", "objective", "size"} - {*Study.model_fields}
+    if isinstance(study.get("model"), str) or of_format_1 & study.keys():
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format 2; give "
                          f"STUDY = {nested(study)}")
     return parse(Study, study, f"{name}.STUDY"), space
