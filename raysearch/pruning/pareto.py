@@ -20,7 +20,10 @@ def pareto_front(size: npt.ArrayLike, quality: npt.ArrayLike) -> Bools:
     j dominates i when size[j] <= size[i] and quality[j] >= quality[i] and one of the two is strict. So equal points
     are on the front together or not at all (drop aliases first if one of them is enough). A point with a NaN or an
     infinity is never on the front and dominates nothing."""
-    sizes, qualities = _pair(size, quality)
+    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    if sizes.ndim != 1 or sizes.shape != qualities.shape:
+        raise ValueError("size and quality must be two one-dimensional arrays of equal length, "
+                         f"got shapes {sizes.shape} and {qualities.shape}")
     front = np.isfinite(sizes) & np.isfinite(qualities)
     finite = np.flatnonzero(front)
     order = finite[np.lexsort((-qualities[finite], sizes[finite]))]  # by size up, then quality down
@@ -152,11 +155,3 @@ def knee(values: npt.ArrayLike, maximised: Sequence[bool]) -> int | None:
     best, worst = lower[front].min(axis=0), lower[front].max(axis=0)
     sums = ((lower[front] - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
     return int(front[sums.argmin()]) if sums.min() < min(1.0, sums.max()) - 1e-9 else None
-
-
-def _pair(size: npt.ArrayLike, quality: npt.ArrayLike) -> tuple[Floats, Floats]:
-    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
-    if sizes.ndim != 1 or sizes.shape != qualities.shape:
-        raise ValueError("size and quality must be two one-dimensional arrays of equal length, "
-                         f"got shapes {sizes.shape} and {qualities.shape}")
-    return sizes, qualities

@@ -113,9 +113,7 @@ def layers(layout: Layout) -> Units:
         raise ValueError("pattern layer needs a model whose blocks are known and add to what they get, and this one's are not "
                          "or normalise the sum; give another pattern, or add its family to "
                          "raysearch/models/architectures.py")
-    parts = [part for number, block in enumerate(layout.blocks) for matrix in block
-             for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
-    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+    return _of_blocks(layout.blocks)
 
 
 def layer_outputs(layout: Layout) -> Units:
@@ -125,9 +123,13 @@ def layer_outputs(layout: Layout) -> Units:
     if not layout.blocks or len(last) != 2 * len(layout.blocks):
         raise ValueError("layer_drop needs a model whose blocks are known and add to what they get, and this one's are not; "
                          "give layer_drop 0, or add its family to raysearch/models/architectures.py")
-    parts = [part for number, block in enumerate(layout.blocks) for matrix in block if matrix.name in last
+    return _of_blocks([[matrix for matrix in block if matrix.name in last] for block in layout.blocks])
+
+
+def _of_blocks(blocks: Sequence[Sequence[Matrix]]) -> Units:
+    parts = [part for number, block in enumerate(blocks) for matrix in block
              for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
-    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+    return Units(tuple(parts), torch.zeros(len(blocks), dtype=torch.int64))
 
 
 def blocks(layout: Layout, side: int = 32) -> Units:

@@ -18,7 +18,6 @@ the keys that share the digits before, find the k-th smallest exactly, denormals
 """
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -104,16 +103,9 @@ def reserved(scores: Tensor, eligible: Tensor) -> Tensor:
     return torch.where(eligible, scores.view(torch.int32), _RESERVED).view(torch.float32)
 
 
-def keep_masks(
-    shards: Sequence[Tensor],
-    parameter_index: Sequence[int],
-    num_prune: int | Mapping[int, int],
-    *,
-    all_reduce: AllReduce = one_process,
-    rank: int = 0,
-    world_size: int = 1,
-    passes: Passes = MAGNITUDES,
-) -> list[Tensor]:
+def keep_masks(shards: Sequence[Tensor], parameter_index: Sequence[int], num_prune: int | Mapping[int, int], *,
+               all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1, passes: Passes = MAGNITUDES
+               ) -> list[Tensor]:
     """Masks with exactly `num_prune` False over all ranks: the lowest scores of all the shards together (scope `global`). A
     mapping has a number for each parameter of any rank, whose scores are then compared with each other alone (scope `layer`).
 
@@ -146,7 +138,7 @@ def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> li
     for shard, threshold in zip(shards, thresholds, strict=True):
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold must be finite and at least 0, got {threshold:g}")
-        masks.append(_mask(shard, magnitude_keys, _to_bits_rounded_up(threshold), 0))
+        masks.append(_mask(shard, magnitude_keys, _bits_rounded_up(threshold), 0))
     return masks
 
 
@@ -298,15 +290,8 @@ def _mask(shard: Tensor, keys: Callable[[Tensor], Tensor], threshold: int, end_o
     return mask
 
 
-def _tie_offsets(
-    num_ties: Sequence[int],
-    parameter_index: Sequence[int],
-    all_reduce: AllReduce,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    within_parameters: bool,
-) -> list[int]:
+def _tie_offsets(num_ties: Sequence[int], parameter_index: Sequence[int], all_reduce: AllReduce, rank: int, world_size: int,
+                 device: torch.device, within_parameters: bool) -> list[int]:
     """How many ties come before each shard of this rank, in (parameter, rank, shard) order; of its parameter, or of all."""
     num_parameters = torch.zeros(world_size, dtype=torch.int64, device=device)
     num_parameters[rank] = max(parameter_index, default=-1) + 1
@@ -334,17 +319,7 @@ def _end_of_ties(shard: Tensor, threshold: int, num_ties: int, passes: Passes) -
     return offset
 
 
-def _to_bits(magnitude: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", magnitude))[0])
-
-
-def _from_bits(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-def _to_bits_rounded_up(threshold: float) -> int:
-    """Bits of the smallest fp32 that is not below `threshold`."""
-    if threshold > _from_bits(_INFINITY - 1):
-        return _INFINITY
-    bits = _to_bits(threshold)
-    return bits if _from_bits(bits) >= threshold else bits + 1
+def _bits_rounded_up(threshold: float) -> int:
+    """Of the smallest fp32 that is not below `threshold`."""
+    nearest = torch.tensor(threshold, dtype=torch.float64).float()
+    return int(nearest.view(torch.int32)) + (float(nearest) < threshold)
