@@ -198,7 +198,7 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
                 weights_sha256=sha256, items_sha256=file_sha256(items_file) if evaluation else None,
                 provenance=provenance_of(worker))
             write_record(folder / "record.json", record)
-        worker.ledger.copy_round(key)
+        worker.ledger.restore([f"rounds/{key}/record.json"])
         return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
     def store() -> RoundRecord:
