@@ -22,7 +22,6 @@ from analysis.candidates import (
 from analysis.plots import SIZE_NAMES
 from analysis.tables import metric_pair, with_stderr
 from raysearch.config import higher_is_better
-from raysearch.study.ledger import Split
 from raysearch.units import human_bytes, human_count
 
 
@@ -46,11 +45,12 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     trained = _scored_control(frame, split)
     sentences = [_describe_smallest(frame, smallest, words, split)
                  for words, smallest in _nearest(scored, baseline, trained, split)]
-    front = frontier(frame)
+    front, (low, high) = frontier(frame), relative_hypervolume_interval(frame, split)
+    interval = "" if math.isnan(low) else f"{low:.3f} to {high:.3f} on other items, at 95 %; "
     num_front = int((front["status"] != "dense").sum())
     sentences.append(f"{num_front} of {len(scored)} candidates scored on the {split} split are on the frontier, from "
                      f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(made)} candidates "
-                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} ({_interval(frame, split)}relative to "
+                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} ({interval}relative to "
                      f"dense in size, by {SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
     if (bend := knee_of(frame, split)) is not None and bend["status"] != "dense":
         sentences.append(f"The frontier bends most at trial {bend['trial']} round {bend['round']} (sparsity "
@@ -62,11 +62,6 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     if (sentence := _better(scored, baseline, trained, split)) is not None:
         sentences.append(sentence)
     return sentences
-
-
-def _interval(frame: pd.DataFrame, split: Split) -> str:
-    low, high = relative_hypervolume_interval(frame, split)
-    return "" if math.isnan(low) else f"{low:.3f} to {high:.3f} on other items, at 95 %; "
 
 
 def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str
