@@ -41,6 +41,8 @@ from raysearch.training.texts import Texts
 from raysearch.units import human_bytes
 
 RECORD = "raysearch.json"
+SEED = 0
+"""Of the random weights and the order of the text."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,20 @@ class PretrainResult:
     """Seconds of the whole call; both are those of the call that trained, when the folder was there already."""
 
 
-def pretrain(
-    preset: str,
-    corpus: str,
-    out: Path,
-    *,
-    text_field: str = "text",
-    steps: int | None = None,
-    seed: int = 0,
-    num_workers: int = 1,
-    zero_stage: int = 0,
-    batch_tokens: int | None = None,
-    checkpoint_every_s: float = 60.0,
-    resume: bool = True,
-    cache_dir: Path | None = None,
-    echo: Callable[[str], None] = print,
-) -> PretrainResult:
+def pretrain(preset: str, corpus: str, out: Path, *, text_field: str = "text", steps: int | None = None, num_workers: int = 1,
+             zero_stage: int = 0, checkpoint_every_s: float = 60.0, echo: Callable[[str], None] = print) -> PretrainResult:
     """Trains the preset on the corpus and writes the Hugging Face folder `out`, in fp32 on CPUs and bf16 on GPUs.
 
     A folder that the same settings made is returned as it is; an unfinished run of the same settings goes on from its
-    last checkpoint unless `resume` is False. Raises ValueError of one sentence for bad input and for a loss
-    that became NaN, RuntimeError when workers died too often.
+    last checkpoint. Raises ValueError of one sentence for bad input and for a loss that became NaN, RuntimeError when workers
+    died too often.
     """
     started = time.monotonic()
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     shape = PRESETS[preset]
     num_steps = shape.num_steps if steps is None else steps
-    batch_tokens = batch_tokens or shape.batch_tokens
+    batch_tokens = shape.batch_tokens
     if num_steps < 1:
         raise ValueError(f"steps must be at least 1, got {num_steps}")
     if num_workers < 1 or batch_tokens % (num_workers * shape.context_tokens):
@@ -100,7 +88,7 @@ def pretrain(
     if any(part.holds_chats for part in documents.values()):
         raise ValueError(f"corpus {corpus}: holds chats, which need a tokenizer with a chat template, and pretraining makes "
                          "its own; give plain text, or fine-tune a model that has one")
-    settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+    settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": SEED,
                 "corpus_fingerprint": _fingerprint(documents)}
     del settings["note"]
     if (done := _finished(out, settings)) is not None:
@@ -108,16 +96,16 @@ def pretrain(
         return done
     resources = _resources(num_workers)
     work = out.parent / f".{out.name}.pretrain-{hash_json([settings, num_workers, zero_stage, resources])[:8]}"
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
-    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, cache_dir, echo)
-              for split in ("train", "report")}
+    if not (work / "tokenizer").is_dir():
+        with new_directory(work / "tokenizer") as aside:
+            train_tokenizer(documents["train"], shape.vocab_size).save_pretrained(aside)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, say=echo) for split in ("train", "report")}
     del documents  # training takes long, and its workers' memory is needed
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
-    job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+    job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": SEED,
            "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
            "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
     echo(memory_needed(shape, job, num_workers))
@@ -216,13 +204,6 @@ def _resources(num_workers: int) -> dict[str, float]:
         raise ValueError(f"num_workers must be at most the cluster's {have.get('CPU', 0):g} cores, got {num_workers}")
     largest_node = max(node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"])
     return {"CPU": max(1, int(min(have["CPU"] // num_workers, largest_node)))}
-
-
-def _tokenizer(folder: Path, documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    if not folder.is_dir():
-        with new_directory(folder) as aside:
-            train_tokenizer(documents, vocab_size).save_pretrained(aside)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers: int, resources: dict[str, float],
