@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raysearch.kernels.device import device_name
 from raysearch.kernels.dispatch import Copies, time_in_turn, wins
-from raysearch.kernels.weight import compress
+from raysearch.kernels.weight import compress, random_mask
 
 NUM_ROUNDS = 11
 
@@ -53,19 +53,10 @@ CPU = (Case((3072, 768), "unstructured", 1, 0.9, (64,)), Case((4096, 4096), "uns
        Case((3072, 768), "block", 32, 0.9, (512,)), Case((4096, 4096), "block", 32, 0.9, (512,)))
 
 
-def random_mask(case: Case, device: torch.device) -> Tensor:
-    """A bool mask of the case's pattern and sparsity."""
-    rows, columns = case.shape
-    if case.pattern == "2:4":
-        order = torch.rand(rows, columns // 4, 4, device=device).argsort(dim=-1)
-        return (order < 2).view(rows, columns)
-    kept = torch.rand(-(-rows // case.block), -(-columns // case.block), device=device) >= case.sparsity
-    return kept.repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)[:rows, :columns].contiguous()
-
-
 def run_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """One record for each number of tokens; times in microseconds, ratios to dense."""
-    mask, dtype = random_mask(case, device), torch.float32 if device.type == "cpu" and case.block == 1 else torch.bfloat16
+    mask = random_mask(case.shape, case.pattern, case.block, 1 - case.sparsity, device=device)
+    dtype = torch.float32 if device.type == "cpu" and case.block == 1 else torch.bfloat16
     weight = torch.where(mask, torch.randn(case.shape, device=device) / case.shape[1] ** 0.5, 0).to(dtype)
     layer = Copies(compress(weight, mask, case.pattern, case.block))
     dense = layer.dense()
