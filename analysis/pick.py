@@ -234,8 +234,7 @@ def describe_pick(result: Pick) -> str:
             for name, measured in result.metrics.items()]
     text += aligned(["report split", "picked", *others], rows, left=("report split",))
     for check in result.checks:
-        noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
-        noise = at_worst(check) + noise
+        noise = at_worst(check) + ("" if check.stderr is None else f", standard error {check.stderr:.3g}")
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
         written = check.constraint.written
@@ -382,8 +381,7 @@ def _why_none(rows: list[pd.Series], constraints: Sequence[Constraint], checks: 
             nearest = max(misses, key=lambda i: of_all[i].margin)
             part += f" (the nearest that misses is {_name(rows[nearest])}, {miss(of_all[nearest])})"
         parts.append(part)
-    reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: "
-    reason += "; ".join(parts)
+    reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: {'; '.join(parts)}"
     if len(constraints) > 1 and rows:
         missed = [[check for check in of_row if check.margin < 0] for of_row in checks]
         relative = [sum(-one.margin / (abs(one.constraint.limit) or 1.0) for one in of_row) for of_row in missed]

@@ -86,6 +86,11 @@ def _question(description: str, question: str, until: Sequence[str], **metric: o
 
 _QUESTION_FIELDS = {"question": TEXT, "answer": Rule("a list of texts", _is_texts)}
 
+
+def _question_item(row: Item) -> Item:
+    return {"question": row["question"], "answer": row["answer"]}
+
+
 STORY_COLUMNS = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4", "RandomFifthSentenceQuiz1",
                  "RandomFifthSentenceQuiz2", "AnswerRightEnding")
 
@@ -117,20 +122,17 @@ FILE_TASKS: dict[str, FileTask] = {
         "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
     ),
     "nq_open": FileTask(
-        ("nq_open/validation.jsonl",), "nq_open", _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("nq_open/validation.jsonl",), "nq_open", _QUESTION_FIELDS, _question_item,
         _question("Answer these questions:\n\n", "Q: {{question}}?\nA:", ["\n", ".", ","], **_NO_ARTICLES),
         "closed book, lm-eval's nq_open version 4 with all answers accepted",
     ),
     "webqs": FileTask(
-        ("webquestions/test.jsonl", "webqs/test.jsonl"), None, _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("webquestions/test.jsonl", "webqs/test.jsonl"), None, _QUESTION_FIELDS, _question_item,
         _question("", "Q: {{question}}\nA:", ["\n"], **_NO_ARTICLES),
         "closed book, free-form greedy answer as in the GPT-3 evaluation (lm-eval's webqs chooses among answers)",
     ),
     "triviaqa": FileTask(
-        ("triviaqa/validation.jsonl",), "triviaqa", _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("triviaqa/validation.jsonl",), "triviaqa", _QUESTION_FIELDS, _question_item,
         _question("", "Question: {{question}}?\nAnswer:", ["\n", ".", ","]),
         "closed book, lm-eval's triviaqa version 3",
     ),
