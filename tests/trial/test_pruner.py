@@ -791,7 +791,7 @@ def come_back(engine: Any) -> dict[str, bool]:
 def head_logits(engine: Any) -> dict[str, Any]:
     from raysearch.config import Action
     from raysearch.trial.pruner import Pruner
-    from raysearch.trial.sizes import sizes
+    from raysearch.trial.sizes import weighed
 
     engine.load_base()
     Pruner(engine, Action(pattern="head", scope="layer", sparsity=0.5), 0).begin()
@@ -805,7 +805,7 @@ def head_logits(engine: Any) -> dict[str, Any]:
         bias = engine.gather(f"transformer.h.{layer}.attn.c_attn.bias").view(3, -1, size)
         assert not bias[:, head].any()
         assert engine.gather_mask(f"transformer.h.{layer}.attn.c_attn.bias") is not None
-    counted = list(sizes(engine, engine.kept_counts(), "float32"))
+    counted = list(weighed(engine, "float32")[3:])
     before = {name: engine.gather(name).clone() for name in engine.shapes}
     engine.restart(1e3)
     engine.train_step(next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], 1e-4)
