@@ -14,8 +14,8 @@ import pandas as pd
 from analysis.candidates import pruned, quality, setting
 from analysis.load import HYPERPARAMETERS
 from raysearch.config import READ_BY, WHILE_TRAINING, Action, TrialConfig
+from raysearch.pruning.pareto import Floats
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MIN_CANDIDATES = 8

@@ -122,7 +122,6 @@ def compact_size(config: PretrainedConfig, zeros: Mapping[str, Zeros], itemsize:
     """Of a model of this configuration whose matrices, by path, hold these zeros; None where `compact` cuts out nothing. No
     weight is needed. Where `compact` finds other logits, which this cannot know, it leaves the whole."""
     model = from_config(copy.deepcopy(config), torch.float32)
-    model.tie_weights()
     if (known := architecture(model)) is None:
         return None
     path_of = {id(model.get_submodule(path)): path for path in zeros}
@@ -201,7 +200,6 @@ def plain_config(model: Any) -> PretrainedConfig | None:
         made = from_config(config, model.dtype)
     except Exception:  # of blocks that differ a ValueError; a configuration that cannot say it raises its family's own
         return None
-    made.tie_weights()
     shapes = [{name: tuple(parameter.shape) for name, parameter in each.named_parameters()} for each in (made, model)]
     return config if shapes[0] == shapes[1] else None
 
@@ -212,7 +210,8 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
     stay = []
     for index, block in enumerate(blocks):
         outputs = [getattr(block.get_submodule(part.module), last) for part, last in zip((known.attention, known.mlp), lasts)]
-        if not all(map(is_linear, outputs)) or not all(map(_is_dead, map(zeros, outputs))):
+        if not all(map(is_linear, outputs)) or any(not found.outputs.all() or (found.bias is not None and found.bias.any())
+                                                   for found in map(zeros, outputs)):
             stay.append(index)
     stay, num_before = stay or [0], len(blocks)
     if len(stay) == num_before:
@@ -231,10 +230,6 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     config.num_hidden_layers = len(stay)
     return num_before - len(stay)
-
-
-def _is_dead(zeros: Zeros) -> bool:
-    return bool(zeros.outputs.all()) and (zeros.bias is None or not zeros.bias.any())
 
 
 State = list[tuple[Any, dict[str, Any]]]

@@ -188,17 +188,16 @@ def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, 
     the noise would cost the memory of both forms."""
     device = next(model.parameters()).device
 
-    def run(which: int) -> Callable[[], object]:
-        def with_layers() -> None:
-            for parent, attribute, *layers in swaps:
-                setattr(parent, attribute, layers[which])
-            forward(num_tokens)
-        return with_layers
+    def run(which: int) -> None:
+        for parent, attribute, *layers in swaps:
+            setattr(parent, attribute, layers[which])
+        forward(num_tokens)
 
     known = architecture(model)  # other families are scored without graphs too
-    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS, as_graphs=known is not None and known.shares_prefixes)
+    times = time_in_turn([lambda: run(0), lambda: run(1)], device, NUM_PAIRS,
+                         as_graphs=known is not None and known.shares_prefixes)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
-    run(0)()  # the dense layers again, until _install decides
+    run(0)  # the dense layers again, until _install decides
     return ratio if ratio >= WIN else 1.0
 
 

@@ -98,7 +98,7 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
     records, opened = ledger.trials() if records is None else records, None
     wrong = "is missing"
     if path.is_file() and not (wrong := journal_damage(path.read_bytes(), ledger.seal())):
-        opened = _load(path, study)
+        opened = _open(WholeJournal(path), study)
         wrong = disagreement(opened, study, records)
     if opened is None or wrong:
         if path.is_file() or records:
@@ -108,7 +108,7 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
         for trial in from_records(ledger, study, records):
             again.add_trial(trial)
         WholeJournal(path).append_logs(held.logs)
-        opened = _load(path, study)
+        opened = _open(WholeJournal(path), study)
     if opened.metric_names is None:
         opened.set_metric_names(list(study.search.objectives))
     seal_journal(ledger)
@@ -121,10 +121,6 @@ def seal_journal(ledger: Ledger) -> None:
     seal = JournalSeal(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if seal != ledger.seal():
         ledger.write_seal(seal)
-
-
-def _load(path: AnyPath, study: Study) -> optuna.Study:
-    return _open(WholeJournal(path), study)
 
 
 def _open(backend: BaseJournalBackend, study: Study) -> optuna.Study:
