@@ -214,6 +214,17 @@ def n_of_m(pattern: str) -> NOfM | None:
     return rule
 
 
+def unit_sizes(units: Units) -> Tensor:
+    """int64 [U]: the weights of each unit, without what goes along."""
+    sizes = torch.zeros(len(units.group) + 1, dtype=torch.int64)  # the last is of no unit
+    for part in (part for part in units.parts if not part.goes_along):
+        rows, num_rows = torch.unique(part.rows, return_counts=True)
+        columns, num_columns = torch.unique(part.columns, return_counts=True)
+        unit = (rows[:, None] + columns).flatten()
+        sizes.index_add_(0, torch.where(unit < 0, len(units.group), unit), (num_rows[:, None] * num_columns).flatten())
+    return sizes[:-1]
+
+
 def units_of(part: Part, start: int, stop: int, device: torch.device) -> Tensor:
     """int64 [stop - start]: the units of the weights start..stop of the flattened parameter; negative where none."""
     index = torch.arange(start, stop, device=device)

@@ -17,7 +17,7 @@ from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import CRITERIA, magnitude
-from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
+from raysearch.pruning.patterns import PATTERNS, Units, n_of_m, unit_sizes
 from raysearch.pruning.selection import MAGNITUDES, SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
@@ -29,7 +29,7 @@ from raysearch.trial.group_lasso import GroupLasso
 from raysearch.trial.layer_drop import LayerDrop
 from raysearch.trial.matrices import LayerSparsities, budget_of, masks_by_row, prune_block_by_block, thresholds
 from raysearch.trial.soft_movement import SoftMovement
-from raysearch.trial.units import unit_counts, unit_masks, unit_sums
+from raysearch.trial.units import eligible_units, unit_masks, unit_sums
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -44,6 +44,7 @@ class Pruner:
         self.n_of_m = n_of_m(action.pattern)
         find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
+        self._sizes = unit_sizes(self.units) if self.units else torch.zeros(0)
         self._start = 0.0
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
@@ -176,21 +177,21 @@ class Pruner:
     # ---- units ----
 
     def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
-        sizes, eligible = unit_counts(self.engine, units, self._eligible)
-        scores = self._unit_scores(units, sizes)
-        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible, self._before)
+        eligible = eligible_units(self.engine, units, self._eligible)
+        scores = self._unit_scores(units)
+        return unit_masks(self.engine, units, self.action, sparsity, scores, self._sizes, eligible, self._before)
 
     def _masks_by(self, scores: Tensor, sparsity: float) -> Masks:
         self._of_units = scores
         return self._masks(sparsity)
 
-    def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
+    def _unit_scores(self, units: Units) -> Tensor:
         """fp64 [U]: the mean over a unit's weights."""
         if self._of_units is not None:
             return self._of_units
-        sums = unit_sums(self.engine, units, sizes,
+        sums = unit_sums(self.engine, units, self._sizes,
                          lambda shard: torch.where(self._eligible(shard), self._criterion_scores(shard), 0))
-        return sums / sizes.clamp(min=1)
+        return sums / self._sizes.clamp(min=1)
 
     def _criterion_scores(self, shard: Shard) -> Tensor:
         """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
@@ -205,5 +206,4 @@ class Pruner:
             total = sum(math.prod(p.shape) for p in self.engine.prunables)
             kept = self.engine.kept_counts()
             return sum(kept[name] for name in self.engine.prunable_names), total
-        sizes, eligible = unit_counts(self.engine, self.units, self._eligible)
-        return int(sizes[eligible].sum()), int(sizes.sum())
+        return int(self._sizes[eligible_units(self.engine, self.units, self._eligible)].sum()), int(self._sizes.sum())

@@ -14,14 +14,12 @@ OfShard = Callable[[Shard], Tensor]
 """shard -> a number for each of its weights [n]."""
 
 
-def unit_counts(engine: Engine, units: Units, is_eligible: OfShard) -> tuple[Tensor, Tensor]:
-    """On the CPU: int64 [U], weights of each unit; bool [U], whether any of them is eligible."""
-    table = torch.zeros(2, len(units.group) + 1, dtype=torch.int64, device=engine.device)  # the last column is of no unit
+def eligible_units(engine: Engine, units: Units, is_eligible: OfShard) -> Tensor:
+    """bool [U] on the CPU: whether any weight of a unit is eligible."""
+    counts = torch.zeros(len(units.group) + 1, dtype=torch.int64, device=engine.device)  # the last is of no unit
     for shard, part in _places(engine, units):
-        _add_by_unit(table[0], part, shard.start, torch.ones_like(shard.values, dtype=torch.int64))
-        _add_by_unit(table[1], part, shard.start, is_eligible(shard).long())
-    sizes, alive = engine.all_reduce(table)[:, :-1].cpu()
-    return sizes, alive > 0
+        _add_by_unit(counts, part, shard.start, is_eligible(shard).long())
+    return engine.all_reduce(counts)[:-1].cpu() > 0
 
 
 def unit_sums(engine: Engine, units: Units, sizes: Tensor, of_shard: OfShard) -> Tensor:

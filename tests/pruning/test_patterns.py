@@ -16,6 +16,7 @@ from raysearch.pruning.patterns import (
     layers,
     n_of_m,
     neurons,
+    unit_sizes,
     units_of,
 )
 
@@ -97,6 +98,9 @@ def test_shards_cut_anywhere_say_the_same(name: str) -> None:
                 joined = torch.cat([units_of(part, 0, cut, torch.device("cpu")),
                                     units_of(part, cut, flat.numel(), torch.device("cpu"))])
                 assert torch.equal(joined.clamp(min=-1), flat)
+    scored = torch.cat([units_of(part, 0, len(part.rows) * len(part.columns), torch.device("cpu"))
+                        for part in units.parts if not part.goes_along])
+    assert unit_sizes(units).tolist() == scored[scored >= 0].bincount(minlength=len(units.group)).tolist()
 
 
 def test_a_head_is_its_rows_and_columns() -> None:

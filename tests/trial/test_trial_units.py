@@ -6,10 +6,10 @@ import torch
 
 from raysearch.config import Action
 from raysearch.models.architectures import layout
-from raysearch.pruning.patterns import heads
+from raysearch.pruning.patterns import heads, unit_sizes
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
-from raysearch.trial.units import unit_counts, unit_masks, unit_sums
+from raysearch.trial.units import eligible_units, unit_masks, unit_sums
 from raysearch.trial.worker import Worker
 
 
@@ -17,7 +17,7 @@ def test_sums_and_masks_are_those_of_whole_heads(worker: Worker) -> None:
     load_candidate(worker, dense_round(worker))
     engine = worker.engine
     units = heads(layout(engine.model, engine.prunables))
-    sizes, alive = unit_counts(engine, units, lambda shard: shard.values != 0)
+    sizes, alive = unit_sizes(units), eligible_units(engine, units, lambda shard: shard.values != 0)
     sums = unit_sums(engine, units, sizes, lambda shard: shard.values)
     width = engine.model.config.n_embd // 2
     for unit in range(4):
