@@ -25,14 +25,14 @@ from raysearch.config import higher_is_better
 from raysearch.units import human_bytes, human_count
 
 
-def default_limit(frame: pd.DataFrame, confidence: int = 95) -> str:
-    """What `--max-drop` takes for 1 point of an accuracy, or 1 % of another objective of the dense baseline; confidence in
-    percent. ValueError without a baseline on the report split."""
+def default_limit(frame: pd.DataFrame) -> str:
+    """What `--max-drop` takes for 1 point of an accuracy, or 1 % of another objective of the dense baseline, at 95 %.
+    ValueError without a baseline on the report split."""
     baseline, objective = dense(frame), setting(frame, "objective")
     if baseline is None or pd.isna(value := baseline[f"report/{objective}"]):
         raise ValueError("nothing can be chosen before the report split is scored: run the sweep to its end")
     limit = 1.0 if higher_is_better(objective) else float(f"{0.01 * abs(value):.3g}")
-    return f"{objective}={limit:g}@{confidence}%"
+    return f"{objective}={limit:g}@95%"
 
 
 def headlines(frame: pd.DataFrame) -> list[str]:
