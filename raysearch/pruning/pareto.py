@@ -41,24 +41,12 @@ def non_dominated(values: npt.ArrayLike, maximised: Sequence[bool]) -> Bools:
     j dominates i when it is at least as good in every objective and better in one, so equal points are on the front together
     or not at all. A point with a NaN or an infinity is never on the front and dominates nothing. O(n log n) for two
     and three objectives, else O(n d) for each point of the front."""
-    return np.asarray(non_dominated_ranks(values, maximised, max_ranks=1) == 0, dtype=np.bool_)
-
-
-def non_dominated_ranks(values: npt.ArrayLike, maximised: Sequence[bool], max_ranks: int | None = None
-                        ) -> npt.NDArray[np.int64]:
-    """Non-dominated sorting (Deb et al. 2002, NSGA-II, section III A): 0 on the front, 1 on the front of the others, and so
-    on; -1 for points that are not finite, and for those behind the first `max_ranks` fronts. (n, d) -> (n,)."""
     points = np.asarray(values, dtype=np.float64)
     points = points.reshape(len(points), len(maximised))
-    ranks = np.full(len(points), -1, dtype=np.int64)
-    left = np.flatnonzero(np.isfinite(points).all(axis=1))
     lower = np.where(np.asarray(maximised, dtype=bool), -points, points)  # lower is better in every column
-    rank = 0
-    while len(left) and (max_ranks is None or rank < max_ranks):
-        front = _front(lower[left])
-        ranks[left[front]] = rank
-        left, rank = left[~front], rank + 1
-    return ranks
+    front: Bools = np.asarray(np.isfinite(points).all(axis=1), dtype=np.bool_)
+    front[front] = _front(lower[front])
+    return front
 
 
 def _front(lower: Floats) -> Bools:
