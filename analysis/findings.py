@@ -125,8 +125,7 @@ def optimism(frame: pd.DataFrame) -> pd.DataFrame:
     variance = pd.Series(0.0, index=rows.index)
     for split in ("selection", "report"):
         rows = rows.assign(**{f"{split}_loss": quality(baseline, split).iloc[0] - quality(rows, split)})
-        variance += (quality_stderr(rows, split).fillna(0) ** 2
-                     + quality_stderr(baseline, split).fillna(0).iloc[0] ** 2)
+        variance += quality_stderr(rows, split).fillna(0) ** 2 + quality_stderr(baseline, split).fillna(0).iloc[0] ** 2
     return rows.assign(optimism=rows["report_loss"] - rows["selection_loss"], optimism_stderr=variance**0.5)
 
 

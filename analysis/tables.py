@@ -42,8 +42,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        cells = [cell.ljust(width) if name in left else cell.rjust(width)
-                 for name, cell, width in zip(header, row, widths)]
+        cells = [cell.ljust(width) if name in left else cell.rjust(width) for name, cell, width in zip(header, row, widths)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"
 

@@ -50,8 +50,7 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
                     break
                 passage, used = f"{passage} {sentence}".strip(), used + 1
                 match = _LAST_WORD.match(passage)
-                if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and re.search(
-                        rf"\b{match[2]}\b", match[1]):
+                if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and re.search(rf"\b{match[2]}\b", match[1]):
                     items.append({"item_id": content_id(passage), "document": cut_from, "context": match[1].rstrip(),
                                   "target": " " + match[2]})
                     break

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
 from raysearch.evaluation.own_tasks import check_own, is_own, own_tasks
-from raysearch.study.text import json_lines, open_text
+from raysearch.study.text import first_line, json_lines, open_text
 from raysearch.training.chats import is_chat
 
 if TYPE_CHECKING:
@@ -373,9 +373,8 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ConnectionError) as error:  # datasets and huggingface_hub raise subclasses of these when offline
         folder = f"; give its file with a data directory: DIR/{FILE_TASKS[name].files[0]}" if name in FILE_TASKS else ""
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"task {name!r}: its data set is not on this machine and the hub cannot be reached ({reason})"
-                         + folder) from error
+        raise ValueError(f"task {name!r}: its data set is not on this machine and the hub cannot be reached "
+                         f"({first_line(error)}){folder}") from error
 
 
 def _keep(task: Any, split: Split, limit: int | None) -> None:

@@ -101,8 +101,13 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
         opened = _open(WholeJournal(path), study)
         wrong = disagreement(opened, study, records)
     if opened is None or wrong:
-        if path.is_file() or records:
-            echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{_set_aside(path)}")
+        kept = ""
+        if is_there(path):
+            aside = path.parent / f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
+            path.replace(aside)
+            kept = f", and the file as it was is kept as {aside.name}"
+        if kept or records:
+            echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{kept}")
         held = HeldJournal()
         again = _open(held, study)
         for trial in from_records(ledger, study, records):
@@ -161,12 +166,3 @@ def from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) -
         last = ledger.round(record.keys[-1]) if record.keys else dense
         yield told_again(record, objective_values(last, objectives) if last else None,
                          violations(last, dense, study.search) if last else {})
-
-
-def _set_aside(path: AnyPath) -> str:
-    """Keeps the journal as it was under another name; words that say so, "" where there is none."""
-    if not is_there(path):
-        return ""
-    aside = path.parent / f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
-    path.replace(aside)
-    return f", and the file as it was is kept as {aside.name}"

@@ -87,9 +87,6 @@ class RecordFiles:
                     with new_file(path) as file:
                         file.write_bytes(other)
 
-    def copies(self) -> list[AnyPath]:
-        return self.matching("copies", "*.json")
-
     def readable(self, paths: Iterable[AnyPath], read: Callable[[AnyPath], T]) -> dict[AnyPath, T]:
         """What `read` makes of each path, without the damaged ones, which are noted."""
 
