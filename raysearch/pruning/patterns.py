@@ -225,8 +225,46 @@ def unit_sizes(units: Units) -> Tensor:
     return sizes[:-1]
 
 
-def units_of(part: Part, start: int, stop: int, device: torch.device) -> Tensor:
-    """int64 [stop - start]: the units of the weights start..stop of the flattened parameter; negative where none."""
-    index = torch.arange(start, stop, device=device)
-    num_columns = len(part.columns)
-    return part.rows.to(device)[index // num_columns] + part.columns.to(device)[index % num_columns]
+class Stretch(NamedTuple):
+    """The units of a stretch of a flattened parameter: of the rows on which it lies, the different ones and the different
+    columns, since most weights of a line are of one unit."""
+
+    unit: Tensor
+    """int64 [R, C], of different rows and columns; the number of units where none."""
+    row_of: Tensor
+    """int64 [rows]: which of the R."""
+    column_of: Tensor
+    """int64 [columns]: which of the C."""
+    column: int
+    """Of the first weight in its row."""
+    num: int
+    """Weights."""
+
+    def spread(self, of_unit: Tensor) -> Tensor:
+        """[num]: each weight its unit's of [U + 1]."""
+        table = of_unit[self.unit]
+        table = table[self.row_of] if len(self.unit) > 1 else table.expand(len(self.row_of), -1)
+        table = table[:, self.column_of] if self.unit.shape[1] > 1 else table.expand(-1, len(self.column_of))
+        return table.reshape(-1)[self.column:self.column + self.num]
+
+    def add_to(self, sums: Tensor, numbers: Tensor) -> None:
+        """Adds int64 [num] to the sums [U + 1] of their units: over equal rows and over equal columns first, since a GPU adds
+        to one place one after the other."""
+        behind = len(self.row_of) * len(self.column_of) - self.column - self.num
+        table = torch.nn.functional.pad(numbers, (self.column, behind)).view(len(self.row_of), -1)
+        num_rows, num_columns = self.unit.shape
+        table = (table.sum(0, keepdim=True) if num_rows == 1
+                 else table.new_zeros(num_rows, table.shape[1]).index_add_(0, self.row_of, table))
+        table = (table.sum(1, keepdim=True) if num_columns == 1
+                 else table.new_zeros(num_rows, num_columns).index_add_(1, self.column_of, table))
+        sums.index_add_(0, self.unit.flatten(), table.flatten())
+
+
+def stretch(part: Part, start: int, num: int, num_units: int, device: torch.device) -> Stretch:
+    """Of `num` weights, at least one, from `start` on."""
+    row, column = divmod(start, len(part.columns))
+    rows, row_of = torch.unique(part.rows[row:-(-(start + num) // len(part.columns))], return_inverse=True)
+    columns, column_of = torch.unique(part.columns, return_inverse=True)
+    unit = rows[:, None] + columns
+    unit = torch.where(unit < 0, num_units, unit)
+    return Stretch(unit.to(device), row_of.to(device), column_of.to(device), column, num)

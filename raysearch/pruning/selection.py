@@ -145,13 +145,12 @@ def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> li
 def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
     """Mask [num_rows, num_columns] of a whole matrix of scores with exactly `num_prune_per_row` False in every row.
 
-    Rows are outputs; larger scores are kept; ties in a row go by column index.
-    Raises ValueError for NaN and for a number that a row has not.
+    Rows are outputs; larger scores are kept; ties in a row go by column index. NaN is the caller's to refuse (`refuse_nan`, for
+    many matrices at once, since it waits for the device). Raises ValueError for a number that a row has not.
     """
     num_rows, num_columns = scores.shape
     if not 0 <= num_prune_per_row <= num_columns:
         raise ValueError(f"the number of weights to prune per row must be 0 to {num_columns}, got {num_prune_per_row}")
-    _refuse_any_nan(scores)
     mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=scores.device)
     if num_prune_per_row == 0:
         return mask
@@ -172,7 +171,7 @@ def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
     """Mask [O, K] of a whole matrix of scores that keeps exactly `num_kept` of every `size` consecutive ones of a row.
 
     Larger scores are kept; ties in a group go by column index. A ragged end keeps at most as many, as if it were filled up with
-    weights that go first. Raises ValueError for NaN.
+    weights that go first. NaN is the caller's to refuse.
     """
     num_rows, num_columns = scores.shape
     groups = torch.nn.functional.pad(scores, (0, -num_columns % size), value=-math.inf).reshape(-1, size)
@@ -182,7 +181,6 @@ def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
 
 def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     """As `row_masks`, of many small rows: by comparing each score with each, since a GPU selects in one row at a time."""
-    _refuse_any_nan(groups)
     size = groups.shape[1]
     is_left = torch.ones(size, size, dtype=torch.bool, device=groups.device).tril(-1)[:, :, None]  # [of, by, 1]
     mask = torch.empty_like(groups, dtype=torch.bool)
@@ -195,8 +193,9 @@ def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     return mask
 
 
-def _refuse_any_nan(scores: Tensor) -> None:
-    if scores.isnan().any():
+def refuse_nan(found: Sequence[Tensor]) -> None:
+    """ValueError where any of the bool [], whether NaN was found, is true; the device is waited for once."""
+    if found and bool(torch.stack(list(found)).any()):
         raise ValueError("scores must be numbers, got NaN")
 
 

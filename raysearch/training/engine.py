@@ -221,9 +221,10 @@ class Engine(Ranks):
                 latent.copy_(full).masked_fill_(keep, 0)
                 values.copy_(full)
             values.masked_fill_(~keep, 0)
+            is_nonzero = values != 0
             for shard, mask in given if not grows else ():
                 if mask is not None and shard.name in self.prunable_names:
-                    shard.part(keep).logical_and_(shard.values != 0)
+                    shard.part(keep).logical_and_(shard.part(is_nonzero))
             if (grows or latent is not None) and master in before and master not in self.optimizer.trained:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
@@ -334,11 +335,11 @@ class Engine(Ranks):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate if self._trainable in ("all", group["name"]) else 0.0
         labels = None if counted is None else labels_of(tokens, counted, self.rank, self.micro_sequences)
-        parts = self._there(tokens).split(self.micro_sequences)
+        parts = self.there(tokens).split(self.micro_sequences)
         return self._layout.train_step([functools.partial(self._loss, part, loss, *given)
                                         for part, *given in (zip(parts, labels) if labels else zip(parts))])
 
-    def _there(self, tensor: Tensor) -> Tensor:
+    def there(self, tensor: Tensor) -> Tensor:
         """On the engine's device; copied while the step before computes."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
@@ -351,7 +352,7 @@ class Engine(Ranks):
         self.optimizer.forget_steps()
 
     def _loss(self, tokens: Tensor, loss: Loss, labels: Labels | None = None) -> Tensor:
-        given = {} if labels is None else {"labels": tuple(map(self._there, labels))}
+        given = {} if labels is None else {"labels": tuple(map(self.there, labels))}
         if self._distillation is None:
             return self._layout.forward(input_ids=tokens, loss=loss, **given)
         alpha, temperature, weight, follows_states = self._distillation
