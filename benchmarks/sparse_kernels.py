@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from raysearch import kernel_benchmark as benchmark
+from raysearch.kernels import benchmark
 from raysearch.kernels.dispatch import time_in_turn
 from raysearch.models.compact import compact
 from raysearch.models.sparse import own_forward

@@ -371,7 +371,7 @@ def bench_kernels(
 
     import torch
 
-    from raysearch import kernel_benchmark as benchmark
+    from raysearch.kernels import benchmark
 
     groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
     check_file(out, "--out")

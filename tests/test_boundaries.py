@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # from top to bottom; a module imports from its own floor and from those below
     "cli decide terminal __main__",
-    "demo add plan status evaluate finish replicate prune measure kernel_benchmark",
+    "demo add plan status evaluate finish replicate prune measure",
     "search",
     "deploy",
     "trial",

@@ -5,16 +5,14 @@ a kill; rank 0 writes the model aside, and the driver moves it to its place. All
 result, named by a hash of the settings: the same call goes on where the last was killed.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +110,7 @@ def pretrain(preset: str, corpus: str, out: Path, *, text_field: str = "text", s
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
     try:
-        with _progress_lines(work / "progress.json", num_steps, echo):
-            fit(train_loop, job, num_workers, resources, work / "ray")
+        fit(train_loop, job, num_workers, resources, work / "ray", _follower(work / "progress.json", num_steps, echo))
     except (KeyboardInterrupt, SystemExit):
         echo("stopped by a signal; the same command goes on from the last checkpoint")
         raise
@@ -207,9 +204,10 @@ def _resources(num_workers: int) -> dict[str, float]:
 
 
 def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers: int, resources: dict[str, float],
-        place: AnyPath) -> None:
+        place: AnyPath, look: Callable[[], object] = lambda: None) -> None:
     """Runs `loop(job)` on so many workers with these resources each. They are started again where one died, up to three times,
-    and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence."""
+    and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence. Meanwhile, and at the
+    end, it takes a `look`."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a job's relative paths are those of this process
     has_gpu = bool(resources.get("GPU"))
     trainer = TorchTrainer(
@@ -230,7 +228,11 @@ def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends it is one sentence of ours
     try:
-        ThreadPoolExecutor(1).submit(trainer.fit).result()  # in the main thread Ray Train takes Ctrl-C for itself
+        done = ThreadPoolExecutor(1).submit(trainer.fit)  # in the main thread Ray Train takes Ctrl-C for itself
+        while wait([done], PROGRESS_S / 4).not_done:
+            look()
+        look()
+        done.result()
     except ray.train.TrainingFailedError as error:
         causes = [str(cause).strip().splitlines()[-1] for cause in getattr(error, "worker_failures", {}).values()]
         reason = "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[0]
@@ -239,30 +241,16 @@ def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers
         raise RuntimeError(f"training failed: {reason}") from error
 
 
-@contextlib.contextmanager
-def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> Iterator[None]:
-    """Prints a line whenever rank 0 has written new progress."""
-    ended = threading.Event()
+def _follower(file: Path, num_steps: int, echo: Callable[[str], None]) -> Callable[[], None]:
+    """Prints a line where rank 0 has written new progress since the last call."""
+    last_step = 0
 
-    def follow() -> None:
-        last_step = 0
-        while True:
-            finishing = ended.wait(PROGRESS_S / 4)
-            if file.is_file():
-                now = json.loads(file.read_text())
-                if now["step"] != last_step:
-                    last_step = now["step"]
-                    left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
-                    left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
-                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  "
-                         f"{left} left")
-            if finishing:
-                return
+    def look() -> None:
+        nonlocal last_step
+        if file.is_file() and (now := json.loads(file.read_text()))["step"] != last_step:
+            last_step = now["step"]
+            left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
+            left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
+            echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  {left} left")
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return look

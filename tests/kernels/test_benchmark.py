@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from raysearch.kernel_benchmark import CPU, GRID, MUST, Case, header, run_grid
+from raysearch.kernels.benchmark import CPU, GRID, MUST, Case, header, run_grid
 from raysearch.kernels.weight import random_mask
 
 DEVICE = torch.device("cpu")
