@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import raysearch
 from raysearch.config import Action, Study, TrialConfig, is_flat, nested
+from raysearch.evaluation.names import check_measured
 from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
@@ -62,7 +63,9 @@ def load_space(name: str) -> tuple[Study, Space]:
     if is_flat(study):
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format 2; give "
                          f"STUDY = {nested(study)}")
-    return parse(Study, study, f"{name}.STUDY"), space
+    parsed = parse(Study, study, f"{name}.STUDY")
+    check_measured(parsed)
+    return parsed, space
 
 
 def new_space(name: str) -> Path:
