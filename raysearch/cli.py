@@ -181,6 +181,8 @@ def sweep(
     max_concurrent: Annotated[int | None, typer.Option(min=1, help="Trials at the same time.")] = None,
     time_budget: Annotated[str | None, typer.Option(help="Start no trial after this long: 90s, 10m, 2h.")] = None,
     gpu_hours: Annotated[float | None, typer.Option(help="Start no trial once rounds took so much.")] = None,
+    min_gain_per_gpu_hour: Annotated[float | None, typer.Option(
+        help="Start no trial once none is expected to add such a share of hypervolume, 0.01 for 1 %.")] = None,
     keep: Annotated[str, typer.Option(help="Whose weights stay at the end: frontier, all or none.")] = "all",
     max_disk: Annotated[str | None, typer.Option(help="Delete weights above this, such as 20GB; the frontier's last.")] = None,
     autoscaling: Annotated[bool, typer.Option("--autoscaling", help="Wait for nodes that the cluster adds.")] = False,
@@ -204,6 +206,7 @@ def sweep(
     max_disk_bytes = parse_bytes(max_disk) if max_disk else None
     study, sample = load_space(space)
     changes = {"num_trials": trials, "max_concurrent": max_concurrent, "gpu_hours": gpu_hours,
+               "min_gain_per_gpu_hour": min_gain_per_gpu_hour,
                "time_budget_s": parse_seconds(time_budget) if time_budget else None}
     study = study.replaced(**{name: value for name, value in changes.items() if value is not None})
     from raysearch.study.storage import location

@@ -252,6 +252,9 @@ class SearchSettings(Frozen):
     time_budget_s: float | None = Field(None, gt=0)
     gpu_hours: float | None = Field(None, gt=0)
     """No trial begins once the rounds of this study, those of earlier sweeps too, have taken so many hours of GPUs."""
+    min_gain_per_gpu_hour: float | None = Field(None, gt=0)
+    """No trial begins once each of the last 10 was expected to add less than this share of the hypervolume for an hour
+    of GPUs (0.01 is 1 %), by the model that chooses forks."""
     sampler_seed: int = Field(0, ge=0, lt=2**32)
     sampler: Literal["ours", "tpe", "gp", "nsga2", "random"] = "ours"
     """What proposes trials: samplers of Optuna, which hear of every round that a configuration can say. `ours` is TPE for the
@@ -346,6 +349,10 @@ class Study(Frozen):
             raise ValueError(f"num_ranks must be at least 1, or auto, got {num_ranks}")
         if self.search.gpu_hours is not None and not self.cluster.gpus_per_rank:
             raise ValueError(f"gpu_hours {self.search.gpu_hours:g} limits nothing where gpus_per_rank is 0; give time_budget_s")
+        sampler, num_gpus = self.search.sampler, self.cluster.gpus_per_rank
+        if self.search.min_gain_per_gpu_hour is not None and (sampler != "ours" or not num_gpus):
+            raise ValueError(f"min_gain_per_gpu_hour needs sampler ours, whose model expects gains, and gpus_per_rank above 0, "
+                             f"got {sampler} and {num_gpus:g}; give num_trials or time_budget_s")
         per_step = self.data.context_tokens * num_ranks
         if self.training.batch_tokens % per_step:
             raise ValueError(f"batch_tokens must be a multiple of context_tokens * num_ranks = {per_step}, "

@@ -10,7 +10,7 @@ from analysis.load import load
 from analysis.tables import with_stderr
 from raysearch.frozen import Frozen
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import TrialRecord
+from raysearch.study.records import TrialRecord, gives_little
 from raysearch.study.storage import AnyPath
 from raysearch.units import human_bytes, human_count
 
@@ -81,6 +81,8 @@ class StudyStatus(Frozen):
     """None while none has begun."""
     frontier: tuple[FrontierCandidate, ...]
     """Smallest first."""
+    gives_little: str
+    """Why the search ended before its trials were spent; "" where it did not."""
     silent_s: float
     """Since anything was written."""
     damage: tuple[str, ...] = ()
@@ -121,6 +123,8 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
         frontier=tuple(FrontierCandidate(
             **{name: row[name] for name in ("trial", "round", "key", "sparsity", "num_nonzero", "stored_bytes")},
             value=row[f"selection/{objective}"], stderr=row[f"selection/{objective}_stderr"]) for row in plain),
+        gives_little=gives_little([trial.gain_per_gpu_hour for trial in trials if not trial.is_finish],
+                                  record.study.search.min_gain_per_gpu_hour),
         silent_s=max(0.0, now - max(written_s, default=now)),
         damage=frame.attrs["damage"])
 
@@ -142,6 +146,7 @@ def describe_status(status: StudyStatus) -> str:
     for trial in status.failed:
         log = f"; log in {trial.log_path}" if trial.log_path else ""
         lines.append(f"failed      trial {trial.number}: {trial.reason}{log}")
+    lines += [f"ended       {status.gives_little}"] if status.gives_little else []
     if status.control is not None:
         lines.append(f"control     {_describe_control(status.control, status.objective)}")
     baseline = "not scored yet" if status.dense_value is None else f"{status.dense_value:.4f}"

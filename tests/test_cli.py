@@ -181,6 +181,8 @@ GIVEN = {  # files that the cases below name
     "contradicts.py": b"STUDY = {'model': {'path': 'm'}}\ndef space(trial):\n    return {'schedule': 'linear', "
                       b"'num_rounds': 2, 'initial_sparsity': trial.suggest_float('s', 0.9, 0.9), 'target_sparsity': 0.5}",
     "list.py": b"STUDY = []\ndef space(trial): return {}",
+    "unmeasured.py": b"STUDY = {'model': {'path': 'm'}, 'search': {'constraints': {'lambada/acc': 0.5}}}\n"
+                     b"def space(trial): return {}",
     "trials.jsonl": b'{"target_sparsity": 2}', "no_trials.jsonl": b"\n",
 }
 PRUNE = ("prune", "MODEL", "--out", "out", "--context-tokens", "64", "--batch-tokens", "256", "--sparsity", "0.5")
@@ -250,6 +252,8 @@ BAD = [
     (("space", "given.raises", "--new", "a"), "got given.raises and --new a; give one of them"),
     (("space", "given.no_space"), "must define STUDY (a dict of settings) and space(trial)"),
     (("space", "given.contradicts"), "target_sparsity must be at least initial_sparsity (0.9), got 0.5"),
+    (("space", "given.unmeasured"), "constraints must be of sizes (num_nonzero, "),
+    (("sweep", "given.unmeasured", "--out", "out"), "got 'lambada/acc'; change it in STUDY, or add its task"),
     (("space", "--new", "a b"), "--new must be the name of a Python module"),
     (("space", "--new", "given.raises"), "exists already; give another name"),
     # a sweep

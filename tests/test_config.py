@@ -40,6 +40,9 @@ def test_bad_settings_are_one_sentence(fields: dict, sentence: str) -> None:
       for tokens in (100, 512, 384)),  # no whole sequences; more than there are; leaves a remainder
     ({"model": {"path": "m"}, "cluster": {"micro_batch_tokens": 1}}, r"micro_batch_tokens: Input should be .* \(got 1\)"),
     ({"model": {"path": "m"}, "search": {"gpu_hours": 2}}, r"gpu_hours 2 limits nothing where gpus_per_rank is 0"),
+    ({"model": {"path": "m"}, "search": {"min_gain_per_gpu_hour": 0.1}}, r"gpus_per_rank above 0, got ours and 0; give num"),
+    ({"model": {"path": "m"}, "search": {"min_gain_per_gpu_hour": 0.1, "sampler": "tpe"}, "cluster": {"gpus_per_rank": 1}},
+     r"min_gain_per_gpu_hour needs sampler ours, .* got tpe and 1"),
     ({"model": {"path": "m"}, "cluster": {"num_ranks": 2, "gpus_per_rank": 0.5}},
      r"gpus_per_rank below 1 needs num_ranks 1 .* got 0.5 and 2"),
 ])

@@ -281,7 +281,7 @@ def one_run(options: argparse.Namespace, name: str, seed: int) -> tuple[np.ndarr
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     began, (table, surrogate) = time.process_time(), fitted(options.table)
-    search = methods(options)[name](table, load_space("search_spaces.demo")[1], seed)
+    search = methods(options)[name](table, load_space(table.space)[1], seed)
     found, num_trials, starting_s = simulate(search, surrogate, options.workers, options.budget_s)
     return hypervolumes(table, found, grid(options)), num_trials, starting_s, time.process_time() - began
 

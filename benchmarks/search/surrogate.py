@@ -43,6 +43,8 @@ class Round(NamedTuple):
 
 
 class Table(NamedTuple):
+    space: str
+    """Its module."""
     study: Study
     num_parameters: int
     num_prunable: int
@@ -67,8 +69,8 @@ def read_table(path: Path) -> Table:
                             groups.setdefault(trial, len(groups))))
         if row["trial"] is not None:
             chains.setdefault(trial, []).append(rounds[-1])
-    return Table(Study.model_validate_json(table.schema.metadata[b"study"]), dense["num_parameters"], dense["num_prunable"],
-                 dense["value"], rounds, list(chains.values()))
+    return Table(table.schema.metadata[b"space"].decode(), Study.model_validate_json(table.schema.metadata[b"study"]),
+                 dense["num_parameters"], dense["num_prunable"], dense["value"], rounds, list(chains.values()))
 
 
 class Process:

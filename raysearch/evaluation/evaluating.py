@@ -18,14 +18,13 @@ from raysearch.config import Metric
 from raysearch.evaluation.racing import item_order, looks
 from raysearch.evaluation.scorer import Scorer
 from raysearch.evaluation.statistics import FORMS, LARGEST_EXPONENT, aggregate, estimate, to_items
-from raysearch.evaluation.tasks import check_limit, item_cluster, item_identity
+from raysearch.evaluation.tasks import TOKEN_PERPLEXITY, check_limit, item_cluster, item_identity
 from raysearch.study.files import new_file
 from raysearch.study.items import Items
 from raysearch.training.finetune import Diverged
 
 FEWSHOT_SEED = 1234
 """lm-eval's default."""
-TOKEN_PERPLEXITY = "token_perplexity"
 _PREPARED: "WeakKeyDictionary[Task, dict[tuple[int | None, int], list[Instance]]]" = WeakKeyDictionary()
 """(limit, shots) -> requests of a task: a sweep scores the same items after every round."""
 

@@ -18,10 +18,10 @@ import optuna
 
 from raysearch.config import SIZES, Action, Metric, Study, is_maximised
 from raysearch.frozen import parse
-from raysearch.pruning.pareto import hypervolume_gains
+from raysearch.pruning.pareto import hypervolume, hypervolume_gains
 from raysearch.search.round_model import Floats, RoundModel, Start, Step
 from raysearch.search.space import Space, draw, in_space
-from raysearch.study.records import Provenance, RoundRecord, objective_values
+from raysearch.study.records import Provenance, RoundRecord, gpu_seconds, objective_values
 from raysearch.trial.actions import check_actions, resolve_actions
 
 NUM_DRAWS = 100
@@ -63,6 +63,8 @@ class Fork(NamedTuple):
     action: Action | None
     error: ValueError | None = None
     """Why the space makes no action."""
+    gain_per_gpu_hour: float | None = None
+    """As in TrialRecord."""
 
 
 class Forks:
@@ -79,6 +81,8 @@ class Forks:
         self._starts: dict[tuple[Action, ...], Start] = {}
         self._steps: list[Step] = []
         self._targets: list[Floats] = []
+        self._gpu_s: list[float] = []
+        """Of each round that was seen."""
         self._expected: dict[int, Floats] = {}
         """By running fork, the losses that the model expects of it: (d,)."""
         self._model = RoundModel()
@@ -96,8 +100,10 @@ class Forks:
             self._scale = np.where(losses == 0, 1.0, np.abs(losses))
         losses, others = losses / self._scale, self._losses
         is_whole = not self._targets or len(self._targets[0]) == len(losses) + len(missed)  # no metric is missing
-        if actions and actions not in self._starts and actions[:-1] in self._starts and is_whole:
-            self._learn(actions, np.array([*losses, *missed.values()]))
+        if actions and actions not in self._starts:
+            self._gpu_s.append(gpu_seconds(record, self.study.cluster.gpus_per_rank))
+            if actions[:-1] in self._starts and is_whole:
+                self._learn(actions, np.array([*losses, *missed.values()]))
         self._starts[actions] = Start(record.sparsity, losses)
         is_useless = record.dominated_by is not None or any(by > 0 for name, by in missed.items() if name not in SIZES)
         if not is_useless and not (others <= losses).all(axis=1).any():
@@ -142,20 +148,31 @@ class Forks:
         steps = [(self._starts[fork.parent.actions], fork.action) for fork in pool if fork.action is not None]
         self._model.fit(self._steps, np.array(self._targets))
         means, deviations = self._model(steps)
-        best = int(self.promise(means, deviations).argmax())
+        promised = self.promise(means, deviations)
+        best = int(promised.argmax())
         self._expected[number] = means[best, :self._losses.shape[1]]
-        return pool[best]
+        return pool[best]._replace(gain_per_gpu_hour=self._per_gpu_hour(float(promised[best])))
+
+    def _per_gpu_hour(self, gain: float) -> float | None:
+        """Over the frontier's hypervolume and the mean round's GPU-hours; None where there are none, and where what is promised
+        is to come nearer to constraints."""
+        volume, gpu_s = hypervolume(self._losses, [False] * self._losses.shape[1], self._reference), np.mean(self._gpu_s)
+        return gain / volume / float(gpu_s) * 3600 if gain >= 0 and volume and gpu_s else None
+
+    @property
+    def _reference(self) -> list[float]:
+        """The dense model's sizes, and twice its qualities' losses."""
+        dense = self._starts[()].losses if () in self._starts else np.ones(self._losses.shape[1])
+        return [loss + (name not in SIZES) for name, loss in zip(self.study.search.objectives, dense)]
 
     def promise(self, means: Floats, deviations: Floats) -> Floats:
         """Expected gain of hypervolume of each proposal, beside what is running: (m, t), (m, t) -> (m,). Where none gains
         anything, minus what each is expected to miss of its constraints."""
         d = self._losses.shape[1]
-        dense = self._starts[()].losses if () in self._starts else np.ones(d)
-        reference = [loss + (name not in SIZES) for name, loss in zip(self.study.search.objectives, dense)]
         front = np.vstack([self._losses, *self._expected.values()])
         deviates = self._chance.standard_normal((NUM_SAMPLES, means.shape[1]))
         samples = means[:, None] + deviations[:, None] * deviates  # (m, samples, t)
-        gains = hypervolume_gains(front, samples[:, :, :d].reshape(-1, d), reference).reshape(-1, NUM_SAMPLES)
+        gains = hypervolume_gains(front, samples[:, :, :d].reshape(-1, d), self._reference).reshape(-1, NUM_SAMPLES)
         gains = np.where((samples[:, :, d:] <= 0).all(axis=2), gains, 0.0).mean(axis=1)
         return gains if gains.any() else -means[:, d:].clip(min=0).sum(axis=1)
 

@@ -41,7 +41,8 @@ class Asked(NamedTuple):
     error: ValueError | None = None
     """Why the space makes none."""
     forked_at: int | None = None
-    """As in TrialRecord."""
+    """As in TrialRecord, and so is the next."""
+    gain_per_gpu_hour: float | None = None
 
 
 class Sampler:
@@ -75,6 +76,8 @@ class Sampler:
         self._asked: dict[int, Asked] = {}
         self._number_heard = {trial.number: number for number, trial in enumerate(told)}
         self.forks = Forks(study, space, num_train_tokens, seed) if study.search.sampler == "ours" and given is None else None
+        self.gains: list[float | None] = []
+        """By trial, its gain_per_gpu_hour."""
         self._num_whole = 0
         self._proposed: set[tuple[Action, ...]] = set()
         """With the prefixes of each: whose rounds all are known, or will be."""
@@ -88,6 +91,7 @@ class Sampler:
             self._left.remove(given_as(trial))
         self._proposed.update(prefixes(trial.actions))
         self._num_whole += trial.forked_at is None
+        self.gains += [] if trial.is_finish else [trial.gain_per_gpu_hour]
         for depth, key in enumerate(trial.keys, start=1):
             is_heard = depth < len(trial.actions) and (trial.status == "failed" or self._prefix(asked, depth))
             is_own = self.forks is not None and depth > (trial.forked_at or 0)
@@ -106,6 +110,7 @@ class Sampler:
             self._asked[number] = asked
             self._proposed.update(prefixes(asked.actions))
             self._num_whole += asked.forked_at is None
+            self.gains.append(asked.gain_per_gpu_hour)
             params, distributions = known(asked)
             self.journal.add_trial(optuna.trial.create_trial(
                 state=TrialState.RUNNING, params=params, distributions=distributions, user_attrs=forked(asked)))
@@ -120,7 +125,8 @@ class Sampler:
             return None
         parent = fork.parent.actions
         actions = parent if fork.action is None else (*parent, fork.action)
-        return self._checked(fork.trial, Asked(number, None, actions, {}, {}, fork.error, len(parent)), FORK)
+        return self._checked(fork.trial, Asked(number, None, actions, {}, {}, fork.error, len(parent), fork.gain_per_gpu_hour),
+                             FORK)
 
     def _first(self, number: int) -> Asked | None:
         """The next trial of the user's that was not proposed, in this sweep or before it."""

@@ -17,7 +17,7 @@ from raysearch.search.sampler import Sampler
 from raysearch.search.space import GivenTrial, Proposals, Space
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import utc_now
-from raysearch.study.records import RoundRecord, TrialRecord, config_hash
+from raysearch.study.records import TrialRecord, config_hash, gives_little, gpu_seconds
 from raysearch.trial.inputs import Inputs
 from raysearch.trial.rank import RECORDED, Job
 from raysearch.trial.watchdog import stuck
@@ -48,7 +48,7 @@ class StudySearcher(Searcher):
         self.refusal: OSError | ValueError | None = None
         """Why nothing more is asked: a disk that is full, a space that contradicts itself. What runs may end."""
         self._deadline = time.monotonic() + study.search.time_budget_s if study.search.time_budget_s else None
-        self._gpu_s = ({key: self._gpu_seconds(record) for key, record in ledger.rounds().items()}
+        self._gpu_s = ({key: gpu_seconds(record, study.cluster.gpus_per_rank) for key, record in ledger.rounds().items()}
                        if study.search.gpu_hours is not None else {})
         """Of each finished round."""
         self._running: dict[str, Job] = {}
@@ -62,7 +62,7 @@ class StudySearcher(Searcher):
         self._num_failed_asks = 0
         """In a row."""
         self._is_used_up = False
-        """The space has nothing that was not proposed."""
+        """The space has nothing that was not proposed, or nothing that is worth it."""
         self._says_spent = False
         journal = open_journal(ledger, study, echo, records)
         recorded = {trial.number for trial in records}
@@ -149,13 +149,9 @@ class StudySearcher(Searcher):
             return True
         return self._deadline is not None and time.monotonic() > self._deadline
 
-    def _gpu_seconds(self, record: RoundRecord) -> float:
-        num_gpus = self.study.cluster.gpus_per_rank * (record.provenance.num_ranks or 1)
-        return num_gpus * (record.prune_s + record.finetune_s + record.evaluate_s)
-
     def _count(self, key: str) -> None:
         if self.study.search.gpu_hours is not None and (record := self.ledger.round(key)) is not None:
-            self._gpu_s[key] = self._gpu_seconds(record)
+            self._gpu_s[key] = gpu_seconds(record, self.study.cluster.gpus_per_rank)
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:
@@ -167,14 +163,16 @@ class StudySearcher(Searcher):
 
     def _ask(self) -> Job | None:
         """The next trial's job; None where the space makes no trial, which is recorded as one that failed, or no new one."""
-        asked = self.sampler.ask()
+        why = gives_little(self.sampler.gains, self.study.search.min_gain_per_gpu_hour)
+        asked = None if why else self.sampler.ask()
         if asked is None:
             self._is_used_up = True
-            self.progress.echo(f"no further trial is asked for: the space proposes nothing that its {self.sampler.num_asked} "
-                               "trials did not try")
+            why = why or f"the space proposes nothing that its {self.sampler.num_asked} trials did not try"
+            self.progress.echo(f"no further trial is asked for: {why}")
             return None
         record = TrialRecord(number=asked.number, config=asked.config, actions=asked.actions, parameters=asked.parameters,
-                             distributions=asked.distributions, forked_at=asked.forked_at, started_at=utc_now())
+                             distributions=asked.distributions, forked_at=asked.forked_at,
+                             gain_per_gpu_hour=asked.gain_per_gpu_hour, started_at=utc_now())
         if self.ledger.trial_path(record.number).exists():
             raise ValueError(f"{self.ledger.trial_path(record.number)}: is there already, and a trial is never written over by "
                              "another one; move it to another folder if it is not of this study")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import raysearch
 from raysearch.config import SECTION_OF, Action, Study, TrialConfig, nested
+from raysearch.evaluation.names import check_measured
 from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
 from raysearch.study.records import TrialRecord, hash_json
@@ -63,7 +64,9 @@ def load_space(name: str) -> tuple[Study, Space]:
     if isinstance(study.get("model"), str) or of_format_1 & study.keys():
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format 2; give "
                          f"STUDY = {nested(study)}")
-    return parse(Study, study, f"{name}.STUDY"), space
+    parsed = parse(Study, study, f"{name}.STUDY")
+    check_measured(parsed)
+    return parsed, space
 
 
 def new_space(name: str) -> Path:

@@ -221,6 +221,8 @@ class TrialRecord(Frozen):
     """Resolved before the trial ran, from the dense model on."""
     forked_at: int | None = None
     """Of a fork, how many of the first actions are those of the candidate on which it goes on; None of a whole trial."""
+    gain_per_gpu_hour: float | None = None
+    """Of a fork that a model chose, by how much of it the frontier's hypervolume was expected to grow; None on a CPU."""
     is_finish: bool = False
     """Made by `raysearch finish`: a fork that no search asked for."""
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -249,6 +251,24 @@ class TrialRecord(Frozen):
     def name(self) -> str:
         """For lines that people read."""
         return "control" if self.is_control else f"trial {self.number}"
+
+
+NUM_POOR = 10
+"""Trials in a row that are expected to give too little, until a search ends."""
+
+
+def gives_little(gains: Sequence[float | None], least: float | None) -> str:
+    """Why no further trial is worth its GPU-hours, from what those so far were expected to gain for one (None: no model said
+    it) and from the least that is wanted; "" where one is."""
+    poor = [gain for gain in gains[-NUM_POOR:] if gain is not None and least is not None and gain < least]
+    if len(poor) < NUM_POOR:
+        return ""
+    return (f"each of the last {NUM_POOR} was expected to add less than {least:g} of the frontier's hypervolume for a GPU-hour "
+            f"(at most {max(poor):.3g})")
+
+
+def gpu_seconds(record: RoundRecord, gpus_per_rank: float) -> float:
+    return gpus_per_rank * (record.provenance.num_ranks or 1) * (record.prune_s + record.finetune_s + record.evaluate_s)
 
 
 def objective_values(record: RoundRecord, objectives: Sequence[str]) -> tuple[float, ...] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from raysearch.config import SIZES, Study
+from raysearch.config import Study
 from raysearch.evaluation import (
     Task,
     heldout_tasks,
@@ -15,6 +15,7 @@ from raysearch.evaluation import (
     metric_names,
     tasks_fingerprint,
 )
+from raysearch.evaluation.names import check_measured
 from raysearch.models.model import (
     check_model,
     context_limit,
@@ -108,15 +109,9 @@ def read_tasks(study: Study, documents: Mapping[str, Sequence[str]] | None = Non
 
 
 def check_objectives(study: Study, inputs: Inputs) -> None:
-    """ValueError of one sentence unless each objective, and each constraint, is of a size or a metric of the study's tasks."""
-    names, search = metric_names(inputs.tasks["selection"]), study.search
-    for setting in ("objectives", "constraints", "max_drop"):
-        for name in getattr(search, setting):
-            if name not in (*SIZES, *names):
-                raise ValueError(f"{setting} must be of sizes ({', '.join(SIZES)}) and metrics "
-                                 f"({', '.join(names) or 'there is no task'}), got {name!r}; change it in STUDY, or add "
-                                 "its task")
+    """ValueError of one sentence unless what the search looks at is measured, and the time that it asks for can be."""
+    check_measured(study, metric_names(inputs.tasks["selection"]))
     asked, limit = study.serving.prompt_tokens + study.serving.new_tokens, context_limit(load_config(study.model.path))
-    if search.predicts_ms and asked > limit:
+    if study.search.predicts_ms and asked > limit:
         raise ValueError(f"predicted_ms is the time of serving's prompt_tokens and new_tokens, which must be at most {limit:g} "
                          f"together, the model's context, got {asked}; change serving in STUDY")

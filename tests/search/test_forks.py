@@ -14,9 +14,10 @@ from synthetic_study import PROVENANCE, ROOT, metrics
 
 from raysearch.config import Action, Study, study_of
 from raysearch.pruning.pareto import hypervolume
-from raysearch.search.forks import Forks, check_rule
+from raysearch.search.forks import MIN_ROUNDS, Forks, check_rule
 from raysearch.search.journal import open_journal
 from raysearch.search.sampler import NUM_WHOLE, Sampler
+from raysearch.search.violations import violations
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import RoundRecord, TrialRecord, round_key
 from raysearch.trial.worker import Worker
@@ -146,6 +147,23 @@ def test_a_model_that_knows_the_rounds_takes_better_ones_than_chance() -> None:
         made.observe(candidate(f"{number}", fork.action.sparsity, 1, shift), (*fork.parent.actions, fork.action))
     assert np.mean(np.array(rates_of_learning[:8]) < 1e-3) < 0.8
     assert np.mean(np.array(rates_of_learning[-15:]) < 1e-3) > 0.85
+
+
+@pytest.mark.parametrize("changes", [{}, {"gpus_per_rank": 0.0}, {"constraints": {"num_nonzero": 100}}])
+def test_a_fork_says_what_it_is_expected_to_gain_for_a_gpu_hour(changes: dict[str, Any]) -> None:
+    """Over the hypervolume of the frontier; nothing where rounds take no GPU, or where none keeps what is asked."""
+    study = STUDY.replaced(**{"gpus_per_rank": 2.0, **changes})
+    made, dense = Forks(study, rates, TOKENS, seed=0), candidate(ROOT, 0.0, 0)
+    made.observe(dense, (), violations(dense, dense, study.search))
+    for number in range(MIN_ROUNDS + 1):
+        fork = made.ask(number, ())
+        assert (fork.gain_per_gpu_hour is not None) == (number == MIN_ROUNDS and not changes)
+        made.ended(number)
+        found = candidate(f"{number}", fork.action.sparsity, 1).model_copy(update={"finetune_s": 9.0 if number else 0.0})
+        made.observe(found, (*fork.parent.actions, fork.action), violations(found, dense, study.search))
+    points = [[1 - 0.8 * parent.record.sparsity, 1 + 0.6 * parent.record.sparsity**3] for parent in made.frontier]
+    share = 0.01 / hypervolume(points, [False] * 2, [1, 2])
+    assert changes or made._per_gpu_hour(0.01) == pytest.approx(share / (2 * 8 / 3600), rel=1e-3)  # 8 s is the mean round
 
 
 # ---- a rule of the user ----

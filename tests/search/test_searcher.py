@@ -16,9 +16,12 @@ from ray.tune.search import Searcher
 from synthetic_study import ROOT, SyntheticStudy, metrics
 
 from raysearch.config import TrialConfig
+from raysearch.search.sampler import NUM_WHOLE
 from raysearch.search.searcher import StudySearcher
+from raysearch.status import describe_status, study_status
 from raysearch.study.damage import damaged_line
 from raysearch.study.ledger import Ledger
+from raysearch.study.records import NUM_POOR, gives_little
 from raysearch.trial.inputs import Inputs
 
 INPUTS = Inputs(ROOT, 0, {}, None)
@@ -200,6 +203,33 @@ def test_no_trial_begins_once_rounds_took_the_gpu_hours(tmp_path: Path) -> None:
         "no further trial begins: the study's rounds took 0.00833 GPU-hours of 0.00805556"]
     again = searcher(study, 9, [], gpu_hours=31 / 3600)  # what was spent counts in the next sweep
     assert run_to_the_end(again, study).count("trial") == 1
+
+
+def test_no_trial_begins_once_the_model_expects_too_little_of_a_gpu_hour(tmp_path: Path) -> None:
+    """A round takes 3 s of two GPUs."""
+    study, said = SyntheticStudy(tmp_path / "study", gpus_per_rank=2.0), []
+    assert run_to_the_end(searcher(study, 40, said, min_gain_per_gpu_hour=0.6), study).count("trial") < 40
+    trials = study.ledger.trials()
+    gains = [trial.gain_per_gpu_hour for trial in trials]
+    assert gains[:NUM_WHOLE] == [None] * NUM_WHOLE
+    assert max(gains[-NUM_POOR:]) < 0.6 <= gains[-NUM_POOR - 1]
+    (line,) = (line for line in said if "hypervolume" in line)
+    assert line == (f"no further trial is asked for: each of the last {NUM_POOR} was expected to add less than 0.6 of the "
+                    f"frontier's hypervolume for a GPU-hour (at most {max(gains[-NUM_POOR:]):.3g})")
+    again, told = searcher(study, 40, said, min_gain_per_gpu_hour=0.6), len(said)
+    assert "trial" not in run_to_the_end(again, study)  # as before it was stopped
+    assert said[told:] == [line]
+    study.ledger.write_study(study.ledger.study().model_copy(update={"study": again.study}))  # as a sweep attaches
+    assert f"ended       {line.partition(': ')[2]}\n" in describe_status(study_status(study.ledger.directory))
+    assert "trial" in run_to_the_end(searcher(study, len(trials) + 1, said, min_gain_per_gpu_hour=0.05), study)
+
+
+def test_what_no_model_expects_is_no_little_gain() -> None:
+    poor = [0.5] * NUM_POOR
+    assert gives_little(poor, 0.6).endswith("(at most 0.5)")
+    for gains, least in ((poor, 0.5), (poor, None), (poor[1:], 0.6), ([*poor, None], 0.6), ([*poor, 0.7], 0.6)):
+        assert gives_little(gains, least) == ""
+    assert gives_little([None, 0.7, *poor], 0.6)
 
 
 def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_never_hears_of_it(tmp_path: Path) -> None:
