@@ -234,6 +234,9 @@ class EvaluationSettings(Frozen):
     """Folder with local files of the named tasks (lambada/test.jsonl, ...); None takes them from the hub."""
     num_items: int | None = Field(None, ge=1)
     """Items of each task and split; None is all."""
+    num_report_items: int | None = Field(None, ge=1)
+    """Of each task on the report split, where other than `num_items`. How near a pick with a confidence comes to its limit
+    depends on these, and only the frontier is scored on them."""
     racing_level: float | None = Field(None, gt=0, lt=1)
     """Stop scoring a candidate on the selection split when a finished one that is no larger has the better objective;
     each such stop is wrong with at most this probability. None scores every candidate in full, and is the default:
