@@ -1,5 +1,6 @@
 """Units over shards: what is summed over their weights, and masks of whole ones. Collective, and equal on every rank."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -30,12 +31,17 @@ class UnitMap:
         return self._sums((here, is_eligible(shard).long()) for shard, here in self._scored).cpu() > 0
 
     def sums(self, of_shard: OfShard) -> Tensor:
-        """fp64 [U] on the CPU: sums over the weights of each unit, as integers, in which no order of adding shows."""
+        """fp64 [U] on the CPU: sums over the weights of each unit, as integers, in which no order of adding shows. ValueError
+        where a number is none, on every rank."""
         numbers = [(here, of_shard(shard)) for shard, here in self._scored]
-        largest = max((each.abs().max() for _, each in numbers), default=torch.zeros((), device=self.engine.device))
+        each_largest = [each.abs().max() for _, each in numbers] or [torch.zeros((), device=self.engine.device)]
+        # over ranks, a maximum may lose NaN
+        largest = self.engine.maximum(torch.stack(each_largest).max().nan_to_num(nan=math.inf))
+        if largest == math.inf:
+            raise ValueError("scores must be numbers, got NaN or one that is infinite")
         # integers of as many bits as the sum over the largest unit leaves, at most 40
         num_bits = min(40, 62 - int(self.sizes.max()).bit_length())
-        scale = 2.0**num_bits / max(self.engine.maximum(largest), torch.finfo(torch.float32).tiny)
+        scale = 2.0**num_bits / max(largest, torch.finfo(torch.float32).tiny)
         return self._sums((here, (each.double() * scale).round().long()) for here, each in numbers).cpu().double() / scale
 
     def _sums(self, numbers: Iterable[tuple[Stretch, Tensor]]) -> Tensor:

@@ -87,10 +87,13 @@ def test_at_sparsity_0_the_weights_stay(worker: Worker, tiny_model: Path) -> Non
 
 
 @pytest.mark.parametrize("fields", [{"criterion": "wanda", "scope": "row"}, {"criterion": "sparsegpt", "pattern": "2:4"},
-                                    {"scope": "row"}, {"pattern": "2:4"}])
+                                    {"scope": "row"}, {"pattern": "2:4"}, {"scope": "layer"}, {"pattern": "head"},
+                                    {"criterion": "l2", "pattern": "neuron"}])
 def test_scores_that_are_no_numbers_are_refused(worker: Worker, fields: dict) -> None:
     load_candidate(worker, dense_round(worker))
     worker.loaded_key = None
-    worker.engine.prunable_shards[-1].values[3] = math.nan
-    with pytest.raises(ValueError, match="must be numbers, got NaN"):
+    for shard in worker.engine.prunable_shards[-2:]:  # of an MLP
+        shard.values[3] = math.nan
+    worker.engine.prunable_shards[0].values[3] = math.nan
+    with pytest.raises(ValueError, match=r"must be numbers, got (\d )?NaN"):
         Pruner(worker.engine, Action(sparsity=0.5, calibration_sequences=4, **fields), 0, worker.inputs.blocks).begin()
