@@ -251,7 +251,6 @@ class SearchSettings(Frozen):
     direction. At least one of each; the first ones are those of figures and tables."""
     num_trials: int = Field(16, ge=1)
     max_concurrent: int = Field(1, ge=1)
-    """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
     gpu_hours: float | None = Field(None, gt=0)
     """No trial begins once the rounds of this study, those of earlier sweeps too, have taken so many hours of GPUs."""
@@ -273,14 +272,11 @@ class SearchSettings(Frozen):
     @model_validator(mode="after")
     def _known_objectives(self) -> Self:
         sizes = [name for name in self.objectives if name in SIZES]
-        for name in self.objectives:
-            if name not in SIZES:
-                higher_is_better(name)
+        for name in (*(name for name in (*self.objectives, *self.constraints) if name not in SIZES), *self.max_drop):
+            higher_is_better(name)
         if not sizes or len(sizes) == len(self.objectives) or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives must be different names, at least one size ({', '.join(SIZES)}) and one quality "
                              f"(task/metric), got {', '.join(self.objectives) or 'none'}")
-        for name in [*self.max_drop, *(name for name in self.constraints if name not in SIZES)]:
-            higher_is_better(name)
         return self
 
     @property
@@ -290,12 +286,10 @@ class SearchSettings(Frozen):
 
     @property
     def size(self) -> str:
-        """The first size."""
         return next(name for name in self.objectives if name in SIZES)
 
     @property
     def objective(self) -> str:
-        """The first quality."""
         return next(name for name in self.objectives if name not in SIZES)
 
 
@@ -386,21 +380,17 @@ NUMBERS = ("model", "data", "training", "evaluation")
 SECTION_OF = {name: section for section, field in Study.model_fields.items()
               for name in cast(type[Frozen], field.annotation).model_fields}
 """Section of each setting; their names are different."""
-_RENAMED = {"model": "path", "eval_items": "num_items"}
-"""Settings of format 1 that have another name now."""
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their own names, or those of format 1, in their sections; ValueError for a name that is none."""
+    """Settings by their own names, the model's `path` by that of `model` too, in their sections; ValueError for a name that is
+    none."""
     sections: dict[str, Any] = {}
-    objectives = {"size": "num_nonzero", "objective": "text/bits_per_byte"}  # of format 1, with their defaults
-    if objectives.keys() & settings:
-        sections["search"] = {"objectives": tuple((objectives | settings)[name] for name in objectives)}
-    for name in [name for name in settings if name not in objectives]:
-        renamed = _RENAMED.get(name, name)
-        if renamed not in SECTION_OF:
+    for name, value in settings.items():
+        own = "path" if name == "model" else name
+        if own not in SECTION_OF:
             raise ValueError(f"{name}: no such setting; the settings are {', '.join(SECTION_OF)}")
-        sections.setdefault(SECTION_OF[renamed], {})[renamed] = settings[name]
+        sections.setdefault(SECTION_OF[own], {})[own] = value
     return {section: sections[section] for section in Study.model_fields if section in sections}
 
 

@@ -274,18 +274,6 @@ def check_task(name: str) -> None:
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]))
 
 
-def known_metrics(name: str, has_files: bool) -> list[str] | None:
-    """A task's metrics, as "task/metric", without lm-eval; None where only lm-eval knows them."""
-    if name in HELDOUT_CONFIGS:
-        config = HELDOUT_CONFIGS[name][1]
-    elif name in FILE_TASKS and has_files:
-        config = FILE_TASKS[name].config
-    else:
-        return None
-    added = [TOKEN_PERPLEXITY] * (config["output_type"] == "loglikelihood_rolling")
-    return [f"{name}/{metric}" for metric in [*(each["metric"] for each in config["metric_list"]), *added]]
-
-
 def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "ItemTask":
     from raysearch.evaluation.item_task import ItemTask
 
