@@ -131,7 +131,8 @@ def importance_figure(table: pd.DataFrame, frame: pd.DataFrame) -> go.Figure:
         go.Scatter(x=table["chance"], y=table["hyperparameter"], mode="markers", name="95 % of chance lies below",
                    marker={"symbol": "line-ns", "size": 16, "line": {"width": 2.5, "color": AMBER}}, hoverinfo="skip")])
     style(figure, frame)
-    figure.update_layout(height=150 + 34 * len(table), bargap=0.4, margin_t=36)
+    below = -54 / (24 + 34 * len(table))  # a legend 54 px below the axis, under its title
+    figure.update_layout(height=150 + 34 * len(table), bargap=0.4, margin_t=36, legend_y=below)
     figure.update_xaxes(title_text="share of variance explained", tickformat=".0%",
                         range=[0, max(0.05, 1.08 * float(table[["share", "chance"]].to_numpy().max()))])
     figure.update_yaxes(showgrid=False)
@@ -160,8 +161,8 @@ def dependence_figure(table: pd.DataFrame, effects: pd.DataFrame, frame: pd.Data
         error_x={"array": columns["error"], "color": MUTED, "thickness": 1.4, "width": 3}))
     style(figure, frame)
     figure.add_vline(x=0, line={"color": INK, "width": 1.2, "dash": "dot"})
-    figure.update_layout(height=120 + 22 * len(ticks), margin_t=36, margin_b=64)
-    figure.update_xaxes(title_text="ahead at equal size (right is better)", tickformat="+.0%", nticks=6, title_font_size=12)
+    figure.update_layout(height=134 + 22 * len(ticks), margin_t=36, margin_b=78)
+    figure.update_xaxes(title_text="ahead at equal size<br>(right is better)", tickformat="+.0%", nticks=6, title_font_size=12)
     figure.update_yaxes(tickvals=list(range(len(ticks))), ticktext=ticks, range=[len(ticks) - 0.5, -0.5])
     return figure
 

@@ -146,7 +146,17 @@ function parallelCoordinates(root, {axes, trials, candidates, front, begin}, {on
     filtered();
   };
   root.style.height = `${y(num - 1) + 34}px`;
-  new ResizeObserver(filter).observe(root);
+  new ResizeObserver(() => {
+    filter();
+    for (const slider of root.querySelectorAll(".axis")) {  // a tick that does not fit beside the one before is left out
+      let taken = -Infinity;
+      for (const tick of slider.querySelectorAll(".tick")) {
+        const {left, right} = tick.getBoundingClientRect(), fits = left >= taken;
+        tick.style.visibility = fits ? "" : "hidden";
+        if (fits) taken = right;
+      }
+    }
+  }).observe(root);
   const scale = ({name, ticks}) => JSON.stringify([name, ticks]);  // on another one a brush would hold other values
   return {
     brushes: () => Object.fromEntries(axes.flatMap((axis, index) => brushes[index] ? [[scale(axis), brushes[index]]] : [])),

@@ -50,7 +50,7 @@ def test_quality_is_better_when_it_is_higher(frame: pd.DataFrame, tmp_path: Path
     bits = frame["selection/text/bits_per_byte"]
     assert quality(frame, "selection").dropna().tolist() == (-bits.dropna()).tolist()
     assert quality_stderr(frame, "selection").dropna().unique().tolist() == [0.02]
-    study = SyntheticStudy(tmp_path, objective="last_word/acc")
+    study = SyntheticStudy(tmp_path, objectives=("num_nonzero", "last_word/acc"))
     study.dense()
     assert quality(load(tmp_path), "selection").tolist() == [0.6]
 

@@ -19,7 +19,7 @@ from raysearch.study.ledger import Ledger
 @pytest.fixture
 def judged(tmp_path: Path) -> pd.DataFrame:
     """Dense, trial 0 and trial 1, scored on the report split on 400 items, right and wrong: 240, 230 (20 lost, 10 won), 240."""
-    study = SyntheticStudy(tmp_path / "study", objective="last_word/acc", tasks=("last_word",))
+    study = SyntheticStudy(tmp_path / "study", objectives=("num_nonzero", "last_word/acc"), tasks=("last_word",))
     study.dense(report=False)
     keys = [ROOT, *study.trial(0, [0.5]), *study.trial(1, [0.6])]
     for key, (lost, won) in zip(keys, [(0, 0), (20, 10), (0, 0)]):

@@ -60,7 +60,7 @@ def test_what_was_not_fine_tuned_is_not_said_to_be_trained_further(tmp_path: Pat
 
 
 def test_headlines_for_an_accuracy(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path / "study", objective="last_word/acc")
+    study = SyntheticStudy(tmp_path / "study", objectives=("num_nonzero", "last_word/acc"))
     study.dense()
     study.trial(0, [0.1, 0.3, 0.8], report=True)
     sentences = headlines(load(tmp_path / "study"))

@@ -31,7 +31,7 @@ def test_the_report_runs_on_the_study_that_it_is_bound_to(tmp_path: Path, run: R
 
 
 def test_studies_are_compared(tmp_path: Path, study_directory: Path, run: Run) -> None:
-    study = SyntheticStudy(tmp_path / "other", objective="last_word/acc")
+    study = SyntheticStudy(tmp_path / "other", objectives=("num_nonzero", "last_word/acc"))
     study.dense()
     study.trial(0, [0.5], report=True)
     code, _, err = run("notebook", study_directory, tmp_path / "other", "--out", "x.ipynb")

@@ -183,6 +183,19 @@ EDGES = """[...document.querySelectorAll("main *")].filter((node) => {
   const box = node.getBoundingClientRect();
   return box.width && (box.right > innerWidth + 1 || box.left < -1) && !node.closest(".js-plotly-plot");
 }).map((node) => node.outerHTML.slice(0, 80))"""
+CUT = """[...document.querySelectorAll(".js-plotly-plot")].flatMap((plot) => {
+  const room = plot.getBoundingClientRect(), bottom = plot.querySelector(".xtitle").getBoundingClientRect().bottom - 2;
+  return [...plot.querySelectorAll("text")].filter((text) => {
+    const box = text.getBoundingClientRect();
+    return box.left < room.left - 1 || box.right > room.right + 1 || box.bottom > room.bottom + 1
+      || (text.matches(".legendtext") && box.top < bottom);
+  });
+}).map((text) => text.textContent)"""
+TICKS = """[...document.querySelectorAll(".axis")].filter((axis) => {
+  const shown = [...axis.querySelectorAll(".tick")].filter((tick) => tick.style.visibility !== "hidden");
+  const boxes = shown.map((tick) => tick.getBoundingClientRect());
+  return boxes.length < 2 || boxes.some((box, index) => index && box.left < boxes[index - 1].right);
+}).map((axis) => axis.textContent)"""
 PLOTS = """[...document.querySelectorAll(".js-plotly-plot")].map((plot) => plot.querySelectorAll(".point").length)"""
 
 
@@ -194,7 +207,7 @@ def test_in_a_browser(study_directory: Path, tmp_path: Path, run: Run) -> None:
             browser.run("drawn")
             assert all(number > 0 for number in browser.run(PLOTS)[:3])
             assert browser.run("document.documentElement.scrollWidth") == width
-            assert browser.run(EDGES) == []
+            assert browser.run(EDGES) == browser.run(CUT) == browser.run(TICKS) == []
         assert browser.run('[...document.querySelectorAll(".scroll")].every((one) => one.scrollWidth <= one.clientWidth)')
         ticks = '[...document.querySelectorAll("#frontier .xtick")].map((tick) => tick.textContent)'
         before = browser.run(ticks)

@@ -58,7 +58,7 @@ def test_a_drop_of_exactly_the_limit_satisfies_it(tmp_path: Path) -> None:
 
 
 def test_stored_bytes_as_the_study_size(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path / "study", size="stored_bytes")
+    study = SyntheticStudy(tmp_path / "study", objectives=("stored_bytes", "text/bits_per_byte"))
     study.dense()
     study.trial(0, [0.02, 0.5], report=True)
     result = pick(load(tmp_path / "study"), [Constraint(kind="max", metric="text/bits_per_byte", limit=3.0)])

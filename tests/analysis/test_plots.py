@@ -133,7 +133,7 @@ def test_without_items_there_is_no_band(tmp_path: Path) -> None:
 
 
 def test_selection_split_until_something_is_scored(tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path / "study", size="stored_bytes", objective="last_word/acc")
+    study = SyntheticStudy(tmp_path / "study", objectives=("stored_bytes", "last_word/acc"))
     study.dense(report=False)
     study.trial(0, [0.2, 0.5])
     figure = frontier_figure(load(tmp_path / "study"))

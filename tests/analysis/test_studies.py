@@ -10,7 +10,7 @@ from analysis.studies import compare_studies, hypervolume_over_time, progress_fi
 
 
 def test_each_study_in_units_of_its_own_dense_model(frame: pd.DataFrame, tmp_path: Path) -> None:
-    study = SyntheticStudy(tmp_path / "study", objective="last_word/acc", size="stored_bytes")
+    study = SyntheticStudy(tmp_path / "study", objectives=("stored_bytes", "last_word/acc"))
     study.dense()
     study.trial(0, [0.1, 0.5], report=True)
     other = load(tmp_path / "study")

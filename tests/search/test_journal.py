@@ -94,7 +94,7 @@ def test_what_a_driver_told_is_there_for_the_next(anywhere: AnyPath) -> None:
 
 @pytest.mark.parametrize(("objective", "direction"), [("text/bits_per_byte", "MINIMIZE"), ("last_word/acc", "MAXIMIZE")])
 def test_size_goes_down_and_quality_in_its_own_direction(tmp_path: Path, objective: str, direction: str) -> None:
-    study = begin(tmp_path, [], objective=objective, size="stored_bytes")
+    study = begin(tmp_path, [], objectives=("stored_bytes", objective))
     assert [each.name for each in study.directions] == ["MINIMIZE", direction]
     assert study.metric_names == ["stored_bytes", objective]
 
