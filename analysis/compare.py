@@ -55,7 +55,7 @@ def compare(frame: pd.DataFrame, one: str, other: str) -> pd.DataFrame:
             reasons.append(f"{metric} has no items of both")
             continue
         try:
-            found.append({"metric": metric, **_compared(resample(metric, [items[key] for key in rows["key"]]))})
+            found.append({"metric": metric, **compared(resample(metric, [items[key] for key in rows["key"]]))})
         except ValueError as error:
             reasons.append(str(error))
     if not found:
@@ -83,7 +83,8 @@ def describe_comparison(table: pd.DataFrame) -> str:
     return "\n".join([*lines, *(f"left out: {reason}" for reason in table.attrs["left_out"])])
 
 
-def _compared(draws: Draws) -> dict[str, float]:
+def compared(draws: Draws) -> dict[str, float]:
+    """The columns of `compare`'s table for two candidates, a and b."""
     difference, drawn = paired(draws, 1, 0)
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     stderr, num_items = float(drawn.std()), len(draws.numerator)

@@ -44,6 +44,10 @@ class Constraint(Frozen):
     def is_least(self) -> bool:
         return self.kind in ("min", "min_tokens_per_s")
 
+    def room(self, value: float) -> float:
+        """In the limit, for this value: negative where it is missed."""
+        return value - self.limit if self.is_least else self.limit - value
+
     def written(self, number: float) -> str:
         """A value as people read it."""
         return f"{number:.4g}" if self.metric is not None or self.kind.endswith("_ms") else f"{number:,.0f}"
@@ -56,11 +60,11 @@ class Check(Frozen):
     value: float
     margin: float
     """Room left in the constraint's unit: negative when it is missed. With a confidence that of `bound`."""
-    stderr: float | None
+    stderr: float | None = None
     """Standard error of `value`; None when exact or unknown. For max_drop the paired one, without items that of `drop`."""
-    within_1_stderr: bool
+    within_1_stderr: bool = False
     """The margin is smaller than one standard error: a new set of items could turn the verdict."""
-    within_2_stderr: bool
+    within_2_stderr: bool = False
     bound: float | None = None
     """With the constraint's confidence `value` is no worse on other items."""
     num_items: int | None = None
@@ -86,13 +90,8 @@ def parse_constraints(max_bytes: str | None = None, max_nonzero: str | None = No
              "min_tokens_per_s": min_tokens_per_s}
     constraints = [parse(Constraint, {"kind": kind, "metric": None, "limit": float(limit)}, "constraint")
                    for kind, limit in exact.items() if limit is not None]
-    for text in max_drop:
-        constraints.append(_parse_metric_constraint("max_drop", text))
-    for text in minimum:
-        constraints.append(_parse_metric_constraint("min", text))
-    for text in maximum:
-        constraints.append(_parse_metric_constraint("max", text))
-    return tuple(constraints)
+    of_metrics = {"max_drop": max_drop, "min": minimum, "max": maximum}
+    return (*constraints, *(_parse_metric_constraint(kind, text) for kind, texts in of_metrics.items() for text in texts))
 
 
 def check_scores(constraint: Constraint, row: pd.Series, baseline: pd.Series) -> Check:
@@ -105,9 +104,7 @@ def check_scores(constraint: Constraint, row: pd.Series, baseline: pd.Series) ->
         if constraint.kind == "max_drop":
             value, stderr = drop(constraint.metric, measured, measure(baseline, constraint.metric))
     value = round(value, 9)  # 100 * (0.61 - 0.6) is 1.0000000000000009, and must satisfy a limit of 1 point
-    margin = round(value - constraint.limit if constraint.is_least else constraint.limit - value, 9)
-    return Check(constraint=constraint, value=value, margin=margin, stderr=None, within_1_stderr=False, within_2_stderr=False
-                 ).with_stderr(stderr)
+    return Check(constraint=constraint, value=value, margin=round(constraint.room(value), 9)).with_stderr(stderr)
 
 
 def measure(row: pd.Series, metric: str) -> Measured:
@@ -134,22 +131,21 @@ def check_resampled(constraint: Constraint, draws: Draws, root: int, position: i
         value, drawn = unit * value, unit * drawn
     bound = value = round(value, 9)
     if (confidence := constraint.confidence) is not None:
-        bound = round(float(np.quantile(drawn, 1 - confidence if constraint.kind == "min" else confidence)), 9)
-    margin = round(bound - constraint.limit if constraint.kind == "min" else constraint.limit - bound, 9)
-    return Check(constraint=constraint, value=value, margin=margin, stderr=float(drawn.std()), within_1_stderr=False,
-                 within_2_stderr=False, bound=bound if constraint.confidence else None, num_items=len(draws.numerator))
+        bound = round(float(np.quantile(drawn, 1 - confidence if constraint.is_least else confidence)), 9)
+    return Check(constraint=constraint, value=value, margin=round(constraint.room(bound), 9), stderr=float(drawn.std()),
+                 bound=bound if constraint.confidence else None, num_items=len(draws.numerator))
 
 
 def room_in_stderr(check: Check) -> float:
     """Room of the value, in standard errors; without end where it is known exactly."""
-    room = (check.value - check.constraint.limit) * (1 if check.constraint.kind == "min" else -1)
+    room = check.constraint.room(check.value)
     return room / check.stderr if check.stderr else math.copysign(math.inf, room)
 
 
 def at_worst(check: Check) -> str:
     if check.bound is None or check.constraint.confidence is None:
         return ""
-    side = "least" if check.constraint.kind == "min" else "most"
+    side = "least" if check.constraint.is_least else "most"
     return f", at {side} {check.bound:.4g} with {check.constraint.confidence:.3%}".replace("000%", "%").replace(".%", " %")
 
 
@@ -161,7 +157,7 @@ def miss(check: Check) -> str:
     return f"by {-check.margin:.4g}{' points' if points else ''}{noise}"
 
 
-def _parse_metric_constraint(kind: Literal["max_drop", "min", "max"], text: str) -> Constraint:
+def _parse_metric_constraint(kind: str, text: str) -> Constraint:
     flag = f"--{kind.replace('_', '-')}"
     metric, _, number = text.partition("=")
     number, asked, percent = number.partition("@")

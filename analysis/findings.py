@@ -22,18 +22,17 @@ from analysis.candidates import (
 from analysis.plots import SIZE_NAMES
 from analysis.tables import metric_pair, with_stderr
 from raysearch.config import higher_is_better
-from raysearch.study.ledger import Split
 from raysearch.units import human_bytes, human_count
 
 
-def default_limit(frame: pd.DataFrame, confidence: int = 95) -> str:
-    """What `--max-drop` takes for 1 point of an accuracy, or 1 % of another objective of the dense baseline; confidence in
-    percent. ValueError without a baseline on the report split."""
+def default_limit(frame: pd.DataFrame) -> str:
+    """What `--max-drop` takes for 1 point of an accuracy, or 1 % of another objective of the dense baseline, at 95 %.
+    ValueError without a baseline on the report split."""
     baseline, objective = dense(frame), setting(frame, "objective")
     if baseline is None or pd.isna(value := baseline[f"report/{objective}"]):
         raise ValueError("nothing can be chosen before the report split is scored: run the sweep to its end")
     limit = 1.0 if higher_is_better(objective) else float(f"{0.01 * abs(value):.3g}")
-    return f"{objective}={limit:g}@{confidence}%"
+    return f"{objective}={limit:g}@95%"
 
 
 def headlines(frame: pd.DataFrame) -> list[str]:
@@ -46,11 +45,12 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     trained = _scored_control(frame, split)
     sentences = [_describe_smallest(frame, smallest, words, split)
                  for words, smallest in _nearest(scored, baseline, trained, split)]
-    front = frontier(frame)
+    front, (low, high) = frontier(frame), relative_hypervolume_interval(frame, split)
+    interval = "" if math.isnan(low) else f"{low:.3f} to {high:.3f} on other items, at 95 %; "
     num_front = int((front["status"] != "dense").sum())
     sentences.append(f"{num_front} of {len(scored)} candidates scored on the {split} split are on the frontier, from "
                      f"sparsity {front['sparsity'].min():.2f} to {front['sparsity'].max():.2f}; {len(made)} candidates "
-                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} ({_interval(frame, split)}relative to "
+                     f"were made in all. Hypervolume {relative_hypervolume(frame):.3f} ({interval}relative to "
                      f"dense in size, by {SIZE_NAMES[size]}, and in quality; half the size at equal quality alone gives 0.5).")
     if (bend := knee_of(frame, split)) is not None and bend["status"] != "dense":
         sentences.append(f"The frontier bends most at trial {bend['trial']} round {bend['round']} (sparsity "
@@ -62,11 +62,6 @@ def headlines(frame: pd.DataFrame) -> list[str]:
     if (sentence := _better(scored, baseline, trained, split)) is not None:
         sentences.append(sentence)
     return sentences
-
-
-def _interval(frame: pd.DataFrame, split: Split) -> str:
-    low, high = relative_hypervolume_interval(frame, split)
-    return "" if math.isnan(low) else f"{low:.3f} to {high:.3f} on other items, at 95 %; "
 
 
 def _nearest(scored: pd.DataFrame, baseline: pd.Series, trained: pd.Series | None, split: str
@@ -130,8 +125,7 @@ def optimism(frame: pd.DataFrame) -> pd.DataFrame:
     variance = pd.Series(0.0, index=rows.index)
     for split in ("selection", "report"):
         rows = rows.assign(**{f"{split}_loss": quality(baseline, split).iloc[0] - quality(rows, split)})
-        variance += (quality_stderr(rows, split).fillna(0) ** 2
-                     + quality_stderr(baseline, split).fillna(0).iloc[0] ** 2)
+        variance += quality_stderr(rows, split).fillna(0) ** 2 + quality_stderr(baseline, split).fillna(0).iloc[0] ** 2
     return rows.assign(optimism=rows["report_loss"] - rows["selection_loss"], optimism_stderr=variance**0.5)
 
 

@@ -13,9 +13,9 @@ import pandas as pd
 
 from analysis.candidates import pruned, quality, setting
 from analysis.load import HYPERPARAMETERS
-from raysearch.config import Action, TrialConfig
+from raysearch.config import READ_BY, WHILE_TRAINING, Action, TrialConfig
+from raysearch.pruning.pareto import Floats
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 MIN_CANDIDATES = 8
@@ -71,17 +71,11 @@ def as_used(rows: pd.DataFrame) -> pd.DataFrame:
                   "finetune_epochs": round(given["finetune_tokens"] / epoch_tokens, 2)}
         used.loc[index] = [given.get(name) for name in HYPERPARAMETERS]
     trained = rows["finetune_tokens"].fillna(1).gt(0) & used["finetune_epochs"].fillna(1).gt(0)
-    criterion, ranks, is_owl = used["criterion"], used["threshold"].isna(), used["budget"].eq("owl")
-    needs = {"threshold_unit": ~ranks, "scope": ranks, "budget": ranks, "owl_lambda": is_owl, "owl_m": is_owl,
-             "temperature": used["distill_alpha"].gt(0), "mask_decay": criterion.eq("sr_ste"),
-             "score_rate": criterion.isin(["soft_movement", "l0"]), "score_penalty": criterion.eq("soft_movement"),
-             "gate_penalty": criterion.eq("l0"),
-             "drop_fraction": criterion.isin(["rigl", "set"]), "calibration_sequences": used["calibration_sequences"].gt(0) & (
-                 is_owl | criterion.isin(["wanda", "ria", "sparsegpt", "taylor", "contribution"])),
-             "mask_interval_steps": criterion.isin(
-                 ["gradual_magnitude", "sr_ste", "movement", "soft_movement", "l0", "rigl", "set"]),
-             **dict.fromkeys(("learning_rate", "lr_schedule", "l1_lambda", "group_lambda", "layer_drop", "trainable",
-                              "distill_alpha", "distill_hidden"), trained)}
+    ranks, is_owl = used["threshold"].isna(), used["budget"].eq("owl")
+    needs = {name: used["criterion"].isin(criteria) for name, criteria in READ_BY.items()}
+    needs |= {"threshold_unit": ~ranks, "scope": ranks, "budget": ranks, "owl_lambda": is_owl, "owl_m": is_owl,
+              "temperature": used["distill_alpha"].gt(0), **dict.fromkeys(WHILE_TRAINING, trained),
+              "calibration_sequences": used["calibration_sequences"].gt(0) & (is_owl | needs["calibration_sequences"])}
     for name, is_needed in needs.items():
         used[name] = used[name].where(is_needed)
     may_lack = [name for name in HYPERPARAMETERS if TrialConfig.model_fields[name].default is None]  # to have none is a value

@@ -26,6 +26,8 @@ _INTEGERS = ("trial", "round", "num_rounds", "num_nonzero", "num_parameters", "s
 _FLOATS = ("initial_sparsity", "target_sparsity", "rate", "threshold", "l1_lambda", "finetune_epochs",
            "learning_rate", "action_sparsity", "action_threshold", "sparsity", "model_sparsity", "prune_s",
            "finetune_s", "evaluate_s", "seconds", "trial_seconds", "predicted_ms", *SPEEDS, *LATENCIES)
+_OF_ALL = ("key", "num_nonzero", "num_parameters", "stored_bytes", "resident_bytes")
+"""What is known of candidates and of models that were added."""
 COLUMNS = ("trial", "round", "key", "forked_from", "status", "reason", "is_alias", "num_nonzero", "num_parameters", "sparsity",
            "model_sparsity", "stored_bytes", "resident_bytes", "predicted_ms", "dominated_by", *SPEEDS, *LATENCIES,
            *HYPERPARAMETERS,
@@ -134,12 +136,9 @@ def _trial_rows(trial: TrialRecord, rounds: dict[str, RoundRecord], reports: Rep
 
 
 def _round_cells(record: RoundRecord, reports: Reports) -> dict[str, Cell]:
-    cells: dict[str, Cell] = {
-        "key": record.key, "num_nonzero": record.num_nonzero, "num_parameters": record.num_parameters,
-        "sparsity": record.sparsity, "model_sparsity": record.model_sparsity, "stored_bytes": record.stored_bytes,
-        "resident_bytes": record.resident_bytes, "predicted_ms": record.predicted_ms, "dominated_by": record.dominated_by,
-        "prune_s": record.prune_s, "finetune_s": record.finetune_s,
-        "evaluate_s": record.evaluate_s, "seconds": record.prune_s + record.finetune_s + record.evaluate_s}
+    cells: dict[str, Cell] = {name: getattr(record, name) for name in (
+        *_OF_ALL, "sparsity", "model_sparsity", "predicted_ms", "dominated_by", "prune_s", "finetune_s", "evaluate_s")}
+    cells["seconds"] = record.prune_s + record.finetune_s + record.evaluate_s
     if record.action is not None:
         cells |= {"action_sparsity": record.action.sparsity, "action_threshold": record.action.threshold,
                   "finetune_tokens": record.action.finetune_tokens}
@@ -148,10 +147,8 @@ def _round_cells(record: RoundRecord, reports: Reports) -> dict[str, Cell]:
 
 def _other_cells(other: OtherRecord) -> dict[str, Cell]:
     zeros = 1 - other.num_nonzero / other.num_parameters
-    cells: dict[str, Cell] = {
-        "round": 0, "status": "other", "key": other.key, "num_nonzero": other.num_nonzero, "sparsity": zeros,
-        "num_parameters": other.num_parameters, "model_sparsity": zeros, "stored_bytes": other.stored_bytes,
-        "resident_bytes": other.resident_bytes}
+    cells: dict[str, Cell] = {"round": 0, "status": "other", "sparsity": zeros, "model_sparsity": zeros,
+                              **{name: getattr(other, name) for name in _OF_ALL}}
     for split, metrics in other.metrics.items():
         cells |= _metric_cells(split, metrics)
     return cells

@@ -14,13 +14,11 @@ def write_notebook(directories: Sequence[str], out: Path | None = None) -> Path:
     the cell that is tagged "parameters". ValueError for a directory without a study, or a file that is there already."""
     name = "pareto_report.ipynb" if len(directories) == 1 else "compare_studies.ipynb"
     notebook = json.loads((files("analysis") / "notebooks" / name).read_text())
-    for directory in directories:
-        Ledger.open(directory).study()
+    places = [str(Ledger.open(directory).directory) for directory in directories]
     path = out or Path(name)
     if path.exists():
         raise ValueError(f"{path}: is there already, and may hold work; name another file with --out")
     (parameters,) = [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", ())]  # as papermill's
-    places = [str(Ledger.open(directory).directory) for directory in directories]
     values = {"STUDY": places[0], "STUDIES": places}
     parameters["source"] = [f"{line.split(' = ')[0]} = {values[line.split(' = ')[0]]!r}\n" if line.split(" = ")[0] in values
                             else line for line in parameters["source"]]

@@ -44,14 +44,7 @@ from analysis.importance import dependence, importance
 from analysis.load import load, metric_names
 from analysis.parallel import parallel_coordinates
 from analysis.pick import pick
-from analysis.plots import (
-    MAX_DEPENDENCE,
-    dependence_figure,
-    frontier_figure,
-    importance_figure,
-    trajectory_figure,
-    trial_texts,
-)
+from analysis.plots import MAX_DEPENDENCE, dependence_figure, frontier_figure, importance_figure, trajectory_figure, trial_texts
 from analysis.reproduce import study_options
 from analysis.studies import progress_figure
 from analysis.tables import describe_config, metric_pair, with_stderr

@@ -230,12 +230,11 @@ def describe_pick(result: Pick) -> str:
     text = (f"picked trial {result.trial} round {result.round} ({result.key}): {_sizes(result)}\n"
             f"pruned {result.how}\n")
     others = {"dense": result.dense_metrics} | ({"control": result.control_metrics} if result.control_metrics else {})
-    rows = [[name, with_stderr(*_pair(measured)), *(with_stderr(*_pair(of_other.get(name))) for of_other in others.values())]
+    rows = [[name, _written(measured), *(_written(of_other.get(name)) for of_other in others.values())]
             for name, measured in result.metrics.items()]
     text += aligned(["report split", "picked", *others], rows, left=("report split",))
     for check in result.checks:
-        noise = "" if check.stderr is None else f", standard error {check.stderr:.3g}"
-        noise = at_worst(check) + noise
+        noise = at_worst(check) + ("" if check.stderr is None else f", standard error {check.stderr:.3g}")
         doubt = "; within 1 standard error: other items could turn it" if check.within_1_stderr else (
             "; within 2 standard errors" if check.within_2_stderr else "")
         written = check.constraint.written
@@ -260,10 +259,8 @@ def _sizes(candidate: Candidate) -> str:
             f"{human_count(candidate.num_parameters)}, {human_bytes(candidate.stored_bytes)} stored{speed}")
 
 
-def _pair(measured: Measured | None) -> tuple[float, float]:
-    if measured is None:
-        return math.nan, math.nan
-    return measured.value, math.nan if measured.stderr is None else measured.stderr
+def _written(measured: Measured | None) -> str:
+    return "" if measured is None else with_stderr(measured.value, math.nan if measured.stderr is None else measured.stderr)
 
 
 def _scored(frame: pd.DataFrame) -> tuple[pd.Series, pd.DataFrame]:
@@ -384,21 +381,16 @@ def _why_none(rows: list[pd.Series], constraints: Sequence[Constraint], checks: 
             nearest = max(misses, key=lambda i: of_all[i].margin)
             part += f" (the nearest that misses is {_name(rows[nearest])}, {miss(of_all[nearest])})"
         parts.append(part)
-    reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: "
-    reason += "; ".join(parts)
+    reason = f"no candidate satisfies {'the constraint' if len(constraints) == 1 else 'all constraints'}: {'; '.join(parts)}"
     if len(constraints) > 1 and rows:
         missed = [[check for check in of_row if check.margin < 0] for of_row in checks]
-        nearest = min(range(len(rows)), key=lambda i: (len(missed[i]), sum(_relative_miss(one) for one in missed[i])))
+        relative = [sum(-one.margin / (abs(one.constraint.limit) or 1.0) for one in of_row) for of_row in missed]
+        nearest = min(range(len(rows)), key=lambda i: (len(missed[i]), relative[i]))
         names = " and ".join(f"{check.constraint} ({miss(check)})" for check in missed[nearest])
         reason += f"; the nearest to all is {_name(rows[nearest])}, which misses only {names}"
     if all(check_scores(constraint, baseline, baseline).margin >= 0 for constraint in constraints):
         reason += "; only the dense baseline satisfies all"
     return reason
-
-
-def _relative_miss(check: Check) -> float:
-    """Size of the miss as a share of the limit, or as it is where that is 0."""
-    return -check.margin / (abs(check.constraint.limit) or 1.0)
 
 
 def _name(row: pd.Series) -> str:

@@ -166,12 +166,6 @@ def dependence_figure(table: pd.DataFrame, effects: pd.DataFrame, frame: pd.Data
     return figure
 
 
-def made_with(frame: pd.DataFrame) -> str:
-    """Model, hardware and day of the numbers, in one line."""
-    model = PurePath(setting(frame, "model")).name
-    return f"{model} · {setting(frame, 'device')} · {setting(frame, 'created_at')[:10]}"
-
-
 def trial_texts(frame: pd.DataFrame) -> dict[int, str]:
     """Of each trial, what a hover box says of it, escaped, for plotly reads a little HTML there: the options with which
     `raysearch prune` runs it again, in lines, and in italics how it ended where it is not done."""
@@ -280,6 +274,7 @@ def _add_buttons(figure: go.Figure, buttons: Sequence[Button]) -> None:
 
 def style(figure: go.Figure, frame: pd.DataFrame) -> None:
     """The house's look, with the model, hardware and day of the frame above the axes."""
+    made_with = f"{PurePath(setting(frame, 'model')).name} · {setting(frame, 'device')} · {setting(frame, 'created_at')[:10]}"
     axis = {"gridcolor": GRID, "linecolor": "#9ca3af", "zeroline": False, "ticks": "outside", "tickcolor": "#9ca3af",
             "ticklen": 4, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
     figure.update_layout(
@@ -287,7 +282,7 @@ def style(figure: go.Figure, frame: pd.DataFrame) -> None:
         font={"family": "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', sans-serif",
               "size": 13, "color": INK},
         hoverlabel={"bgcolor": "white", "bordercolor": GRID, "align": "left", "font": {"size": 12, "color": INK}},
-        title={"text": html.escape(made_with(frame)), "x": 0, "xref": "container", "xanchor": "left", "y": 1,
+        title={"text": html.escape(made_with), "x": 0, "xref": "container", "xanchor": "left", "y": 1,
                "yref": "container", "yanchor": "top", "pad": {"t": 8}, "font": {"size": 11, "color": MUTED}},
         margin={"l": LEFT_PX, "r": 16, "t": 76, "b": 90}, xaxis=axis, yaxis=axis,
         legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top", "font": {"size": 12}})

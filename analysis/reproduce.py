@@ -7,7 +7,8 @@ import pandas as pd
 from analysis.tables import Row
 from raysearch.config import Study, TrialConfig
 
-NAMES = {"target_sparsity": "sparsity", "num_rounds": "rounds", "num_items": "eval-items"}
+NAMES = {"target_sparsity": "sparsity", "num_rounds": "rounds", "num_items": "eval-items",
+         "num_report_items": "report-items"}
 """Options that are not called as the setting that they give."""
 
 
@@ -15,7 +16,8 @@ def study_options(study: Study) -> str:
     """What is common to all trials: the command with the model and the settings that its rounds depend on."""
     data, evaluation = study.data, study.evaluation
     given = {"corpus": data.corpus, "text_field": data.text_field, "tasks": ",".join(evaluation.tasks),
-             "data_dir": evaluation.data_dir, "num_items": evaluation.num_items, "context_tokens": data.context_tokens,
+             "data_dir": evaluation.data_dir, "num_items": evaluation.num_items,
+             "num_report_items": evaluation.num_report_items, "context_tokens": data.context_tokens,
              "epoch_tokens": data.epoch_tokens, **study.training.model_dump(), "prunable": study.model.prunable,
              "dtype": study.model.dtype, "seed": data.seed}
     return f"raysearch prune {shlex.quote(study.model.path)} {_options(given)}"

@@ -41,13 +41,8 @@ def compare_studies(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def relative_frontier(frame: pd.DataFrame) -> pd.DataFrame:
     """The frontier, smallest first, in units of the dense baseline: columns `size` and `quality`, of which more is better."""
-    split, objective, size = frontier_split(frame), setting(frame, "objective"), setting(frame, "size")
-    baseline, front = dense(frame), frontier(frame)
-    if baseline is None:
-        return pd.DataFrame({"size": [], "quality": []})
-    ratio = front[f"{split}/{objective}"] / baseline[f"{split}/{objective}"]
-    return pd.DataFrame({"size": front[size].astype(float) / float(baseline[size]),
-                         "quality": ratio if higher_is_better(objective) else 1 / ratio})
+    points = relative_points(frame, frontier(frame), frontier_split(frame))
+    return pd.DataFrame(np.empty((0, 2)) if points is None else points, columns=["size", "quality"])
 
 
 def hypervolume_over_time(frame: pd.DataFrame, num_points: int = NUM_POINTS) -> pd.DataFrame:

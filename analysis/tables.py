@@ -33,7 +33,7 @@ def results_table(frame: pd.DataFrame, format: str = "table", frontier_only: boo
         return rows.to_csv(index=False)
     if format == "json":
         plain = rows.astype(object).where(rows.notna(), None)
-        return json.dumps(plain.to_dict("records"), indent=1, allow_nan=False, default=_plain_number) + "\n"
+        return json.dumps(plain.to_dict("records"), indent=1, allow_nan=False, default=lambda number: number.item()) + "\n"
     return _terminal_table(frame, rows)
 
 
@@ -42,8 +42,7 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for row in [header, *rows]:
-        cells = [cell.ljust(width) if name in left else cell.rjust(width)
-                 for name, cell, width in zip(header, row, widths)]
+        cells = [cell.ljust(width) if name in left else cell.rjust(width) for name, cell, width in zip(header, row, widths)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines) + "\n"
 
@@ -146,9 +145,3 @@ def _terminal_row(row: pd.Series, objective: str, speeds: Sequence[str]) -> list
             f"{row['model_sparsity']:.3f}", human_count(row["num_nonzero"]), human_bytes(row["stored_bytes"]),
             *speed, *scores,
             "" if pd.isna(row["seconds"]) else f"{row['seconds']:.1f}", how]
-
-
-def _plain_number(value: object) -> object:
-    if isinstance(value, np.generic):
-        return value.item()
-    raise TypeError(f"{type(value).__name__} has no JSON form")

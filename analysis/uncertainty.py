@@ -44,11 +44,6 @@ class Draws(NamedTuple):
     def stderr(self) -> Floats:
         return np.asarray(self.drawn.std(axis=0), dtype=np.float64)
 
-    @property
-    def quality(self) -> Floats:
-        """[b, k], with the sign that makes higher better."""
-        return self.drawn if higher_is_better(self.metric) else -self.drawn
-
 
 def resample(metric: str, items: Sequence[Items], num_draws: int = NUM_DRAWS, seed: int = 0) -> Draws:
     """Bootstrap over clusters (Davison and Hinkley 1997, section 3.8) as one product, counts [b, g] @ sums [g, k], so

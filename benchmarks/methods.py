@@ -113,7 +113,16 @@ def n_of_m() -> Iterator[Case]:
                trained(1000, pattern="2:4", criterion="sparsegpt", distill_alpha=2 / 3), seed)
 
 
-GROUPS = {"one_shot": one_shot, "losses": losses, "methods": methods, "n_of_m": n_of_m}
+def equal_seconds() -> Iterator[Case]:
+    """Global magnitude with the seconds of SparseGPT, which prunes as long as 120 steps more take."""
+    for seed in SEEDS:
+        yield "dense control, 240 steps", control(240), seed
+        for sparsity in (0.5, 0.7, 0.9):
+            yield f"magnitude, {sparsity}, 240 steps", trained(240, target_sparsity=sparsity), seed
+        yield "magnitude, 2:4, 240 steps", trained(240, pattern="2:4"), seed
+
+
+GROUPS = {"one_shot": one_shot, "losses": losses, "methods": methods, "n_of_m": n_of_m, "equal_seconds": equal_seconds}
 
 
 def file_name(name: str, seed: int) -> str:

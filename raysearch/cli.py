@@ -131,6 +131,7 @@ def prune(
     tasks: Annotated[str, typer.Option(help="Comma-separated; from the corpus or --data-dir.")] = "",
     data_dir: str | None = None,
     num_items: Annotated[int | None, typer.Option("--eval-items", help="Items of each task and split.")] = None,
+    num_report_items: Annotated[int | None, typer.Option("--report-items", help="Of the report split, if not as many.")] = None,
     context_tokens: Annotated[int | None, typer.Option(help="128, or the model's own where that is less.")] = None,
     epoch_tokens: Annotated[int | None, typer.Option(help="Tokens of one epoch; without it all.")] = None,
     batch_tokens: int = 2048,
@@ -374,7 +375,7 @@ def bench_kernels(
 
     import torch
 
-    from raysearch import kernel_benchmark as benchmark
+    from raysearch.kernels import benchmark
 
     groups = {"must": benchmark.MUST, "grid": benchmark.GRID, "cpu": benchmark.CPU}
     check_file(out, "--out")

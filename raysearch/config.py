@@ -16,7 +16,6 @@ LrSchedule = Literal["cosine", "constant", "one_cycle"]
 Trainable = Literal["all", "vectors"]
 ThresholdUnit = Literal["absolute", "std"]
 
-
 SIZES = ("num_nonzero", "stored_bytes", "resident_bytes", "predicted_ms")
 """Sizes of a candidate that a search may lower: fields of its record. `predicted_ms`: time of a batch of `serving`."""
 
@@ -180,6 +179,16 @@ class Action(Frozen):
     """Seed of the data order; 0 where nothing is read."""
 
 
+READ_BY = {"mask_interval_steps": ("gradual_magnitude", "sr_ste", "movement", "soft_movement", "l0", "rigl", "set"),
+           "mask_decay": ("sr_ste",), "drop_fraction": ("rigl", "set"), "score_rate": ("soft_movement", "l0"),
+           "score_penalty": ("soft_movement",), "gate_penalty": ("l0",),
+           "calibration_sequences": ("wanda", "ria", "sparsegpt", "taylor", "contribution")}
+"""Settings that these criteria alone read; calibration_sequences budget `owl` too."""
+WHILE_TRAINING = ("l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha", "distill_hidden", "learning_rate",
+                  "lr_schedule")
+"""Settings that say nothing where nothing is fine-tuned."""
+
+
 class Unhashed:
     """Marks a setting that says where something lies: no key hashes it, for what lies there is hashed instead."""
 
@@ -225,6 +234,9 @@ class EvaluationSettings(Frozen):
     """Folder with local files of the named tasks (lambada/test.jsonl, ...); None takes them from the hub."""
     num_items: int | None = Field(None, ge=1)
     """Items of each task and split; None is all."""
+    num_report_items: int | None = Field(None, ge=1)
+    """Of each task on the report split, where other than `num_items`. How near a pick with a confidence comes to its limit
+    depends on these, and only the frontier is scored on them."""
     racing_level: float | None = Field(None, gt=0, lt=1)
     """Stop scoring a candidate on the selection split when a finished one that is no larger has the better objective;
     each such stop is wrong with at most this probability. None scores every candidate in full, and is the default:
@@ -239,7 +251,6 @@ class SearchSettings(Frozen):
     direction. At least one of each; the first ones are those of figures and tables."""
     num_trials: int = Field(16, ge=1)
     max_concurrent: int = Field(1, ge=1)
-    """Trials at the same time."""
     time_budget_s: float | None = Field(None, gt=0)
     gpu_hours: float | None = Field(None, gt=0)
     """No trial begins once the rounds of this study, those of earlier sweeps too, have taken so many hours of GPUs."""
@@ -261,14 +272,11 @@ class SearchSettings(Frozen):
     @model_validator(mode="after")
     def _known_objectives(self) -> Self:
         sizes = [name for name in self.objectives if name in SIZES]
-        for name in self.objectives:
-            if name not in SIZES:
-                higher_is_better(name)
+        for name in (*(name for name in (*self.objectives, *self.constraints) if name not in SIZES), *self.max_drop):
+            higher_is_better(name)
         if not sizes or len(sizes) == len(self.objectives) or len(set(self.objectives)) < len(self.objectives):
             raise ValueError(f"objectives must be different names, at least one size ({', '.join(SIZES)}) and one quality "
                              f"(task/metric), got {', '.join(self.objectives) or 'none'}")
-        for name in [*self.max_drop, *(name for name in self.constraints if name not in SIZES)]:
-            higher_is_better(name)
         return self
 
     @property
@@ -278,12 +286,10 @@ class SearchSettings(Frozen):
 
     @property
     def size(self) -> str:
-        """The first size."""
         return next(name for name in self.objectives if name in SIZES)
 
     @property
     def objective(self) -> str:
-        """The first quality."""
         return next(name for name in self.objectives if name not in SIZES)
 
 
@@ -374,33 +380,20 @@ NUMBERS = ("model", "data", "training", "evaluation")
 SECTION_OF = {name: section for section, field in Study.model_fields.items()
               for name in cast(type[Frozen], field.annotation).model_fields}
 """Section of each setting; their names are different."""
-_RENAMED = {"model": "path", "eval_items": "num_items"}
-"""Settings of format 1 that have another name now."""
 
 
 def nested(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings by their own names, or those of format 1, in their sections; ValueError for a name that is none."""
+    """Settings by their own names, the model's `path` by that of `model` too, in their sections; ValueError for a name that is
+    none."""
     sections: dict[str, Any] = {}
-    objectives = [settings[name] for name in ("size", "objective") if name in settings]
-    if objectives:
-        defaults = {"size": "num_nonzero", "objective": "text/bits_per_byte"} | settings
-        sections["search"] = {"objectives": (defaults["size"], defaults["objective"])}
     for name, value in settings.items():
-        renamed = _RENAMED.get(name, name)
-        if name in ("size", "objective"):
-            continue
-        if renamed not in SECTION_OF:
+        own = "path" if name == "model" else name
+        if own not in SECTION_OF:
             raise ValueError(f"{name}: no such setting; the settings are {', '.join(SECTION_OF)}")
-        sections.setdefault(SECTION_OF[renamed], {})[renamed] = value
+        sections.setdefault(SECTION_OF[own], {})[own] = value
     return {section: sections[section] for section in Study.model_fields if section in sections}
 
 
 def study_of(**settings: Any) -> Study:
     """A study of settings by their own names: study_of(path="models/mine", num_trials=4)."""
     return parse(Study, nested(settings), "study")
-
-
-def is_flat(settings: dict[str, Any]) -> bool:
-    """Whether these are the settings of format 1, which had no sections."""
-    return isinstance(settings.get("model"), str) or bool(set(settings) & ({*SECTION_OF, "eval_items", "objective", "size"}
-                                                                           - set(Study.model_fields)))

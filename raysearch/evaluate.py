@@ -13,7 +13,7 @@ from raysearch.deploy.load import open_model
 from raysearch.evaluation import Scorer, evaluate, forward_sizes, heldout_tasks, load_tasks
 from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 from raysearch.models.model import check_causal, dtype_note, load_tokenizer, stored_dtype, vocab_size
-from raysearch.models.sparse import Sparsified, is_sparse, linear_layers, own_forward, sparsify_for_inference
+from raysearch.models.sparse import is_sparse, linear_layers, own_forward, sparsify_for_inference
 from raysearch.study.text import first_line
 from raysearch.training.corpus import Say, load_documents, quiet
 from raysearch.training.data import check_tokenizer, split_documents
@@ -49,7 +49,10 @@ def evaluate_model(model_path: str, names: Sequence[str], *, data_dir: Path | No
     if backend == "auto" and (num_sparse := sum(map(is_sparse, (layer for *_, layer in linear_layers(model))))):
         sizes = worth_timing(model, forward_sizes(scorer, tasks, num_fewshot=num_fewshot))
         if sizes:
-            kernels = backends_used(sparsify_for_inference(model, num_tokens=sizes, say=say))
+            done = sparsify_for_inference(model, num_tokens=sizes, say=say)
+            kernels = {num_tokens: {"layers": dict(Counter("dense" if ratio <= 1 else layer.choices[num_tokens].backend
+                                                           for layer in done.layers)), "model_ratio": ratio}
+                       for num_tokens, ratio in done.model_ratio.items()}
         say(in_words(kernels, num_sparse))
     try:
         metrics = evaluate(scorer, tasks, num_fewshot=num_fewshot, samples_path=samples).metrics
@@ -81,15 +84,8 @@ def worth_timing(model: Any, sizes: Mapping[int, int]) -> list[int]:
     return worthwhile
 
 
-def backends_used(sparsified: Sparsified) -> dict[int, dict[str, Any]]:
-    """{tokens per forward: {"layers": {backend: number of sparse layers}, "model_ratio": times as fast as dense}}."""
-    return {num_tokens: {"layers": dict(Counter("dense" if ratio <= 1 else layer.choices[num_tokens].backend
-                                                for layer in sparsified.layers)), "model_ratio": ratio}
-            for num_tokens, ratio in sparsified.model_ratio.items()}
-
-
 def in_words(kernels: Mapping[int, Mapping[str, Any]], num_sparse: int) -> str:
-    """One line about what `backends_used` found."""
+    """One line about {tokens per forward: {"layers": {backend: number of sparse layers}, "model_ratio": as fast as dense}}."""
     if not kernels:
         return f"kernels: {num_sparse} sparse layers, not timed because that would take longer than it could save"
     parts = [", ".join(f"{number} on {name}" for name, number in used["layers"].items())

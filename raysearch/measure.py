@@ -11,7 +11,6 @@ from raysearch.evaluation.speed import beside_dense, speeds
 from raysearch.kernels.device import device_name
 from raysearch.models.model import load_model, on_device
 from raysearch.search.retention import frontier_keys
-from raysearch.study.files import persist, write_record
 from raysearch.study.ledger import Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import SpeedRecord
@@ -57,11 +56,9 @@ def measure(directory: str, changes: dict[str, int], echo: Callable[[str], None]
             if key in others:
                 ledger.write_other(others[key].model_copy(update={"speed": record}), {})
             else:
-                path = ledger.speed_path(key)
-                persist(path, lambda: write_record(path, record))  # noqa: B023  called at once
+                ledger.write(ledger.speed_path(key), record)
             name = key if key in others else f"candidate {key}"
             echo(f"{number}/{len(due)}: {name}, {form}: scoring {served.scoring_tokens_per_s:,.0f} tokens/s (dense "
                  f"{one.scoring_tokens_per_s:,.0f}), decoding {served.decode_ms:.3g} ms a step (dense {one.decode_ms:.3g}), "
                  f"{served.resident_bytes:,} bytes resident (dense {one.resident_bytes:,})")
     return len(due) - num_left_out
-

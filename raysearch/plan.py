@@ -151,18 +151,14 @@ def time_evaluation(worker: Worker, inputs: Inputs) -> tuple[float, int]:
             num_timed = min(limit, len(task.eval_docs))
             started = time.perf_counter()
             evaluate(worker.scorer, [task], limit=num_timed)
-            task_s = _now(worker) - started
+            if worker.engine.device.type == "cuda":
+                torch.cuda.synchronize()
+            task_s = time.perf_counter() - started
             if task_s > SLOW_S:
                 break
         total_s += task_s / num_timed * len(task.eval_docs)
         num_items += num_timed
     return total_s, num_items
-
-
-def _now(worker: Worker) -> float:
-    if worker.engine.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def rank_seconds(action: Action, study: Study, calibration: Calibration) -> float:
@@ -201,8 +197,10 @@ def describe_plan(plan: Plan) -> str:
     unit, per_rank = ("GPU", cluster.gpus_per_rank) if cluster.gpus_per_rank else ("CPU", cluster.cpus_per_rank)
     num_control = statistics.fmean(map(len, with_control)) - num_distinct
     disk_bytes = (num_distinct + num_control) * calibration.candidate_bytes
-    free = (f"of disk, {human_bytes(shutil.disk_usage(_existing(plan.directory)).free)} are free"
-            if isinstance(plan.directory, Path) else "of objects")
+    free = "of objects"
+    if isinstance(plan.directory, Path):
+        existing = next(folder for folder in (plan.directory, *plan.directory.parents) if folder.exists())
+        free = f"of disk, {human_bytes(shutil.disk_usage(existing).free)} are free"
     measured = f"measured on one rank here: {calibration.device}"
     if cluster.gpus_per_rank and not calibration.on_gpu:
         measured += ", NOT on a GPU as the study asks: the hours below are for this processor"
@@ -224,8 +222,8 @@ def describe_plan(plan: Plan) -> str:
         f"            start of a gang {calibration.start_s:.0f} s (imports, inputs, engine; without that of Ray), candidate of "
         f"sparsity {calibration.sparsity:.2f} {human_bytes(calibration.candidate_bytes)}",
         "extrapolated from it to random draws of this space:",
-        f"            {_hours(statistics.fmean(busy_h) * per_rank)} {unit}-hours ({_hours(min(busy_h) * per_rank)} to "
-        f"{_hours(max(busy_h) * per_rank)}), {_hours(statistics.fmean(busy_h) / (at_once * cluster.num_ranks))} hours "
+        f"            {statistics.fmean(busy_h) * per_rank:.3g} {unit}-hours ({min(busy_h) * per_rank:.3g} to "
+        f"{max(busy_h) * per_rank:.3g}), {statistics.fmean(busy_h) / (at_once * cluster.num_ranks):.3g} hours "
         f"with {at_once} trials at once",
         f"            {human_bytes(disk_bytes)} {free}"
         + (" (threshold rounds counted at the mean sparsity of the others)" if thresholds else ""),
@@ -234,11 +232,3 @@ def describe_plan(plan: Plan) -> str:
         f"writes to   {plan.directory}:",
         "            study.json, journal.log, rounds/KEY/ (records and weights), trials/, tune/ (logs)",
         "            and packed text to RAYSEARCH_CACHE (this command has already written it)"])
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def _hours(hours: float) -> str:
-    return f"{hours:.3g}"

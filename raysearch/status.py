@@ -4,7 +4,6 @@ import shlex
 import time
 from datetime import datetime
 from math import isnan
-from typing import Any
 
 from analysis.candidates import dense, frontier, pruned
 from analysis.load import load
@@ -94,9 +93,8 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
     """Reads the study in `directory`; ValueError of one sentence where there is none."""
     ledger = Ledger.open(directory)
     record = ledger.study()
-    frame = load(directory)
-    baseline = dense(frame)
-    front = frontier(frame, "selection")
+    frame, objective = load(directory), record.study.search.objective
+    baseline, front = dense(frame), frontier(frame, "selection")
     plain = front.astype(object).where(front.notna(), None).to_dict("records")
     running_now, driver = ledger.driver()
     now = time.time()
@@ -107,8 +105,7 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
               *ledger.directory.glob("journal.log"), *(ledger.directory / "rounds").glob("[!.]*/*.json")]
     written_s = [*written.values(), *(path.stat().st_mtime for path in others if path.is_file())]
     return StudyStatus(
-        directory=str(ledger.directory), space=record.space, model=record.study.model.path,
-        objective=record.study.search.objective,
+        directory=str(ledger.directory), space=record.space, model=record.study.model.path, objective=objective,
         driver_running=running_now, driver=driver, num_trials=record.study.search.num_trials,
         trials={status: sum(trial.status == status and not trial.is_finish for trial in trials)
                 for status in ("running", "done", "stopped", "failed")},
@@ -121,10 +118,11 @@ def study_status(directory: str | AnyPath) -> StudyStatus:
             FailedTrial(number=trial.number, reason=trial.reason or "no reason recorded", log_path=trial.log_path)
             for trial in trials if trial.status == "failed"),
         num_candidates=len(pruned(frame)),
-        dense_value=None if baseline is None or isnan(value := baseline[f"selection/{record.study.search.objective}"])
-        else float(value),
-        control=_control(ledger, controls[-1], record.study.search.objective) if controls else None,
-        frontier=tuple(_candidate(row, record.study.search.objective) for row in plain),
+        dense_value=None if baseline is None or isnan(value := baseline[f"selection/{objective}"]) else float(value),
+        control=_control(ledger, controls[-1], objective) if controls else None,
+        frontier=tuple(FrontierCandidate(
+            **{name: row[name] for name in ("trial", "round", "key", "sparsity", "num_nonzero", "stored_bytes")},
+            value=row[f"selection/{objective}"], stderr=row[f"selection/{objective}_stderr"]) for row in plain),
         gives_little=gives_little([trial.gain_per_gpu_hour for trial in trials if not trial.is_finish],
                                   record.study.search.min_gain_per_gpu_hour),
         silent_s=max(0.0, now - max(written_s, default=now)),
@@ -181,13 +179,6 @@ def _describe_control(control: ControlStatus, objective: str) -> str:
         return rounds
     value = with_stderr(control.value, float("nan") if control.stderr is None else control.stderr)
     return f"{rounds}, {objective} {value} on the selection split, without pruning"
-
-
-def _candidate(row: dict[str, Any], objective: str) -> FrontierCandidate:
-    return FrontierCandidate(
-        trial=row["trial"], round=row["round"], key=row["key"], sparsity=row["sparsity"],
-        num_nonzero=row["num_nonzero"], stored_bytes=row["stored_bytes"], value=row[f"selection/{objective}"],
-        stderr=row[f"selection/{objective}_stderr"])
 
 
 def _ago(seconds: float) -> str:

@@ -6,18 +6,19 @@ from decimal import Decimal
 
 def human_bytes(num_bytes: float) -> str:
     """Powers of 1000: 512 B, 3.42 MB, 1.90 GB."""
-    for unit, divisor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if num_bytes >= 0.9995 * divisor:
-            return f"{num_bytes / divisor:.3g} {unit}"
-    return f"{num_bytes:.0f} B"
+    return _human(num_bytes, " GB", " MB", " kB", " B")
 
 
 def human_count(count: float) -> str:
     """Powers of 1000: 512, 24.1M, 1.5B."""
-    for unit, divisor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= 0.9995 * divisor:
-            return f"{count / divisor:.3g}{unit}"
-    return f"{count:.0f}"
+    return _human(count, "B", "M", "k", "")
+
+
+def _human(number: float, *units: str) -> str:
+    for unit, divisor in zip(units, (1e9, 1e6, 1e3)):
+        if number >= 0.9995 * divisor:
+            return f"{number / divisor:.3g}{unit}"
+    return f"{number:.0f}{units[-1]}"
 
 
 _BYTE_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20,

@@ -41,6 +41,9 @@ class Browser:
     def open(self, file: Path, width: int = 1400, height: int = 900) -> None:
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 640)
         self.call("Page.navigate", url=file.as_uri())
+        self.loaded()
+
+    def loaded(self) -> None:
         while (event := self._next()).get("method") != "Page.loadEventFired":
             self._note(event)
 

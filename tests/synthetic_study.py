@@ -11,16 +11,7 @@ from raysearch.search.control import due_control
 from raysearch.study.files import write_record
 from raysearch.study.items import Items, form_of, write_items
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import (
-    Provenance,
-    RoundRecord,
-    Served,
-    SpeedRecord,
-    StudyRecord,
-    TrialRecord,
-    hash_json,
-    round_key,
-)
+from raysearch.study.records import Provenance, RoundRecord, Served, SpeedRecord, StudyRecord, TrialRecord, hash_json, round_key
 
 NUM_PRUNABLE = 800_000
 NUM_PARAMETERS = 1_000_000

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = (  # from top to bottom; a module imports from its own floor and from those below
     "cli decide terminal __main__",
-    "demo add plan status evaluate finish replicate prune measure kernel_benchmark",
+    "demo add plan status evaluate finish replicate prune measure",
     "search",
     "deploy",
     "trial",
@@ -34,8 +34,7 @@ DOORS = {  # heavy dependency -> the only places that import it
     "ray": {"raysearch/search/", "raysearch/trial/gang.py", "raysearch/trial/watchdog.py", "raysearch/cluster/",
             "raysearch/training/pretrain.py", "raysearch/training/pretrain_worker.py"},
     "lm_eval": {"raysearch/evaluation/"},
-    "transformers": {"raysearch/kernel_benchmark.py", "raysearch/models/", "raysearch/evaluation/", "raysearch/training/",
-                     "raysearch/deploy/"},
+    "transformers": {"raysearch/models/", "raysearch/evaluation/", "raysearch/training/", "raysearch/deploy/"},
     "datasets": {"raysearch/training/corpus.py", "raysearch/evaluation/"},
     "triton": {"raysearch/kernels/"},
     "pandas": {"analysis/"},

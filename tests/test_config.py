@@ -1,6 +1,6 @@
 import pytest
 
-from raysearch.config import Study, TrialConfig, higher_is_better, is_flat, nested, study_of
+from raysearch.config import Study, TrialConfig, higher_is_better, nested, study_of
 from raysearch.frozen import parse
 
 
@@ -62,15 +62,9 @@ def test_a_number_of_ranks_is_positive() -> None:
         study_of(path="m", num_ranks=0)
 
 
-def test_settings_of_format_1_are_told_apart_and_nested() -> None:
-    old = {"model": "m", "corpus": None, "objective": "lambada/acc", "size": "stored_bytes", "eval_items": 5, "num_ranks": 2,
-           "num_trials": 3}
-    assert is_flat(old)
-    assert nested(old) == {"model": {"path": "m"}, "data": {"corpus": None}, "evaluation": {"num_items": 5},
-                           "search": {"objectives": ("stored_bytes", "lambada/acc"), "num_trials": 3},
-                           "cluster": {"num_ranks": 2}}
-    assert not is_flat(nested(old))
-    assert not is_flat({"model": {"path": "m"}})
+def test_settings_are_nested_by_their_names() -> None:
+    assert nested({"model": "m", "corpus": None, "num_ranks": 2, "num_trials": 3}) == {
+        "model": {"path": "m"}, "data": {"corpus": None}, "search": {"num_trials": 3}, "cluster": {"num_ranks": 2}}
     with pytest.raises(ValueError, match="epochs: no such setting; the settings are path, prunable"):
         nested({"model": "m", "epochs": 3})
 

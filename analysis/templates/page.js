@@ -2,6 +2,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 // a double click that resets would go back to the range that the figure opened with
 const config = {responsive: true, displaylogo: false, displayModeBar: false, doubleClick: "autosize"};
 const plots = {};
+const zoomed = {};  // by figure: the ranges that a reader chose
 let chosen = [], lines = null;
 
 function command(says, line) {
@@ -80,6 +81,7 @@ async function draw() {
     await Plotly.newPlot(plot, figure.data, figure.layout, config);
     if (isOfCandidates) plots[name] = plot;
     plot.on("plotly_click", ({points: [point]}) => choose(point.customdata?.[0], point.customdata?.[1]));
+    plot.on("plotly_relayout", (change) => { if (/axis/.test(Object.keys(change))) zoomed[name] = change; });
     for (const [index, {label, args}] of (menu?.buttons ?? []).entries()) {
       const button = document.createElement("button");
       button.type = "button";
@@ -87,6 +89,7 @@ async function draw() {
       button.setAttribute("aria-pressed", index === 0);
       button.onclick = async () => {
         for (const other of button.parentElement.children) other.setAttribute("aria-pressed", other === button);
+        delete zoomed[name];
         await Plotly.update(plot, ...args);
         mark();
       };
@@ -111,4 +114,29 @@ for (const button of document.querySelectorAll("[data-candidate]")) {
   };
 }
 
-const drawn = draw();
+// A page that is read again stays as its reader left it
+const all = (selector) => [...document.querySelectorAll(selector)];
+const nameOf = (node) => `${node.closest("[data-for]")?.dataset.for} ${node.ariaLabel ?? node.textContent}`;
+
+function readAgain() {
+  if (getSelection().type === "Range") return;  // somebody copies a command
+  history.replaceState({chosen, zoomed, scrolled: scrollY, brushes: lines?.brushes(),
+                        pressed: all('[aria-pressed="true"]').map(nameOf),
+                        focused: all("button:focus, [tabindex]:focus").map(nameOf)}, "");
+  location.reload();
+}
+
+async function restore(left) {
+  choose(...left.chosen);
+  await drawn;
+  const buttons = all('[aria-pressed="false"]').filter((button) => left.pressed.includes(nameOf(button)));
+  for (const button of buttons) await button.onclick();
+  for (const [name, ranges] of Object.entries(left.zoomed)) if (data.figures[name]) await Plotly.relayout(name, ranges);
+  lines?.brush(left.brushes ?? {});
+  mark();
+  all("button, [tabindex]").find((node) => left.focused.includes(nameOf(node)))?.focus({preventScroll: true});
+  scrollTo(0, left.scrolled);  // the browser went there before the figures had their buttons
+}
+
+const drawn = draw(), restored = history.state ? restore(history.state) : drawn;
+if (document.body.dataset.againS) restored.then(() => setInterval(readAgain, 1000 * document.body.dataset.againS));

@@ -147,7 +147,13 @@ function parallelCoordinates(root, {axes, trials, candidates, front, begin}, {on
   };
   root.style.height = `${y(num - 1) + 34}px`;
   new ResizeObserver(filter).observe(root);
+  const scale = ({name, ticks}) => JSON.stringify([name, ticks]);  // on another one a brush would hold other values
   return {
+    brushes: () => Object.fromEntries(axes.flatMap((axis, index) => brushes[index] ? [[scale(axis), brushes[index]]] : [])),
+    brush(kept) {
+      axes.forEach((axis, index) => { brushes[index] = kept[scale(axis)] ?? null; });
+      if (brushes.some(Boolean)) filtered();
+    },
     show(trial, round) {
       chosen = candidates.findIndex(([of, depth]) => trials[of] === trial && depth === round);
       requestAnimationFrame(draw);

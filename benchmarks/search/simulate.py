@@ -28,7 +28,7 @@ from surrogate import DENSE, State, Surrogate, Table, held_out_errors, read_tabl
 
 from raysearch.config import Action, Metric
 from raysearch.kernels.device import device_name
-from raysearch.pruning.pareto import hypervolume, non_dominated_ranks
+from raysearch.pruning.pareto import hypervolume, non_dominated
 from raysearch.search.sampler import Sampler
 from raysearch.search.space import Space, draw, load_space
 from raysearch.study.provenance import provenance, versions
@@ -168,9 +168,10 @@ def priority(points: dict[int, tuple[float, float]]) -> list[int]:
     best first)."""
     numbers, values = list(points), np.array(list(points.values()))
     scaled = (values - values.min(axis=0)) / np.maximum(np.ptp(values, axis=0), 1e-12)
-    ranks, order = non_dominated_ranks(values, (False, False)), []
-    for rank in range(ranks.max() + 1):
-        left = list(np.flatnonzero(ranks == rank))
+    behind, order = np.flatnonzero(np.isfinite(values).all(axis=1)), []
+    while len(behind):
+        front = non_dominated(values[behind], (False, False))
+        left, behind = list(behind[front]), behind[~front]
         net = [min(left, key=lambda index: scaled[index, 0])]
         left.remove(net[0])
         while left:

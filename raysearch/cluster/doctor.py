@@ -25,6 +25,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raysearch.study.files import new_file
 from raysearch.study.storage import AnyPath, StorePath, location
+from raysearch.study.text import first_line
 
 PACKAGE = "raysearch-llm"
 MIN_SHARED_MEMORY_BYTES = 2 * 10**9
@@ -46,8 +47,7 @@ class Check:
 def examine(directory: str | AnyPath) -> list[Check]:
     """All checks; `directory` is where studies will be written. A probe file is written there and deleted."""
     target = location(directory)
-    folder = (target if isinstance(target, StorePath)
-              else next(path for path in (target, *target.parents) if path.exists()))
+    folder = target if isinstance(target, StorePath) else next(path for path in (target, *target.parents) if path.exists())
     return [*check_versions(), check_compiler(), *check_gpus(), check_shared_memory(Path("/dev/shm")),
             check_store(folder) if isinstance(folder, StorePath) else check_disk(folder),
             *check_token_file(Path.home() / ".ray" / "auth_token"), *check_cluster(folder)]
@@ -77,8 +77,7 @@ def check_versions() -> Iterator[Check]:
         if requirement.specifier.contains(version, prereleases=True):  # a nightly build is one
             fitting.append(f"{requirement.name} {version}")
         else:
-            yield Check("problem", f"{requirement.name} {version} must be {requirement.specifier}; "
-                                   f"pip install '{requirement}'")
+            yield Check("problem", f"{requirement.name} {version} must be {requirement.specifier}; pip install '{requirement}'")
     yield Check("ok", f"python {platform.python_version()}, {', '.join(fitting)}")
 
 
@@ -181,9 +180,8 @@ def check_cluster(folder: AnyPath) -> Iterator[Check]:
         yield Check("problem", f"RAY_ADDRESS must be HOST:PORT, got {address}; unset it to start Ray on this machine")
         return
     except (OSError, ray.exceptions.RayError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        yield Check("problem", f"the cluster at {address} cannot be joined ({first}); start it, unset RAY_ADDRESS, or "
-                               "give this machine its token")
+        yield Check("problem", f"the cluster at {address} cannot be joined ({first_line(error)}); start it, unset RAY_ADDRESS, "
+                               "or give this machine its token")
         return
     try:
         url = context.address_info.get("webui_url")

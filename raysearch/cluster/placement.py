@@ -203,14 +203,9 @@ def _choices(study: Study, num_gpus: int) -> Iterator[tuple[int, Literal[0, 1, 2
         micro = study.cluster.micro_batch_tokens
         if too_many or study.training.batch_tokens % (num_ranks * (study.data.context_tokens if micro == "auto" else micro)):
             continue
-        if study.cluster.zero_stage != "auto":
-            yield num_ranks, study.cluster.zero_stage
-        elif num_ranks == 1:
-            yield 1, 0
-        else:
-            yield num_ranks, 1
-            yield num_ranks, 2
-            yield num_ranks, 3
+        sharding: tuple[Literal[0, 1, 2, 3], ...] = (0,) if num_ranks == 1 else (1, 2, 3)
+        for stage in sharding if study.cluster.zero_stage == "auto" else (study.cluster.zero_stage,):
+            yield num_ranks, stage
 
 
 def _gb(num_bytes: float) -> str:

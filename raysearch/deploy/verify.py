@@ -82,10 +82,6 @@ class Timed(NamedTuple):
     recorded: float
     found: float
 
-    @property
-    def is_off(self) -> bool:
-        return abs(math.log(self.found / self.recorded)) > math.log1p(SPEED_TOLERANCE)
-
 
 def verify_speed(folder: Path, say: Callable[[str], object]) -> list[Timed]:
     """Times an export again as `raysearch measure` did in its study, if that was on this device and the dense model is here;
@@ -115,7 +111,7 @@ def verify_speed(folder: Path, say: Callable[[str], object]) -> list[Timed]:
         timed = [Timed("decoding", recorded.served.decode_ms / recorded.dense.decode_ms, decode_ms[1] / decode_ms[0]),
                  Timed("scoring", recorded.dense.scoring_tokens_per_s / recorded.served.scoring_tokens_per_s,
                        tokens_per_s[0] / tokens_per_s[1])]
-        if not (off := [each for each in timed if each.is_off]):
+        if not (off := [each for each in timed if abs(math.log(each.found / each.recorded)) > math.log1p(SPEED_TOLERANCE)]):
             return timed
     raise ValueError(f"{folder}: is not as fast as its study recorded: {off[0].name} takes {off[0].found:.3g} of the dense "
                      f"model's time and took {off[0].recorded:.3g}, more than {SPEED_TOLERANCE:.0%} apart after {NUM_RUNS} "

@@ -40,7 +40,8 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
     (as for most of LAMBADA, Paperno et al. 2016; differs in that no people filtered them): {"context", "target"}."""
     items = []
     for document in documents:
-        sentences, cut_from = _sentences(document), content_id(document)
+        sentences = [" ".join(part.split()) for part in _SENTENCE_END.split(document) if part.strip()]
+        cut_from = content_id(document)
         start = 0
         while start < len(sentences):
             passage, used = "", 0
@@ -49,7 +50,7 @@ def last_word_items(documents: Sequence[str], *, limit: int | None, seed: int) -
                     break
                 passage, used = f"{passage} {sentence}".strip(), used + 1
                 match = _LAST_WORD.match(passage)
-                if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and _occurs(match[2], match[1]):
+                if used >= 2 and len(passage) >= PASSAGE_CHARS[0] and match and re.search(rf"\b{match[2]}\b", match[1]):
                     items.append({"item_id": content_id(passage), "document": cut_from, "context": match[1].rstrip(),
                                   "target": " " + match[2]})
                     break
@@ -108,14 +109,6 @@ def _pieces(document: str) -> Iterator[str]:
         if piece:
             yield piece
         start = end
-
-
-def _sentences(document: str) -> list[str]:
-    return [" ".join(part.split()) for part in _SENTENCE_END.split(document) if part.strip()]
-
-
-def _occurs(word: str, text: str) -> bool:
-    return re.search(rf"\b{word}\b", text) is not None
 
 
 def _take(words: Sequence[str], start: int, chars: tuple[int, int]) -> tuple[str, int]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from raysearch.config import SIZES, Study
 from raysearch.evaluation.own_tasks import is_own
-from raysearch.evaluation.tasks import check_task, known_metrics
+from raysearch.evaluation.tasks import FILE_TASKS, HELDOUT_CONFIGS, TOKEN_PERPLEXITY, check_task
 from raysearch.models.checkpoint import model_folder
 from raysearch.training.corpus import check_corpus
 
@@ -36,3 +36,15 @@ def check_measured(study: Study, metrics: Sequence[str] | None = None) -> None:
                 raise ValueError(f"{setting} must be of sizes ({', '.join(SIZES)}) and metrics "
                                  f"({', '.join(metrics) or 'there is no task'}), got {name!r}; change it in STUDY, or add "
                                  "its task")
+
+
+def known_metrics(name: str, has_files: bool) -> list[str] | None:
+    """A task's metrics, as "task/metric", without lm-eval; None where only lm-eval knows them."""
+    if name in HELDOUT_CONFIGS:
+        config = HELDOUT_CONFIGS[name][1]
+    elif name in FILE_TASKS and has_files:
+        config = FILE_TASKS[name].config
+    else:
+        return None
+    added = [TOKEN_PERPLEXITY] * (config["output_type"] == "loglikelihood_rolling")
+    return [f"{name}/{metric}" for metric in [*(each["metric"] for each in config["metric_list"]), *added]]

@@ -55,20 +55,9 @@ class Scorer(TemplateLM):  # type: ignore[misc]
     `num_truncated` counts the requests that were cut on the left to fit the context, as lm-eval cuts them.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        *,
-        batch_tokens: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        gather: Gather | None = None,
-        lockstep: bool = False,
-        max_length: int | None = None,
-        progress: bool = False,
-        graphs: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, *, batch_tokens: int | None = None, rank: int = 0, world_size: int = 1,
+                 gather: Gather | None = None, lockstep: bool = False, max_length: int | None = None, progress: bool = False,
+                 graphs: bool = True) -> None:
         super().__init__()
         if batch_tokens is not None and batch_tokens < 1:
             raise ValueError(f"batch_tokens must be at least 1; got {batch_tokens}")
@@ -168,7 +157,8 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         with self._inference():
             for start in self._bar(range(0, len(batches), world_size), "Scoring"):
                 wave = batches[start:start + world_size]  # one batch for each rank
-                slices = max(self._num_slices(batch) for batch in wave) if self._lockstep else 0
+                # vocabulary projections of the largest batch, as many as every rank runs
+                slices = max(-(-len(lay_out(batch).positions) // self._slice) for batch in wave) if self._lockstep else 0
                 if rank < len(wave):
                     scored.extend(self._score_or_halve(wave[rank], slices))
                 elif self._lockstep:
@@ -227,10 +217,6 @@ class Scorer(TemplateLM):  # type: ignore[misc]
         for _ in range(len(parts), slices):
             logits_at(0, 1)
         return torch.cat(parts, dim=1)
-
-    def _num_slices(self, batch: Sequence[Row]) -> int:
-        """Vocabulary projections that _score_batch runs for this batch."""
-        return -(-len(lay_out(batch).positions) // self._slice)
 
     def _logits(self, is_chain: bool, tokens: Tensor, depths: Tensor, ends: Tensor,
                 positions: Tensor) -> Callable[[int, int], Tensor]:

@@ -24,7 +24,7 @@ from raysearch.evaluation.generation import Slots
 from raysearch.kernels.dispatch import time_in_turn
 from raysearch.models.architectures import shares_prefixes
 from raysearch.models.model import context_limit
-from raysearch.models.sparse import SparseLinear, Sparsified, sparsify_for_inference
+from raysearch.models.sparse import SparseLinear, sparsify_for_inference
 from raysearch.study.records import Served
 
 NUM_ROUNDS = 20
@@ -36,17 +36,12 @@ WARM_ROUNDS = 2
 def beside_dense(dense: Any, model: Any, serving: ServingSettings, say: Callable[[str], object]) -> tuple[Served, Served, str]:
     """(of the dense model, of the other one as it is served, cut down and, in place, on sparse kernels where those win, and
     what was done to it)."""
-    form = _in_words(sparsify_for_inference(model, num_tokens=serving.tokens_at_once, say=say))
+    done = sparsify_for_inference(model, num_tokens=serving.tokens_at_once, say=say)
     one, other = speeds([dense, model], **serving.model_dump())
-    return one, other, form
-
-
-def _in_words(done: Sparsified) -> str:
-    """What `sparsify_for_inference` made of a model."""
     on_kernels = sorted({choice.backend for layer in done.layers for tokens, choice in layer.choices.items()
                          if done.model_ratio[tokens] > 1 and choice.backend != "dense"})
     parts = [f"{done.compaction.num_parameters:,} parameters cut out"] if done.compaction.num_parameters else []
-    return ", ".join(parts + [f"kernel {name}" for name in on_kernels]) or "dense"
+    return one, other, ", ".join(parts + [f"kernel {name}" for name in on_kernels]) or "dense"
 
 
 @torch.no_grad()

@@ -79,13 +79,10 @@ def _bootstrap(x: NDArray[np.float64], weight: NDArray[np.float64]) -> float | N
 
 
 def aggregate(values: Sequence[Any], aggregation: Callable[[Any], float]) -> tuple[float, float | None]:
-    """(value, standard error) of a metric that has no form: lm-eval's, and the delete-one-group jackknife's."""
-    return float(aggregation(values)), _jackknife(values, aggregation)
-
-
-def _jackknife(values: Sequence[Any], aggregation: Callable[[Any], float]) -> float | None:
-    groups = min(JACKKNIFE_GROUPS, len(values))
+    """(value, standard error) of a metric that has no form: lm-eval's, and the delete-one-group jackknife's, None of one
+    item."""
+    value, groups = float(aggregation(values)), min(JACKKNIFE_GROUPS, len(values))
     if groups < 2:
-        return None
+        return value, None
     without = [float(aggregation([x for i, x in enumerate(values) if i % groups != group])) for group in range(groups)]
-    return float(math.sqrt((groups - 1) * np.var(without)))
+    return value, float(math.sqrt((groups - 1) * np.var(without)))

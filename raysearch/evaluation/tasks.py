@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from raysearch.evaluation.heldout import choice_items, content_id, last_word_items, text_items
 from raysearch.evaluation.own_tasks import check_own, is_own, own_tasks
-from raysearch.study.text import json_lines, open_text
+from raysearch.study.text import first_line, json_lines, open_text
 from raysearch.training.chats import is_chat
 
 if TYPE_CHECKING:
@@ -87,6 +87,11 @@ def _question(description: str, question: str, until: Sequence[str], **metric: o
 
 _QUESTION_FIELDS = {"question": TEXT, "answer": Rule("a list of texts", _is_texts)}
 
+
+def _question_item(row: Item) -> Item:
+    return {"question": row["question"], "answer": row["answer"]}
+
+
 STORY_COLUMNS = ("InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4", "RandomFifthSentenceQuiz1",
                  "RandomFifthSentenceQuiz2", "AnswerRightEnding")
 
@@ -118,20 +123,17 @@ FILE_TASKS: dict[str, FileTask] = {
         "context, one space, ending; the file's text is used as it is, without lm-eval's activity label",
     ),
     "nq_open": FileTask(
-        ("nq_open/validation.jsonl",), "nq_open", _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("nq_open/validation.jsonl",), "nq_open", _QUESTION_FIELDS, _question_item,
         _question("Answer these questions:\n\n", "Q: {{question}}?\nA:", ["\n", ".", ","], **_NO_ARTICLES),
         "closed book, lm-eval's nq_open version 4 with all answers accepted",
     ),
     "webqs": FileTask(
-        ("webquestions/test.jsonl", "webqs/test.jsonl"), None, _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("webquestions/test.jsonl", "webqs/test.jsonl"), None, _QUESTION_FIELDS, _question_item,
         _question("", "Q: {{question}}\nA:", ["\n"], **_NO_ARTICLES),
         "closed book, free-form greedy answer as in the GPT-3 evaluation (lm-eval's webqs chooses among answers)",
     ),
     "triviaqa": FileTask(
-        ("triviaqa/validation.jsonl",), "triviaqa", _QUESTION_FIELDS,
-        lambda row: {"question": row["question"], "answer": row["answer"]},
+        ("triviaqa/validation.jsonl",), "triviaqa", _QUESTION_FIELDS, _question_item,
         _question("", "Question: {{question}}?\nAnswer:", ["\n", ".", ","]),
         "closed book, lm-eval's triviaqa version 3",
     ),
@@ -272,18 +274,6 @@ def check_task(name: str) -> None:
             raise ValueError(_unknown(name, [*FILE_TASKS, *HELDOUT_CONFIGS, *stems]))
 
 
-def known_metrics(name: str, has_files: bool) -> list[str] | None:
-    """A task's metrics, as "task/metric", without lm-eval; None where only lm-eval knows them."""
-    if name in HELDOUT_CONFIGS:
-        config = HELDOUT_CONFIGS[name][1]
-    elif name in FILE_TASKS and has_files:
-        config = FILE_TASKS[name].config
-    else:
-        return None
-    added = [TOKEN_PERPLEXITY] * (config["output_type"] == "loglikelihood_rolling")
-    return [f"{name}/{metric}" for metric in [*(each["metric"] for each in config["metric_list"]), *added]]
-
-
 def _file_task(name: str, data_dir: Path, split: Split, limit: int | None) -> "ItemTask":
     from raysearch.evaluation.item_task import ItemTask
 
@@ -384,9 +374,8 @@ def _downloaded(name: str, load: Callable[[], Any]) -> Any:
         return load()
     except (OSError, ConnectionError) as error:  # datasets and huggingface_hub raise subclasses of these when offline
         folder = f"; give its file with a data directory: DIR/{FILE_TASKS[name].files[0]}" if name in FILE_TASKS else ""
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"task {name!r}: its data set is not on this machine and the hub cannot be reached ({reason})"
-                         + folder) from error
+        raise ValueError(f"task {name!r}: its data set is not on this machine and the hub cannot be reached "
+                         f"({first_line(error)}){folder}") from error
 
 
 def _keep(task: Any, split: Split, limit: int | None) -> None:

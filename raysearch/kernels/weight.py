@@ -168,6 +168,17 @@ def detect_pattern(mask: Tensor) -> tuple[str, int]:
     return "unstructured", 1
 
 
+def random_mask(shape: tuple[int, int], pattern: str, block: int, density: float, chance: torch.Generator | None = None,
+                device: torch.device | None = None) -> Tensor:
+    """bool [O, K] of about that density: for timing what a pattern gains."""
+    rows, columns = shape
+    if pattern == "2:4":
+        order = torch.rand(rows, -(-columns // 4), 4, generator=chance, device=device).argsort(dim=-1)
+        return (order < 2).view(rows, -1)[:, :columns]
+    kept = torch.rand(-(-rows // block), -(-columns // block), generator=chance, device=device) < density
+    return kept.repeat_interleave(block, 0).repeat_interleave(block, 1)[:rows, :columns].contiguous()
+
+
 def _tiles(matrix: Tensor, height: int, width: int) -> Tensor:
     """[ceil(O / height), ceil(K / width), height, width], padded with zeros."""
     rows, columns = matrix.shape

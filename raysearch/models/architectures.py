@@ -141,9 +141,8 @@ class Heads(NamedTuple):
 
 
 def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
-    """Where the heads of every block lie; blocks whose matrices are not plain linear layers are left out."""
-    names, device = known.attention, next(model.parameters()).device
-    device = torch.device("cpu") if device.type == "meta" else device
+    """Where the heads of every block lie, on the CPU; blocks whose matrices are not plain linear layers are left out."""
+    names = known.attention
     for index, block in enumerate(model.get_submodule(known.blocks)):
         module: Any = block.get_submodule(names.module)
         output = getattr(module, names.output)
@@ -154,8 +153,8 @@ def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
         size, width = int(getattr(module, names.head_size)), shape(output)[1]  # [D, H * G * E]
         num_values = (shape(fused)[0] - width) // 2 // size if fused is not None else shape(parts[2])[0] // size
         num_heads, groups = num_values, width // size // num_values
-        head = torch.arange(num_values, device=device)[:, None]
-        read_by = torch.arange(width, device=device).view(num_values, groups * size)
+        head = torch.arange(num_values)[:, None]
+        read_by = torch.arange(width).view(num_values, groups * size)
         if fused is None:
             paths = ("q_proj", "k_proj", "v_proj")
             query, key, value = head * groups * size, head * size, head * size  # the first row of each
@@ -167,8 +166,7 @@ def attention_heads(model: nn.Module, known: Architecture) -> Iterator[Heads]:
                 query = head * (groups + 2) * size
                 key = query + groups * size
                 value = key + size
-        rows = tuple(first + torch.arange(count * size, device=device)
-                     for first, count in ((query, groups), (key, 1), (value, 1)))
+        rows = tuple(first + torch.arange(count * size) for first, count in ((query, groups), (key, 1), (value, 1)))
         if num_values == 1 < groups:
             num_heads, read_by = groups, read_by.view(groups, size)
             inputs: tuple[Rows, ...] = (Rows(paths[0], rows[0].view(groups, size)),)
@@ -200,7 +198,7 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
     matrices = {p.name: matrix(p.name, (p.shape[0], p.shape[1]), p.transposed) for p in prunables if len(p.shape) == 2}
 
     def rows(module: str, of_units: Sequence[tuple[str, Tensor, bool]]) -> list[UnitRows]:
-        return [UnitRows(matrices[f"{module}.{path}.weight"], of_unit.cpu(), are_inputs)
+        return [UnitRows(matrices[f"{module}.{path}.weight"], of_unit, are_inputs)
                 for path, of_unit, are_inputs in of_units]
 
     known = architecture(model)

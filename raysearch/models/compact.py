@@ -80,7 +80,7 @@ class CompactSize(NamedTuple):
 
 
 class Zeros(NamedTuple):
-    """Where a linear layer [O, K] holds nothing but zeros."""
+    """Where a linear layer [O, K] holds nothing but zeros; on the CPU, as all that is known of a family's rows is."""
 
     outputs: Tensor
     """bool [O]."""
@@ -96,7 +96,8 @@ ZerosOf = Callable[[Any], Zeros]
 
 def zeros_of(linear: Any) -> Zeros:
     is_zero = dense_weight(linear) == 0
-    return Zeros(is_zero.all(dim=1), is_zero.all(dim=0), None if linear.bias is None else linear.bias.detach())
+    bias = None if linear.bias is None else linear.bias.detach().cpu()
+    return Zeros(is_zero.all(dim=1).cpu(), is_zero.all(dim=0).cpu(), bias)
 
 
 @torch.no_grad()
@@ -122,7 +123,6 @@ def compact_size(config: PretrainedConfig, zeros: Mapping[str, Zeros], itemsize:
     """Of a model of this configuration whose matrices, by path, hold these zeros; None where `compact` cuts out nothing. No
     weight is needed. Where `compact` finds other logits, which this cannot know, it leaves the whole."""
     model = from_config(copy.deepcopy(config), torch.float32)
-    model.tie_weights()
     if (known := architecture(model)) is None:
         return None
     path_of = {id(model.get_submodule(path)): path for path in zeros}
@@ -201,7 +201,6 @@ def plain_config(model: Any) -> PretrainedConfig | None:
         made = from_config(config, model.dtype)
     except Exception:  # of blocks that differ a ValueError; a configuration that cannot say it raises its family's own
         return None
-    made.tie_weights()
     shapes = [{name: tuple(parameter.shape) for name, parameter in each.named_parameters()} for each in (made, model)]
     return config if shapes[0] == shapes[1] else None
 
@@ -212,7 +211,8 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
     stay = []
     for index, block in enumerate(blocks):
         outputs = [getattr(block.get_submodule(part.module), last) for part, last in zip((known.attention, known.mlp), lasts)]
-        if not all(map(is_linear, outputs)) or not all(map(_is_dead, map(zeros, outputs))):
+        if not all(map(is_linear, outputs)) or any(not found.outputs.all() or (found.bias is not None and found.bias.any())
+                                                   for found in map(zeros, outputs)):
             stay.append(index)
     stay, num_before = stay or [0], len(blocks)
     if len(stay) == num_before:
@@ -231,10 +231,6 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     config.num_hidden_layers = len(stay)
     return num_before - len(stay)
-
-
-def _is_dead(zeros: Zeros) -> bool:
-    return bool(zeros.outputs.all()) and (zeros.bias is None or not zeros.bias.any())
 
 
 State = list[tuple[Any, dict[str, Any]]]
@@ -285,7 +281,7 @@ def _compact_mlp(mlp: Any, names: MLP, zeros: ZerosOf) -> int:
     activation = getattr(mlp, names.activation)
     unread = zeros(last).inputs  # [U]
     rows_dead = [first.outputs for first in firsts]
-    constants = torch.zeros(len(unread), device=unread.device)
+    constants = torch.zeros(len(unread))
     if len(firsts) == 1:
         constant = rows_dead[0]
         bias = constants if firsts[0].bias is None else firsts[0].bias
@@ -312,7 +308,7 @@ def _compact_attention(module: Any, heads: Heads, has_slopes: bool, zeros: Zeros
     unread = zeros(last).inputs[heads.read_by].all(dim=1)  # [H]
     constant = values.outputs[heads.values.of_head].all(dim=1)
     keep = _kept(unread | constant, 1)
-    constants = torch.zeros(heads.read_by.numel(), dtype=torch.float64, device=unread.device)
+    constants = torch.zeros(heads.read_by.numel(), dtype=torch.float64)
     if values.bias is not None:  # constant values give the attention's output their bias, whatever it attends to
         each = torch.where((constant & ~unread & ~keep)[:, None], values.bias[heads.values.of_head].double(), 0)  # [H, E]
         groups = heads.read_by.shape[1] // heads.size
@@ -325,7 +321,7 @@ def _compact_attention(module: Any, heads: Heads, has_slopes: bool, zeros: Zeros
 
 def _cut_attention(module: Any, heads: Heads, keep: Tensor, has_slopes: bool) -> None:
     for path, of_head in heads.inputs:
-        stays = torch.ones(shape(getattr(module, path))[0], dtype=torch.bool, device=keep.device)
+        stays = torch.ones(shape(getattr(module, path))[0], dtype=torch.bool)
         stays[of_head[~keep]] = False  # rows of no head, such as shared keys, stay
         _cut(getattr(module, path), stays.nonzero().view(-1), 0)
     _cut(getattr(module, heads.output), heads.read_by[keep].reshape(-1), 1)
@@ -372,7 +368,8 @@ def _fold(last: Any, constants: Tensor) -> bool:
         return False
     if last.bias.is_meta:
         return True
-    folded = (dense_weight(last).double() @ constants.double()).to(last.bias.dtype)
+    weight = dense_weight(last).double()
+    folded = (weight @ constants.to(weight)).to(last.bias.dtype)
     last.bias = nn.Parameter(last.bias.detach() + folded, requires_grad=last.bias.requires_grad)
     return True
 

@@ -162,9 +162,11 @@ def _fp32_product(module: nn.Linear | Conv1D, x: Tensor) -> Tensor:
 
 
 def from_config(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """A model whose parameters have shapes and no memory ("meta"), for a caller that puts its own in."""
+    """A model whose parameters have shapes and no memory ("meta"), for a caller that puts its own in; tied ones are one."""
     with init_empty_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
 
 
 def on_device(model: PreTrainedModel) -> PreTrainedModel:
@@ -181,7 +183,6 @@ def model_size(path: str) -> ModelSize:
 
 def size_of(config: PretrainedConfig) -> ModelSize:
     model = from_config(config, torch.float32)
-    model.tie_weights()
     return ModelSize(sum(parameter.numel() for parameter in model.parameters()), config.hidden_size,
                      config.num_hidden_layers, config.vocab_size)
 
@@ -189,7 +190,6 @@ def size_of(config: PretrainedConfig) -> ModelSize:
 def num_weights(path: str, prunable: str) -> tuple[int, int]:
     """(all parameters, the prunable ones) of the model in this folder, from its configuration alone."""
     model = from_config(load_config(path), torch.float32)
-    model.tie_weights()
     return (sum(parameter.numel() for parameter in model.parameters()),
             sum(math.prod(each.shape) for each in prunable_parameters(model, prunable)))
 

@@ -117,14 +117,12 @@ class Sparsified(NamedTuple):
 
 @torch.no_grad()
 def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int], cache: Path | None = None,
-                           forward: Callable[[int], object] | None = None,
                            say: Callable[[str], object] = lambda line: None) -> Sparsified:
     """Cuts out what is dead, then replaces each linear layer for which a sparse backend wins, in place.
 
     num_tokens: tokens per forward that matter (a scoring batch, a decoding step); each is decided by itself. At the end
-    the whole forward is timed dense and sparse in turn, by `forward(num_tokens)` (by default the model's own on random
-    tokens): numbers of tokens for which it is not faster go back to dense. The output head and embeddings stay dense.
-    `say` gets a line where dead parts could not be cut out.
+    the whole forward is timed dense and sparse in turn: numbers of tokens for which it is not faster go back to dense. The
+    output head and embeddings stay dense. `say` gets a line where dead parts could not be cut out.
     """
     started = time.perf_counter()
     counts = [num_tokens] if isinstance(num_tokens, int) else list(num_tokens)
@@ -145,9 +143,7 @@ def sparsify_for_inference(model: nn.Module, *, num_tokens: int | Sequence[int],
             swaps.append((parent, attribute, _dense(layer) if isinstance(module, SparseLinear) else module, layer))
     ratios = dict.fromkeys(map(token_bucket, counts), 1.0)
     if swaps:
-        for count in counts:
-            ratio = _model_ratio(model, swaps, count, forward or own_forward(model))
-            ratios[token_bucket(count)] = ratio
+        ratios = {token_bucket(count): _model_ratio(model, swaps, count) for count in counts}
         _install(model, swaps, ratios)
     return Sparsified(compaction, layers, ratios, time.perf_counter() - started)
 
@@ -182,23 +178,21 @@ def _dense(layer: SparseLinear) -> nn.Linear:
     return plain
 
 
-def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]], num_tokens: int,
-                 forward: Callable[[int], object]) -> float:
+def _model_ratio(model: nn.Module, swaps: list[tuple[nn.Module, str, nn.Module, SparseLinear]], num_tokens: int) -> float:
     """Time of the forward with the dense layers over that with the sparse ones, or 1.0 where that is below WIN: a gain within
     the noise would cost the memory of both forms."""
-    device = next(model.parameters()).device
+    device, forward = next(model.parameters()).device, own_forward(model)
 
-    def run(which: int) -> Callable[[], object]:
-        def with_layers() -> None:
-            for parent, attribute, *layers in swaps:
-                setattr(parent, attribute, layers[which])
-            forward(num_tokens)
-        return with_layers
+    def run(which: int) -> None:
+        for parent, attribute, *layers in swaps:
+            setattr(parent, attribute, layers[which])
+        forward(num_tokens)
 
     known = architecture(model)  # other families are scored without graphs too
-    times = time_in_turn([run(0), run(1)], device, NUM_PAIRS, as_graphs=known is not None and known.shares_prefixes)
+    times = time_in_turn([lambda: run(0), lambda: run(1)], device, NUM_PAIRS,
+                         as_graphs=known is not None and known.shares_prefixes)
     ratio = statistics.median(dense / sparse for dense, sparse in zip(*times))
-    run(0)()  # the dense layers again, until _install decides
+    run(0)  # the dense layers again, until _install decides
     return ratio if ratio >= WIN else 1.0
 
 

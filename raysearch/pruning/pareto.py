@@ -20,7 +20,10 @@ def pareto_front(size: npt.ArrayLike, quality: npt.ArrayLike) -> Bools:
     j dominates i when size[j] <= size[i] and quality[j] >= quality[i] and one of the two is strict. So equal points
     are on the front together or not at all (drop aliases first if one of them is enough). A point with a NaN or an
     infinity is never on the front and dominates nothing."""
-    sizes, qualities = _pair(size, quality)
+    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
+    if sizes.ndim != 1 or sizes.shape != qualities.shape:
+        raise ValueError("size and quality must be two one-dimensional arrays of equal length, "
+                         f"got shapes {sizes.shape} and {qualities.shape}")
     front = np.isfinite(sizes) & np.isfinite(qualities)
     finite = np.flatnonzero(front)
     order = finite[np.lexsort((-qualities[finite], sizes[finite]))]  # by size up, then quality down
@@ -38,24 +41,12 @@ def non_dominated(values: npt.ArrayLike, maximised: Sequence[bool]) -> Bools:
     j dominates i when it is at least as good in every objective and better in one, so equal points are on the front together
     or not at all. A point with a NaN or an infinity is never on the front and dominates nothing. O(n log n) for two
     and three objectives, else O(n d) for each point of the front."""
-    return np.asarray(non_dominated_ranks(values, maximised, max_ranks=1) == 0, dtype=np.bool_)
-
-
-def non_dominated_ranks(values: npt.ArrayLike, maximised: Sequence[bool], max_ranks: int | None = None
-                        ) -> npt.NDArray[np.int64]:
-    """Non-dominated sorting (Deb et al. 2002, NSGA-II, section III A): 0 on the front, 1 on the front of the others, and so
-    on; -1 for points that are not finite, and for those behind the first `max_ranks` fronts. (n, d) -> (n,)."""
     points = np.asarray(values, dtype=np.float64)
     points = points.reshape(len(points), len(maximised))
-    ranks = np.full(len(points), -1, dtype=np.int64)
-    left = np.flatnonzero(np.isfinite(points).all(axis=1))
     lower = np.where(np.asarray(maximised, dtype=bool), -points, points)  # lower is better in every column
-    rank = 0
-    while len(left) and (max_ranks is None or rank < max_ranks):
-        front = _front(lower[left])
-        ranks[left[front]] = rank
-        left, rank = left[~front], rank + 1
-    return ranks
+    front: Bools = np.asarray(np.isfinite(points).all(axis=1), dtype=np.bool_)
+    front[front] = _front(lower[front])
+    return front
 
 
 def _front(lower: Floats) -> Bools:
@@ -152,11 +143,3 @@ def knee(values: npt.ArrayLike, maximised: Sequence[bool]) -> int | None:
     best, worst = lower[front].min(axis=0), lower[front].max(axis=0)
     sums = ((lower[front] - best) / np.where(worst > best, worst - best, 1.0)).sum(axis=1)
     return int(front[sums.argmin()]) if sums.min() < min(1.0, sums.max()) - 1e-9 else None
-
-
-def _pair(size: npt.ArrayLike, quality: npt.ArrayLike) -> tuple[Floats, Floats]:
-    sizes, qualities = np.asarray(size, dtype=np.float64), np.asarray(quality, dtype=np.float64)
-    if sizes.ndim != 1 or sizes.shape != qualities.shape:
-        raise ValueError("size and quality must be two one-dimensional arrays of equal length, "
-                         f"got shapes {sizes.shape} and {qualities.shape}")
-    return sizes, qualities

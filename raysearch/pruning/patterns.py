@@ -113,9 +113,7 @@ def layers(layout: Layout) -> Units:
         raise ValueError("pattern layer needs a model whose blocks are known and add to what they get, and this one's are not "
                          "or normalise the sum; give another pattern, or add its family to "
                          "raysearch/models/architectures.py")
-    parts = [part for number, block in enumerate(layout.blocks) for matrix in block
-             for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
-    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+    return _of_blocks(layout.blocks)
 
 
 def layer_outputs(layout: Layout) -> Units:
@@ -125,9 +123,13 @@ def layer_outputs(layout: Layout) -> Units:
     if not layout.blocks or len(last) != 2 * len(layout.blocks):
         raise ValueError("layer_drop needs a model whose blocks are known and add to what they get, and this one's are not; "
                          "give layer_drop 0, or add its family to raysearch/models/architectures.py")
-    parts = [part for number, block in enumerate(layout.blocks) for matrix in block if matrix.name in last
+    return _of_blocks([[matrix for matrix in block if matrix.name in last] for block in layout.blocks])
+
+
+def _of_blocks(blocks: Sequence[Sequence[Matrix]]) -> Units:
+    parts = [part for number, block in enumerate(blocks) for matrix in block
              for part in by_output(matrix, torch.full((matrix.num_outputs,), number))]
-    return Units(tuple(parts), torch.zeros(len(layout.blocks), dtype=torch.int64))
+    return Units(tuple(parts), torch.zeros(len(blocks), dtype=torch.int64))
 
 
 def blocks(layout: Layout, side: int = 32) -> Units:
@@ -212,8 +214,57 @@ def n_of_m(pattern: str) -> NOfM | None:
     return rule
 
 
-def units_of(part: Part, start: int, stop: int, device: torch.device) -> Tensor:
-    """int64 [stop - start]: the units of the weights start..stop of the flattened parameter; negative where none."""
-    index = torch.arange(start, stop, device=device)
-    num_columns = len(part.columns)
-    return part.rows.to(device)[index // num_columns] + part.columns.to(device)[index % num_columns]
+def unit_sizes(units: Units) -> Tensor:
+    """int64 [U]: the weights of each unit, without what goes along."""
+    sizes = torch.zeros(len(units.group) + 1, dtype=torch.int64)  # the last is of no unit
+    for part in (part for part in units.parts if not part.goes_along):
+        rows, num_rows = torch.unique(part.rows, return_counts=True)
+        columns, num_columns = torch.unique(part.columns, return_counts=True)
+        unit = (rows[:, None] + columns).flatten()
+        sizes.index_add_(0, torch.where(unit < 0, len(units.group), unit), (num_rows[:, None] * num_columns).flatten())
+    return sizes[:-1]
+
+
+class Stretch(NamedTuple):
+    """The units of a stretch of a flattened parameter: of the rows on which it lies, the different ones and the different
+    columns, since most weights of a line are of one unit."""
+
+    unit: Tensor
+    """int64 [R, C], of different rows and columns; the number of units where none."""
+    row_of: Tensor
+    """int64 [rows]: which of the R."""
+    column_of: Tensor
+    """int64 [columns]: which of the C."""
+    column: int
+    """Of the first weight in its row."""
+    num: int
+    """Weights."""
+
+    def spread(self, of_unit: Tensor) -> Tensor:
+        """[num]: each weight its unit's of [U + 1]."""
+        table = of_unit[self.unit]
+        table = table[self.row_of] if len(self.unit) > 1 else table.expand(len(self.row_of), -1)
+        table = table[:, self.column_of] if self.unit.shape[1] > 1 else table.expand(-1, len(self.column_of))
+        return table.reshape(-1)[self.column:self.column + self.num]
+
+    def add_to(self, sums: Tensor, numbers: Tensor) -> None:
+        """Adds int64 [num] to the sums [U + 1] of their units: over equal rows and over equal columns first, since a GPU adds
+        to one place one after the other."""
+        behind = len(self.row_of) * len(self.column_of) - self.column - self.num
+        table = torch.nn.functional.pad(numbers, (self.column, behind)).view(len(self.row_of), -1)
+        num_rows, num_columns = self.unit.shape
+        table = (table.sum(0, keepdim=True) if num_rows == 1
+                 else table.new_zeros(num_rows, table.shape[1]).index_add_(0, self.row_of, table))
+        table = (table.sum(1, keepdim=True) if num_columns == 1
+                 else table.new_zeros(num_rows, num_columns).index_add_(1, self.column_of, table))
+        sums.index_add_(0, self.unit.flatten(), table.flatten())
+
+
+def stretch(part: Part, start: int, num: int, num_units: int, device: torch.device) -> Stretch:
+    """Of `num` weights, at least one, from `start` on."""
+    row, column = divmod(start, len(part.columns))
+    rows, row_of = torch.unique(part.rows[row:-(-(start + num) // len(part.columns))], return_inverse=True)
+    columns, column_of = torch.unique(part.columns, return_inverse=True)
+    unit = rows[:, None] + columns
+    unit = torch.where(unit < 0, num_units, unit)
+    return Stretch(unit.to(device), row_of.to(device), column_of.to(device), column, num)

@@ -11,14 +11,8 @@ MAX_NUM_ROUNDS = 1000  # no study prunes this often; a smaller rate is a typing 
 DECIMALS = 12  # two ways to say the same path then give equal lists, and equal round keys
 
 
-def resolve_schedule(
-    schedule: str,
-    *,
-    initial_sparsity: float = 0.0,
-    target_sparsity: float | None = None,
-    num_rounds: int | None = None,
-    rate: float | None = None,
-) -> list[float]:
+def resolve_schedule(schedule: str, *, initial_sparsity: float = 0.0, target_sparsity: float | None = None,
+                     num_rounds: int | None = None, rate: float | None = None) -> list[float]:
     """Return s_1..s_n, not decreasing, each in [0, 1) and rounded to 12 decimals.
 
     one_shot     s_1 = s_f
@@ -39,9 +33,8 @@ def resolve_schedule(
     if target_sparsity is not None:
         _check_sparsity("target_sparsity", target_sparsity)
         if target_sparsity < initial_sparsity:
-            raise ValueError(
-                f"target_sparsity must be at least initial_sparsity ({initial_sparsity:g}), got {target_sparsity:g}"
-            )
+            raise ValueError(f"target_sparsity must be at least initial_sparsity ({initial_sparsity:g}), got "
+                             f"{target_sparsity:g}")
     if num_rounds is not None and not 1 <= num_rounds <= MAX_NUM_ROUNDS:
         raise ValueError(f"num_rounds must be between 1 and {MAX_NUM_ROUNDS}, got {num_rounds}")
     if schedule == "constant":
@@ -61,27 +54,11 @@ def resolve_schedule(
     return [round(sparsity, DECIMALS) for sparsity in [*sparsities, target_sparsity]]
 
 
-def _linear(s_i: float, s_f: float, p: float) -> float:
-    return s_i + (s_f - s_i) * p
-
-
-def _exponential(s_i: float, s_f: float, p: float) -> float:
-    return 1 - (1 - s_i) * math.pow((1 - s_f) / (1 - s_i), p)
-
-
-def _cubic(s_i: float, s_f: float, p: float) -> float:
-    return s_f + (s_i - s_f) * (1 - p) ** 3
-
-
-def _cosine(s_i: float, s_f: float, p: float) -> float:
-    return s_i + (s_f - s_i) * (1 - math.cos(math.pi * p)) / 2
-
-
 _PATHS: dict[str, Callable[[float, float, float], float]] = {
-    "linear": _linear,
-    "exponential": _exponential,
-    "cubic": _cubic,
-    "cosine": _cosine,
+    "linear": lambda s_i, s_f, p: s_i + (s_f - s_i) * p,
+    "exponential": lambda s_i, s_f, p: 1 - (1 - s_i) * math.pow((1 - s_f) / (1 - s_i), p),
+    "cubic": lambda s_i, s_f, p: s_f + (s_i - s_f) * (1 - p) ** 3,
+    "cosine": lambda s_i, s_f, p: s_i + (s_f - s_i) * (1 - math.cos(math.pi * p)) / 2,
 }
 
 

@@ -18,7 +18,6 @@ the keys that share the digits before, find the k-th smallest exactly, denormals
 """
 
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -104,16 +103,9 @@ def reserved(scores: Tensor, eligible: Tensor) -> Tensor:
     return torch.where(eligible, scores.view(torch.int32), _RESERVED).view(torch.float32)
 
 
-def keep_masks(
-    shards: Sequence[Tensor],
-    parameter_index: Sequence[int],
-    num_prune: int | Mapping[int, int],
-    *,
-    all_reduce: AllReduce = one_process,
-    rank: int = 0,
-    world_size: int = 1,
-    passes: Passes = MAGNITUDES,
-) -> list[Tensor]:
+def keep_masks(shards: Sequence[Tensor], parameter_index: Sequence[int], num_prune: int | Mapping[int, int], *,
+               all_reduce: AllReduce = one_process, rank: int = 0, world_size: int = 1, passes: Passes = MAGNITUDES
+               ) -> list[Tensor]:
     """Masks with exactly `num_prune` False over all ranks: the lowest scores of all the shards together (scope `global`). A
     mapping has a number for each parameter of any rank, whose scores are then compared with each other alone (scope `layer`).
 
@@ -146,20 +138,19 @@ def threshold_masks(shards: Sequence[Tensor], thresholds: Sequence[float]) -> li
     for shard, threshold in zip(shards, thresholds, strict=True):
         if not 0 <= threshold < math.inf:
             raise ValueError(f"threshold must be finite and at least 0, got {threshold:g}")
-        masks.append(_mask(shard, magnitude_keys, _to_bits_rounded_up(threshold), 0))
+        masks.append(_mask(shard, magnitude_keys, _bits_rounded_up(threshold), 0))
     return masks
 
 
 def row_masks(scores: Tensor, num_prune_per_row: int) -> Tensor:
     """Mask [num_rows, num_columns] of a whole matrix of scores with exactly `num_prune_per_row` False in every row.
 
-    Rows are outputs; larger scores are kept; ties in a row go by column index.
-    Raises ValueError for NaN and for a number that a row has not.
+    Rows are outputs; larger scores are kept; ties in a row go by column index. NaN is the caller's to refuse (`refuse_nan`, for
+    many matrices at once, since it waits for the device). Raises ValueError for a number that a row has not.
     """
     num_rows, num_columns = scores.shape
     if not 0 <= num_prune_per_row <= num_columns:
         raise ValueError(f"the number of weights to prune per row must be 0 to {num_columns}, got {num_prune_per_row}")
-    _refuse_any_nan(scores)
     mask = torch.ones(num_rows, num_columns, dtype=torch.bool, device=scores.device)
     if num_prune_per_row == 0:
         return mask
@@ -180,7 +171,7 @@ def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
     """Mask [O, K] of a whole matrix of scores that keeps exactly `num_kept` of every `size` consecutive ones of a row.
 
     Larger scores are kept; ties in a group go by column index. A ragged end keeps at most as many, as if it were filled up with
-    weights that go first. Raises ValueError for NaN.
+    weights that go first. NaN is the caller's to refuse.
     """
     num_rows, num_columns = scores.shape
     groups = torch.nn.functional.pad(scores, (0, -num_columns % size), value=-math.inf).reshape(-1, size)
@@ -190,7 +181,6 @@ def group_masks(scores: Tensor, num_kept: int, size: int) -> Tensor:
 
 def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     """As `row_masks`, of many small rows: by comparing each score with each, since a GPU selects in one row at a time."""
-    _refuse_any_nan(groups)
     size = groups.shape[1]
     is_left = torch.ones(size, size, dtype=torch.bool, device=groups.device).tril(-1)[:, :, None]  # [of, by, 1]
     mask = torch.empty_like(groups, dtype=torch.bool)
@@ -203,8 +193,9 @@ def _ranked(groups: Tensor, num_kept: int) -> Tensor:
     return mask
 
 
-def _refuse_any_nan(scores: Tensor) -> None:
-    if scores.isnan().any():
+def refuse_nan(found: Sequence[Tensor]) -> None:
+    """ValueError where any of the bool [], whether NaN was found, is true; the device is waited for once."""
+    if found and bool(torch.stack(list(found)).any()):
         raise ValueError("scores must be numbers, got NaN")
 
 
@@ -298,15 +289,8 @@ def _mask(shard: Tensor, keys: Callable[[Tensor], Tensor], threshold: int, end_o
     return mask
 
 
-def _tie_offsets(
-    num_ties: Sequence[int],
-    parameter_index: Sequence[int],
-    all_reduce: AllReduce,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-    within_parameters: bool,
-) -> list[int]:
+def _tie_offsets(num_ties: Sequence[int], parameter_index: Sequence[int], all_reduce: AllReduce, rank: int, world_size: int,
+                 device: torch.device, within_parameters: bool) -> list[int]:
     """How many ties come before each shard of this rank, in (parameter, rank, shard) order; of its parameter, or of all."""
     num_parameters = torch.zeros(world_size, dtype=torch.int64, device=device)
     num_parameters[rank] = max(parameter_index, default=-1) + 1
@@ -334,17 +318,7 @@ def _end_of_ties(shard: Tensor, threshold: int, num_ties: int, passes: Passes) -
     return offset
 
 
-def _to_bits(magnitude: float) -> int:
-    return int(struct.unpack("<I", struct.pack("<f", magnitude))[0])
-
-
-def _from_bits(bits: int) -> float:
-    return float(struct.unpack("<f", struct.pack("<I", bits))[0])
-
-
-def _to_bits_rounded_up(threshold: float) -> int:
-    """Bits of the smallest fp32 that is not below `threshold`."""
-    if threshold > _from_bits(_INFINITY - 1):
-        return _INFINITY
-    bits = _to_bits(threshold)
-    return bits if _from_bits(bits) >= threshold else bits + 1
+def _bits_rounded_up(threshold: float) -> int:
+    """Of the smallest fp32 that is not below `threshold`."""
+    nearest = torch.tensor(threshold, dtype=torch.float64).float()
+    return int(nearest.view(torch.int32)) + (float(nearest) < threshold)

@@ -98,17 +98,22 @@ def open_journal(ledger: Ledger, study: Study, echo: Callable[[str], None],
     records, opened = ledger.trials() if records is None else records, None
     wrong = "is missing"
     if path.is_file() and not (wrong := journal_damage(path.read_bytes(), ledger.seal())):
-        opened = _load(path, study)
+        opened = _open(WholeJournal(path), study)
         wrong = disagreement(opened, study, records)
     if opened is None or wrong:
-        if path.is_file() or records:
-            echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{_set_aside(path)}")
+        kept = ""
+        if is_there(path):
+            aside = path.parent / f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
+            path.replace(aside)
+            kept = f", and the file as it was is kept as {aside.name}"
+        if kept or records:
+            echo(f"the journal {wrong}; it is made again from the records of {len(records)} trials{kept}")
         held = HeldJournal()
         again = _open(held, study)
         for trial in from_records(ledger, study, records):
             again.add_trial(trial)
         WholeJournal(path).append_logs(held.logs)
-        opened = _load(path, study)
+        opened = _open(WholeJournal(path), study)
     if opened.metric_names is None:
         opened.set_metric_names(list(study.search.objectives))
     seal_journal(ledger)
@@ -121,10 +126,6 @@ def seal_journal(ledger: Ledger) -> None:
     seal = JournalSeal(num_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
     if seal != ledger.seal():
         ledger.write_seal(seal)
-
-
-def _load(path: AnyPath, study: Study) -> optuna.Study:
-    return _open(WholeJournal(path), study)
 
 
 def _open(backend: BaseJournalBackend, study: Study) -> optuna.Study:
@@ -165,12 +166,3 @@ def from_records(ledger: Ledger, study: Study, records: Sequence[TrialRecord]) -
         last = ledger.round(record.keys[-1]) if record.keys else dense
         yield told_again(record, objective_values(last, objectives) if last else None,
                          violations(last, dense, study.search) if last else {})
-
-
-def _set_aside(path: AnyPath) -> str:
-    """Keeps the journal as it was under another name; words that say so, "" where there is none."""
-    if not is_there(path):
-        return ""
-    aside = path.parent / f"{path.name}.replaced-{time.strftime('%Y%m%d-%H%M%S')}"
-    path.replace(aside)
-    return f", and the file as it was is kept as {aside.name}"

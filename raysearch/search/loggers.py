@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import RoundRecord, TrialRecord, hash_json
+from raysearch.study.records import TrialRecord, hash_json
 from raysearch.study.storage import AnyPath
 from raysearch.study.text import first_line
 from raysearch.trial.rank import measured
@@ -73,7 +73,8 @@ class Loggers:
         self._show(Run(
             id=f"{hash_json([record.root_key, record.provenance.created_at])}-{number if number is not None else 'dense'}",
             name=f"{self.ledger.directory.name} {name}", parameters=parameters,
-            rounds={depth: (each.key, _numbers(each)) for depth, each in rounds.items()},
+            rounds={depth: (each.key, {what: float(value) for what, value in measured(each).items() if what != "depth"})
+                    for depth, each in rounds.items()},
             reports={depth: {f"report/{metric}": value.value for metric, value in report.items()}
                      for depth, report in reports.items() if report},
             status=status, reason=reason))
@@ -104,10 +105,6 @@ def settings(trial: TrialRecord) -> dict[str, str | int | float | bool]:
     return {**trial.parameters, **trial.config.model_dump(mode="json", exclude_none=True)}
 
 
-def _numbers(record: RoundRecord) -> dict[str, float]:
-    return {name: float(value) for name, value in measured(record).items() if name != "depth"}
-
-
 def trackers(directory: AnyPath, mlflow_uri: str | None, wandb_project: str | None) -> list[Tracker]:
     """TensorBoard's and those asked for; ValueError of one sentence for one that cannot be reached, within seconds."""
     made: list[Tracker] = [TensorBoard(directory / "tune")]
@@ -133,7 +130,6 @@ def check_target(uri: str) -> None:
         if url.host and url.port:
             socket.create_connection((url.host, url.port), ANSWER_S).close()
         create_engine(url).connect().close()
-
 
 
 class TensorBoard:

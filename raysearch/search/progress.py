@@ -49,7 +49,7 @@ class Progress:
 
     def round_done(self, job: Job) -> None:
         trial = self.ledger.trial(job["number"])
-        self._selection_line(f"{trial.name} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
+        self._line(f"{trial.name} round {len(trial.keys)}/{len(trial.actions)}", trial.keys[-1])
 
     def ended(self, job: Job, error: bool) -> None:
         if job["kind"] == "trial":
@@ -63,15 +63,16 @@ class Progress:
         elif job["kind"] == "control":
             self._failed_line(self.ledger.trial(job["number"]))
         elif not error and job["kind"] == "dense":  # this job scores both splits
-            self._selection_line("selection split, dense baseline", self.root_key)
-            self._report_line("report split, dense baseline", self.root_key)
+            self._line("selection split, dense baseline", self.root_key)
+            self._line("report split, dense baseline", self.root_key, self.ledger.report_metrics(self.root_key) or {})
         elif not error and job["kind"] == "mend":
-            self._selection_line("mended", job["key"])
+            self._line("mended", job["key"])
         elif not error:
             self._num_reports += 1
             control = last_control(self.ledger)
             of_control = control is not None and job["key"] == control.keys[-1]
-            self._report_line("report split, dense control" if of_control else "report split", job["key"])
+            self._line("report split, dense control" if of_control else "report split", job["key"],
+                       self.ledger.report_metrics(job["key"]) or {})
 
     def never_began(self, trial: TrialRecord) -> None:
         self._status[trial.number] = "failed"
@@ -81,15 +82,10 @@ class Progress:
         if trial.status == "failed":
             self.echo(f"{trial.name} failed: {trial.reason}")
 
-    def _selection_line(self, what: str, key: str) -> None:
-        self._line(what, key, self.ledger.candidate(key).metrics)
-
-    def _report_line(self, what: str, key: str) -> None:
-        self._line(what, key, self.ledger.report_metrics(key) or {})
-
-    def _line(self, what: str, key: str, metrics: Mapping[str, Metric]) -> None:
+    def _line(self, what: str, key: str, report: Mapping[str, Metric] | None = None) -> None:
+        """With the selection split's value, unless that of the report split is given."""
         candidate = self.ledger.candidate(key)
-        metric = metrics.get(self.study.search.objective)
+        metric = (candidate.metrics if report is None else report).get(self.study.search.objective)
         quality = f"{self.study.search.objective} {metric.value:.4f}" if metric else ""
         elapsed_s = time.monotonic() - self.began
         counts = ", ".join(f"{n} {status}" for status, n in self.count.items())

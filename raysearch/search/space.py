@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import raysearch
-from raysearch.config import Action, Study, TrialConfig, is_flat, nested
+from raysearch.config import SECTION_OF, Action, Study, TrialConfig, nested
 from raysearch.evaluation.names import check_measured
 from raysearch.frozen import parse
 from raysearch.study.files import new_file, unsealed
@@ -35,6 +35,10 @@ NUM_PROPOSALS = 500
 FIRST_FIELDS = ("schedule", "initial_sparsity", "target_sparsity", "num_rounds", "rate", "threshold", "threshold_unit",
                 "criterion", "pattern", "scope", "mask_interval_steps", "l1_lambda", "finetune_epochs", "learning_rate")
 """Of a trial's settings, those that every study of this format began with. At their defaults no hash shows the others."""
+OBJECTIVES_1 = {"size": "num_nonzero", "objective": "text/bits_per_byte"}
+"""Settings of format 1, with their defaults, that are `objectives` now."""
+FORMAT_1 = {"eval_items": "num_items", **OBJECTIVES_1}
+"""All of its settings that have another name now."""
 MAX_SETTLED = 20
 """Distributions of one parameter in those draws; one with more depends on what was drawn before it."""
 
@@ -60,12 +64,20 @@ def load_space(name: str) -> tuple[Study, Space]:
     if not isinstance(study, dict) or not callable(space):
         raise ValueError(f"search space {name}: must define STUDY (a dict of settings) and space(trial); got "
                          f"{type(study).__name__} and {type(space).__name__}")
-    if is_flat(study):
+    if isinstance(study.get("model"), str) or ({*SECTION_OF, *FORMAT_1} - {*Study.model_fields}) & study.keys():
         raise ValueError(f"search space {name}: its STUDY has no sections, as before format 2; give "
-                         f"STUDY = {nested(study)}")
+                         f"STUDY = {in_sections(study)}")
     parsed = parse(Study, study, f"{name}.STUDY")
     check_measured(parsed)
     return parsed, space
+
+
+def in_sections(flat: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a STUDY of format 1."""
+    today = {FORMAT_1.get(name, name): value for name, value in flat.items() if name not in OBJECTIVES_1}
+    if OBJECTIVES_1.keys() & flat:
+        today["objectives"] = tuple((OBJECTIVES_1 | flat)[name] for name in OBJECTIVES_1)
+    return nested(today)
 
 
 def new_space(name: str) -> Path:

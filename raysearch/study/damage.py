@@ -82,7 +82,7 @@ def record_names(trials: Iterable[TrialRecord], rounds: Iterable[str], reports: 
 
 def has_copies(ledger: Ledger) -> bool:
     """False for a study from before there were copies and seals, also where a newer driver has just attached to it."""
-    return any(copy.stem != "study" for copy in ledger.copies())
+    return any(copy.stem != "study" for copy in ledger.matching("copies", "*.json"))
 
 
 def _of_copies(ledger: Ledger, names: Iterable[str]) -> Iterator[Damage]:

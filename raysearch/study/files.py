@@ -159,25 +159,18 @@ def new_directory(path: AnyPath, mend: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     settle(file)
             aside.chmod(0o755)  # a temporary folder begins as 0700
-            with contextlib.suppress(FileExistsError):
-                _move_directory(aside, path)
+            try:
+                os.replace(aside, path)
                 return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
         if (mend or isinstance(path, StorePath)) and not (path / "record.json").is_file():
             for file in sorted(aside.iterdir(), key=lambda file: file.name == "record.json"):
                 if isinstance(path, StorePath):
                     (path / file.name).upload(file)
                 else:
                     os.replace(file, path / file.name)
-
-
-def _move_directory(source: Path, target: Path) -> None:
-    """os.replace, with FileExistsError where `target` is a directory that holds something."""
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(error.errno, error.strerror, str(target)) from error
-        raise
 
 
 def default_cache_dir() -> Path:

@@ -74,18 +74,14 @@ def read_items(path: AnyPath) -> dict[str, Items]:
     """ValueError of one sentence for a file that is damaged or holds something else."""
     content = path.read_bytes()  # its OSError is the storage's, any below are the content's
     try:
-        return _read(content)
+        if not zipfile.is_zipfile(io.BytesIO(content)):  # np.load would also take a lone .npy
+            raise ValueError("it is no .npz, or not all of one")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            items = {name: Items(*(arrays[f"{name}/{field}"] for field in Items._fields)) for name in arrays["names"].tolist()}
+        for name, columns in items.items():
+            if [values.dtype for values in columns] != DTYPES or {values.shape for values in columns} != {(columns.item.size,)}:
+                raise ValueError(f"{name} has arrays of other types or lengths")
+        return items
     except DAMAGED as error:
         raise ValueError(f"{path}: not the items of a candidate ({error}); it was damaged or made by another "
                          "version") from error
-
-
-def _read(content: bytes) -> dict[str, Items]:
-    if not zipfile.is_zipfile(io.BytesIO(content)):  # np.load would also take a lone .npy
-        raise ValueError("it is no .npz, or not all of one")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        items = {name: Items(*(arrays[f"{name}/{field}"] for field in Items._fields)) for name in arrays["names"].tolist()}
-    for name, columns in items.items():
-        if [values.dtype for values in columns] != DTYPES or {values.shape for values in columns} != {(columns.item.size,)}:
-            raise ValueError(f"{name} has arrays of other types or lengths")
-    return items

@@ -81,8 +81,7 @@ class Ledger(RecordFiles):
         if not ledger.directory.is_dir():
             raise ValueError(f"{directory}: no such study directory; give the --out of a `raysearch sweep`")
         if not ledger.holds_study():
-            raise ValueError(f"{directory}: holds no study (study.json is missing); give the --out of a "
-                             "`raysearch sweep`")
+            raise ValueError(f"{directory}: holds no study (study.json is missing); give the --out of a `raysearch sweep`")
         ledger.study()
         return ledger
 
@@ -107,9 +106,7 @@ class Ledger(RecordFiles):
         write_record(self.directory / "micro_batches.json", MicroBatches(tokens=self.micro_batch_tokens() | {gang: tokens}))
 
     def latency(self) -> Latency | None:
-        if not any(path.is_file() for path in self.twins("latency.json")):
-            return None
-        return self.either("latency.json", lambda path: self.read(path, Latency))
+        return self.either("latency.json", lambda path: self.read(path, Latency)) if self.is_there("latency.json") else None
 
     def attach(self, record: StudyRecord) -> bool:
         """Makes the directory this study's, or compares with the one that is there: True when it is the same study.
@@ -154,7 +151,7 @@ class Ledger(RecordFiles):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()  # type: ignore[arg-type]
 
     def holds_study(self) -> bool:
-        return any(path.is_file() for path in self.twins("study.json"))
+        return self.is_there("study.json")
 
     def study(self) -> StudyRecord:
         """ValueError of one sentence for one of another format, too: its keys would mean something else."""
@@ -210,8 +207,7 @@ class Ledger(RecordFiles):
 
     def round(self, key: str) -> RoundRecord | None:
         """None for a damaged one too, so that it is computed again."""
-        path, copy = self.twins(f"rounds/{key}/record.json")
-        return self.readable([path], self.candidate_of).get(path) if path.is_file() or copy.is_file() else None
+        return self.known(f"rounds/{key}/record.json", self.candidate_of)
 
     def rounds(self) -> dict[str, RoundRecord]:
         """All candidates by key, the dense baseline included."""
@@ -220,11 +216,7 @@ class Ledger(RecordFiles):
     def candidate_of(self, path: AnyPath) -> RoundRecord:
         """The record in this file, which must be the one of its folder."""
         key = path.parent.name
-        return self.own(f"rounds/{key}/record.json", lambda path: self.read(path, RoundRecord),
-                         lambda record: record.key, key)
-
-    def copy_round(self, key: str) -> None:
-        self.restore([f"rounds/{key}/record.json"])
+        return self.own(f"rounds/{key}/record.json", lambda path: self.read(path, RoundRecord), lambda record: record.key, key)
 
     def expected_sha256(self, record: RoundRecord, name: str) -> str | None:
         """Of a file beside a candidate's record: as it was recovered, or else as the record has it; None where it has none."""
@@ -237,8 +229,7 @@ class Ledger(RecordFiles):
         return record.weights_sha256 if name == WEIGHTS else record.items_sha256
 
     def recovered(self, key: str) -> Recovered | None:
-        path = self.round_directory(key) / "recovered.json"
-        return self.readable([path], lambda path: self.read(path, Recovered)).get(path) if path.is_file() else None
+        return self.known(f"rounds/{key}/recovered.json", lambda path: self.read(path, Recovered))
 
     def speed_path(self, key: str) -> AnyPath:
         return self.round_directory(key) / "speed.json"
@@ -258,7 +249,7 @@ class Ledger(RecordFiles):
     def write_other(self, record: OtherRecord, items: Mapping[Split, Mapping[str, Items]]) -> None:
         for split, of_split in items.items():
             write_items(self.items_path(record.key, split), of_split)
-        persist(path := self.directory / "others" / f"{record.name}.json", lambda: write_record(path, record))
+        self.write(self.directory / "others" / f"{record.name}.json", record)
 
     def items_path(self, key: str, split: Split) -> AnyPath:
         if key.startswith(OTHER):
@@ -277,12 +268,7 @@ class Ledger(RecordFiles):
         return report.metrics if report else None
 
     def report_record(self, key: str) -> ReportRecord | None:
-        path, copy = self.twins(f"rounds/{key}/report.json")
-        return self.readable([path], self._report).get(path) if path.is_file() or copy.is_file() else None
-
-    def reports(self) -> dict[str, dict[str, Metric]]:
-        """Metrics on the report split by key, of the candidates that have them."""
-        return {key: report.metrics for key, report in self.report_records().items()}
+        return self.known(f"rounds/{key}/report.json", self._report)
 
     def report_records(self) -> dict[str, ReportRecord]:
         return self._by_key("report.json", self._report)
@@ -325,8 +311,8 @@ class Ledger(RecordFiles):
         return sorted(self.readable(sorted(names, key=str), self._trial).values(), key=lambda trial: trial.number)
 
     def _trial(self, path: AnyPath) -> TrialRecord:
-        return self.own(f"trials/{path.name}", lambda path: self.read(path, TrialRecord),
-                         lambda trial: trial.number, _number(path))
+        return self.own(f"trials/{path.name}", lambda path: self.read(path, TrialRecord), lambda trial: trial.number,
+                        _number(path))
 
     def candidate(self, key: str) -> RoundRecord:
         """The record of a round that must be there."""
@@ -342,12 +328,10 @@ class Ledger(RecordFiles):
         self.write_twice(f"trials/{trial.number:05d}.json", trial)
 
     def seal(self) -> JournalSeal | None:
-        path = self.directory / "journal.json"
-        return self.readable([path], lambda path: self.read(path, JournalSeal)).get(path) if path.is_file() else None
+        return self.known("journal.json", lambda path: self.read(path, JournalSeal))
 
     def write_seal(self, seal: JournalSeal) -> None:
-        path = self.directory / "journal.json"
-        persist(path, lambda: write_record(path, seal))
+        self.write(self.directory / "journal.json", seal)
 
     def log_path(self, number: int, rank: int) -> AnyPath:
         """Of a trial or a control; -1 is every other job."""
@@ -369,7 +353,6 @@ class Ledger(RecordFiles):
         self.strangers |= {path for key, path in found.items() if key not in keys}
         paths = [self.round_directory(key) / name for key in sorted(keys)]
         return {path.parent.name: record for path, record in self.readable(paths, read).items()}
-
 
 
 def _number(path: AnyPath) -> int:

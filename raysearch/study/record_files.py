@@ -38,6 +38,14 @@ class RecordFiles:
         copy = name.removeprefix("trials/").removeprefix("rounds/").replace("/", ".")
         return self.directory / name, self.directory / "copies" / copy
 
+    def is_there(self, name: str) -> bool:
+        return any(path.is_file() for path in self.twins(name))
+
+    def known(self, name: str, read: Callable[[AnyPath], T]) -> T | None:
+        """What `read` makes of a file; None where it and its copy are missing, or damaged, so that it is made again."""
+        path = self.directory / name
+        return self.readable([path], read).get(path) if self.is_there(name) else None
+
     def either(self, name: str, read: Callable[[AnyPath], T]) -> T:
         """What `read` makes of a file or, with a note, of its copy."""
         path, copy = self.twins(name)
@@ -63,7 +71,11 @@ class RecordFiles:
     def write_twice(self, name: str, record: Frozen) -> None:
         """The copy second: it never stands for what was not finished."""
         for path in self.twins(name):
-            persist(path, lambda: write_record(path, record))  # noqa: B023  called at once
+            self.write(path, record)
+
+    @staticmethod
+    def write(path: AnyPath, record: Frozen) -> None:
+        persist(path, lambda: write_record(path, record))
 
     def restore(self, names: Iterable[str]) -> None:
         """Writes each of these records, or its copy, from the other one, where that is whole."""
@@ -74,9 +86,6 @@ class RecordFiles:
                 if content is None and other is not None:
                     with new_file(path) as file:
                         file.write_bytes(other)
-
-    def copies(self) -> list[AnyPath]:
-        return self.matching("copies", "*.json")
 
     def readable(self, paths: Iterable[AnyPath], read: Callable[[AnyPath], T]) -> dict[AnyPath, T]:
         """What `read` makes of each path, without the damaged ones, which are noted."""

@@ -37,7 +37,9 @@ def stream(model: PreTrainedModel, tokens: Tensor, is_counted: Sequence[bool], n
         raise ValueError(f"calibration goes block by block, and those of {type(model).__name__} are not known; give another "
                          "criterion, or add its family to raysearch/models/architectures.py")
     blocks = model.get_submodule(known.blocks)
-    of_block = [_linears(block, f"{known.blocks}.{index}", names) for index, block in enumerate(blocks)]
+    modules = [{f"{known.blocks}.{index}.{path}.weight": module for path, module in block.named_modules()}
+               for index, block in enumerate(blocks)]
+    of_block = [{name: there[name] for name in names if name in there} for there in modules]
     missing = set(names) - {name for linears in of_block for name in linears}
     if missing:
         raise ValueError(f"calibration needs weights of linear layers inside the blocks, got {sorted(missing)[0]}; set "
@@ -56,12 +58,6 @@ def stream(model: PreTrainedModel, tokens: Tensor, is_counted: Sequence[bool], n
         assert len(sums) == len(linears), "a block calls each of its linear layers"
         yield sums
         hidden = [_output(block, before, call) for before, call in zip(hidden, of_sequences)]
-
-
-def _linears(block: nn.Module, path: str, names: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules of the block by the name of their weight, in the order of `names`."""
-    modules = {f"{path}.{name}.weight": module for name, module in block.named_modules()}
-    return {name: modules[name] for name in names if name in modules}
 
 
 def _adding(sums: dict[str, Tensor], name: str, statistic: Statistic, counts: bool) -> Callable[[nn.Module, Any], None]:

@@ -6,9 +6,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from raysearch.study.files import default_cache_dir
+from raysearch.study.files import default_cache_dir, new_file
 from raysearch.training.chats import chat_template, chat_tokens, is_chat
 from raysearch.training.corpus import END_OF_TEXT, Say, progress, quiet
 from raysearch.training.texts import Part, Texts
@@ -157,10 +155,7 @@ def pack(documents: Texts, tokenizer: PreTrainedTokenizerBase, context: int, spl
     fingerprint = _fingerprint(documents, tokenizer, context, split)
     path = (cache_dir or default_cache_dir()) / "blocks" / f"{fingerprint}.npy"
     if not path.is_file():
-        num_tokens = _write_blocks(path, _token_stream(documents, tokenizer, say), context)
-        if num_tokens < context:
-            raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
-                             "give more text or a shorter context")
+        _write_blocks(path, _token_stream(documents, tokenizer, say), context, split)
     blocks = Blocks(path.resolve(), fingerprint)
     if blocks._stored.ndim == 3 and not blocks._stored[:, 1:, 1].any():
         raise ValueError(f"the chats of the corpus's {split} split must hold an answer, a message of the role assistant, got "
@@ -257,30 +252,24 @@ def token_ids(tokenizer: Any, texts: Sequence[str], special: bool | None) -> lis
     return tokenizer(list(texts), return_attention_mask=False, verbose=False, **options)["input_ids"]  # type: ignore[no-any-return]
 
 
-def _write_blocks(path: Path, parts: Iterable[NDArray[np.unsignedinteger]], context: int) -> int:
-    """The number of tokens. Writes them, with their marks where they have such, in the bytes of np.save, [num_blocks, context]
-    without what fills no block; aside, fsynced and moved, so that a reader sees no file or the whole one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            def write_header(descr: str, *shape: int) -> int:
-                """As long for any number of blocks: numpy leaves room."""
-                file.seek(0)
-                np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
-                return file.tell()
+def _write_blocks(path: Path, parts: Iterable[NDArray[np.unsignedinteger]], context: int, split: str) -> None:
+    """Writes the tokens, with their marks where they have such, in the bytes of np.save, [num_blocks, context] without what
+    fills no block. ValueError, and no file, where they fill none."""
+    with new_file(path) as aside, open(aside, "wb") as file:
 
-            num_tokens = header_bytes = 0
-            for part in parts:
-                header_bytes = header_bytes or write_header(part.dtype.str, 0, context, *part.shape[1:])
-                file.write(part.tobytes())
-                num_tokens += len(part)
-            if num_tokens >= context:
-                file.truncate(header_bytes + num_tokens // context * context * part[0].nbytes)
-                write_header(part.dtype.str, num_tokens // context, context, *part.shape[1:])
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-        finally:
-            Path(file.name).unlink(missing_ok=True)
-    return num_tokens
+        def write_header(descr: str, *shape: int) -> int:
+            """As long for any number of blocks: numpy leaves room."""
+            file.seek(0)
+            np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+            return file.tell()
+
+        num_tokens = header_bytes = 0
+        for part in parts:
+            header_bytes = header_bytes or write_header(part.dtype.str, 0, context, *part.shape[1:])
+            file.write(part.tobytes())
+            num_tokens += len(part)
+        if num_tokens < context:
+            raise ValueError(f"the corpus's {split} split must fill one block of {context} tokens, got {num_tokens} tokens; "
+                             "give more text or a shorter context")
+        file.truncate(header_bytes + num_tokens // context * context * part[0].nbytes)
+        write_header(part.dtype.str, num_tokens // context, context, *part.shape[1:])

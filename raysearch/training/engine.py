@@ -9,7 +9,7 @@ applies them (optimizer.py). Outside that step one invariant holds for every met
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -20,13 +20,11 @@ from raysearch.cluster.placement import MicroBatch
 from raysearch.kernels import SparseWeight
 from raysearch.models.checkpoint import Base
 from raysearch.models.model import Prunable, load_model, multiply_in_fp32, parameter_shape, prunable_parameters
-from raysearch.training.hardware import join
+from raysearch.training.hardware import Ranks
 from raysearch.training.loss import Labels, Loss, as_teacher, labels_of, next_token_loss, take_loss
 from raysearch.training.optimizer import Gather
 from raysearch.training.replicated import Replicated
 from raysearch.training.zero import Sharded
-
-T = TypeVar("T")
 
 CLIP_NORM = 1.0
 """Of all gradients together, those of pruned weights included: clipped by the norm of what is kept, books-30m trained worse
@@ -59,21 +57,17 @@ class Shard:
         return whole.view(-1)[self.offset:self.offset + self.values.numel()]
 
 
-class Engine:
+class Engine(Ranks):
     """A causal LM as shards of fp32 master weights that can be read, written, masked and trained.
 
-    The ranks are those of torch.distributed's environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_RANK), one
-    rank where there is none. All methods are collective: every rank calls them in the same order.
-
-    The dense model stays at hand: in its files, which all ranks of a node map, and as a copy of a rank's own shards where a
-    file has something under another name or in another form.
+    All methods are collective: every rank calls them in the same order. The dense model stays at hand: in its files, which all
+    ranks of a node map, and as a copy of a rank's own shards where a file has something under another name or in another form.
     """
 
     def __init__(self, model_path: str, *, prunable: str, zero_stage: int, dtype: str, batch_tokens: int,
                  context_tokens: int, weight_decay: float, timeout_s: float = 1800.0,
                  micro_batch: MicroBatch | None = None, compiled: bool = False) -> None:
-        self.device = join(timeout_s)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        super().__init__(timeout_s)
         self.zero_stage, self.is_compiled = zero_stage, compiled
         self.sequences_per_rank = batch_tokens // context_tokens // self.world_size
         micro_batch = micro_batch or MicroBatch(batch_tokens // self.world_size, is_checkpointed=False)
@@ -97,14 +91,12 @@ class Engine:
 
         def groups(model: PreTrainedModel) -> list[dict[str, Any]]:
             names = {p.name for p in self.prunables}
-            parts = {
-                "prunable": ([p for n, p in self.parameters.items() if n in names], weight_decay),
-                "matrices": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) > 1],
-                             weight_decay),
-                "vectors": ([p for n, p in self.parameters.items() if n not in names and len(self.shapes[n]) < 2], 0.0),
-            }
-            return [{"name": name, "params": params, "weight_decay": decay}
-                    for name, (params, decay) in parts.items() if params]
+            kinds = {"prunable": weight_decay, "matrices": weight_decay, "vectors": 0.0}
+            kind_of = {name: "prunable" if name in names else "matrices" if len(shape) > 1 else "vectors"
+                       for name, shape in self.shapes.items()}
+            found = [{"name": kind, "params": [p for name, p in self.parameters.items() if kind_of[name] == kind],
+                      "weight_decay": decay} for kind, decay in kinds.items()]
+            return [group for group in found if group["params"]]
 
         adamw = {"lr": 0.0, "betas": (0.9, 0.95), "fused": True}
         self._layout: Replicated | Sharded
@@ -229,9 +221,10 @@ class Engine:
                 latent.copy_(full).masked_fill_(keep, 0)
                 values.copy_(full)
             values.masked_fill_(~keep, 0)
+            is_nonzero = values != 0
             for shard, mask in given if not grows else ():
                 if mask is not None and shard.name in self.prunable_names:
-                    shard.part(keep).logical_and_(shard.values != 0)
+                    shard.part(keep).logical_and_(shard.part(is_nonzero))
             if (grows or latent is not None) and master in before and master not in self.optimizer.trained:
                 self.optimizer.forget_moments(master, keep != before[master].bool())
             self.optimizer.masks[master] = keep if self.device.type == "cuda" else keep.to(torch.float32)
@@ -342,11 +335,11 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate if self._trainable in ("all", group["name"]) else 0.0
         labels = None if counted is None else labels_of(tokens, counted, self.rank, self.micro_sequences)
-        parts = self._there(tokens).split(self.micro_sequences)
+        parts = self.there(tokens).split(self.micro_sequences)
         return self._layout.train_step([functools.partial(self._loss, part, loss, *given)
                                         for part, *given in (zip(parts, labels) if labels else zip(parts))])
 
-    def _there(self, tensor: Tensor) -> Tensor:
+    def there(self, tensor: Tensor) -> Tensor:
         """On the engine's device; copied while the step before computes."""
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
@@ -359,7 +352,7 @@ class Engine:
         self.optimizer.forget_steps()
 
     def _loss(self, tokens: Tensor, loss: Loss, labels: Labels | None = None) -> Tensor:
-        given = {} if labels is None else {"labels": tuple(map(self._there, labels))}
+        given = {} if labels is None else {"labels": tuple(map(self.there, labels))}
         if self._distillation is None:
             return self._layout.forward(input_ids=tokens, loss=loss, **given)
         alpha, temperature, weight, follows_states = self._distillation
@@ -379,35 +372,3 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.micro_sequences
-
-    def mean(self, value: Tensor) -> float:
-        """Mean over the ranks of one number."""
-        return float(self.sum_over_ranks(value.detach().float().to(self.device))) / self.world_size
-
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """Of what each rank computed from sequences of its own; in place."""
-        dist.all_reduce(tensor)
-        return tensor
-
-    def from_rank_0(self, compute: Callable[[], T]) -> T:
-        """What `compute` returns on rank 0, on every rank; when it raises there, every rank raises."""
-        if self.world_size == 1:
-            return compute()
-        answer: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                answer = [compute(), None]
-            except Exception as error:
-                answer = [None, error]
-        dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise answer[1]
-        return cast(T, answer[0])
-
-    def gather_objects(self, value: object) -> list[object]:
-        """The ranks' values, in rank order, on every rank."""
-        if self.world_size == 1:
-            return [value]
-        values: list[object] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values

@@ -5,16 +5,14 @@ a kill; rank 0 writes the model aside, and the driver moves it to its place. All
 result, named by a hash of the settings: the same call goes on where the last was killed.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +39,8 @@ from raysearch.training.texts import Texts
 from raysearch.units import human_bytes
 
 RECORD = "raysearch.json"
+SEED = 0
+"""Of the random weights and the order of the text."""
 
 
 @dataclass(frozen=True)
@@ -60,34 +60,20 @@ class PretrainResult:
     """Seconds of the whole call; both are those of the call that trained, when the folder was there already."""
 
 
-def pretrain(
-    preset: str,
-    corpus: str,
-    out: Path,
-    *,
-    text_field: str = "text",
-    steps: int | None = None,
-    seed: int = 0,
-    num_workers: int = 1,
-    zero_stage: int = 0,
-    batch_tokens: int | None = None,
-    checkpoint_every_s: float = 60.0,
-    resume: bool = True,
-    cache_dir: Path | None = None,
-    echo: Callable[[str], None] = print,
-) -> PretrainResult:
+def pretrain(preset: str, corpus: str, out: Path, *, text_field: str = "text", steps: int | None = None, num_workers: int = 1,
+             zero_stage: int = 0, checkpoint_every_s: float = 60.0, echo: Callable[[str], None] = print) -> PretrainResult:
     """Trains the preset on the corpus and writes the Hugging Face folder `out`, in fp32 on CPUs and bf16 on GPUs.
 
     A folder that the same settings made is returned as it is; an unfinished run of the same settings goes on from its
-    last checkpoint unless `resume` is False. Raises ValueError of one sentence for bad input and for a loss
-    that became NaN, RuntimeError when workers died too often.
+    last checkpoint. Raises ValueError of one sentence for bad input and for a loss that became NaN, RuntimeError when workers
+    died too often.
     """
     started = time.monotonic()
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     shape = PRESETS[preset]
     num_steps = shape.num_steps if steps is None else steps
-    batch_tokens = batch_tokens or shape.batch_tokens
+    batch_tokens = shape.batch_tokens
     if num_steps < 1:
         raise ValueError(f"steps must be at least 1, got {num_steps}")
     if num_workers < 1 or batch_tokens % (num_workers * shape.context_tokens):
@@ -100,7 +86,7 @@ def pretrain(
     if any(part.holds_chats for part in documents.values()):
         raise ValueError(f"corpus {corpus}: holds chats, which need a tokenizer with a chat template, and pretraining makes "
                          "its own; give plain text, or fine-tune a model that has one")
-    settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+    settings = {**asdict(shape), "preset": preset, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": SEED,
                 "corpus_fingerprint": _fingerprint(documents)}
     del settings["note"]
     if (done := _finished(out, settings)) is not None:
@@ -108,24 +94,23 @@ def pretrain(
         return done
     resources = _resources(num_workers)
     work = out.parent / f".{out.name}.pretrain-{hash_json([settings, num_workers, zero_stage, resources])[:8]}"
-    if not resume:
-        shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(work / "tokenizer", documents["train"], shape.vocab_size)
-    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, cache_dir, echo)
-              for split in ("train", "report")}
+    if not (work / "tokenizer").is_dir():
+        with new_directory(work / "tokenizer") as aside:
+            train_tokenizer(documents["train"], shape.vocab_size).save_pretrained(aside)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    blocks = {split: pack(documents[split], tokenizer, shape.context_tokens, split, say=echo) for split in ("train", "report")}
     del documents  # training takes long, and its workers' memory is needed
     echo(f"{preset}: {shape.note}; {blocks['train'].num_tokens:,} tokens of training text, "
          f"{num_steps:,} steps of {batch_tokens:,} tokens")
-    job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": seed,
+    job = {"work": work, "blocks": blocks, "num_steps": num_steps, "batch_tokens": batch_tokens, "seed": SEED,
            "zero_stage": zero_stage, "dtype": "bfloat16" if resources.get("GPU") else "float32", "shape": shape,
            "checkpoint_every_s": checkpoint_every_s, "num_threads": int(resources["CPU"])}
     echo(memory_needed(shape, job, num_workers))
     for name in ("progress.json", "measured.json"):
         (work / name).unlink(missing_ok=True)
     try:
-        with _progress_lines(work / "progress.json", num_steps, echo):
-            fit(train_loop, job, num_workers, resources, work / "ray")
+        fit(train_loop, job, num_workers, resources, work / "ray", _follower(work / "progress.json", num_steps, echo))
     except (KeyboardInterrupt, SystemExit):
         echo("stopped by a signal; the same command goes on from the last checkpoint")
         raise
@@ -218,17 +203,11 @@ def _resources(num_workers: int) -> dict[str, float]:
     return {"CPU": max(1, int(min(have["CPU"] // num_workers, largest_node)))}
 
 
-def _tokenizer(folder: Path, documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    if not folder.is_dir():
-        with new_directory(folder) as aside:
-            train_tokenizer(documents, vocab_size).save_pretrained(aside)
-    return PreTrainedTokenizerFast.from_pretrained(folder)
-
-
 def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers: int, resources: dict[str, float],
-        place: AnyPath) -> None:
+        place: AnyPath, look: Callable[[], object] = lambda: None) -> None:
     """Runs `loop(job)` on so many workers with these resources each. They are started again where one died, up to three times,
-    and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence."""
+    and find the last checkpoint in `place`, there or in a later call; then RuntimeError of one sentence. Meanwhile, and at the
+    end, it takes a `look`."""
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # a job's relative paths are those of this process
     has_gpu = bool(resources.get("GPU"))
     trainer = TorchTrainer(
@@ -249,7 +228,11 @@ def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers
     )
     logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # what ends it is one sentence of ours
     try:
-        ThreadPoolExecutor(1).submit(trainer.fit).result()  # in the main thread Ray Train takes Ctrl-C for itself
+        done = ThreadPoolExecutor(1).submit(trainer.fit)  # in the main thread Ray Train takes Ctrl-C for itself
+        while wait([done], PROGRESS_S / 4).not_done:
+            look()
+        look()
+        done.result()
     except ray.train.TrainingFailedError as error:
         causes = [str(cause).strip().splitlines()[-1] for cause in getattr(error, "worker_failures", {}).values()]
         reason = "; ".join(dict.fromkeys(causes)) or str(error).strip().splitlines()[0]
@@ -258,30 +241,16 @@ def fit(loop: Callable[[dict[str, Any]], None], job: dict[str, Any], num_workers
         raise RuntimeError(f"training failed: {reason}") from error
 
 
-@contextlib.contextmanager
-def _progress_lines(file: Path, num_steps: int, echo: Callable[[str], None]) -> Iterator[None]:
-    """Prints a line whenever rank 0 has written new progress."""
-    ended = threading.Event()
+def _follower(file: Path, num_steps: int, echo: Callable[[str], None]) -> Callable[[], None]:
+    """Prints a line where rank 0 has written new progress since the last call."""
+    last_step = 0
 
-    def follow() -> None:
-        last_step = 0
-        while True:
-            finishing = ended.wait(PROGRESS_S / 4)
-            if file.is_file():
-                now = json.loads(file.read_text())
-                if now["step"] != last_step:
-                    last_step = now["step"]
-                    left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
-                    left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
-                    echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  "
-                         f"{left} left")
-            if finishing:
-                return
+    def look() -> None:
+        nonlocal last_step
+        if file.is_file() and (now := json.loads(file.read_text()))["step"] != last_step:
+            last_step = now["step"]
+            left_s = (num_steps - last_step) * now["tokens_per_step"] / now["tokens_per_s"]
+            left = f"{left_s:,.0f} s" if left_s < 7200 else f"{left_s / 3600:.1f} hours"
+            echo(f"step {last_step:,}/{num_steps:,}  loss {now['loss']:.3f}  {now['tokens_per_s']:,.0f} tokens/s  {left} left")
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
+    return look

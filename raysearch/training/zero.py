@@ -92,17 +92,13 @@ class Sharded:
         engine.eval()  # which returns nothing
         return engine
 
-    def _masters(self) -> list[tuple[Tensor, Tensor, list[nn.Parameter]]]:
-        """(fp32 master, the flat buffer of weights that it mirrors, the parameters in it) per sub-group."""
-        optimizer = self._optimizer
-        if self.stage == 3:
-            return list(zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat,
-                            optimizer.fp16_groups))
-        return list(zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat, optimizer.bit16_groups))
-
     def pieces(self) -> Iterator[tuple[Tensor, nn.Parameter, int, int, int]]:
-        rank = dist.get_rank()
-        for master, low, parameters in self._masters():
+        rank, optimizer = dist.get_rank(), self._optimizer
+        # of each sub-group: its fp32 master, the flat buffer of weights that it mirrors, the parameters in it
+        masters = (zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_groups)
+                   if self.stage == 3 else
+                   zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups_flat, optimizer.bit16_groups))
+        for master, low, parameters in masters:
             for parameter in parameters:
                 total = torch.Size(parameter_shape(parameter)).numel()
                 if self.stage == 3:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from raysearch.config import Action, Study, TrialConfig
+from raysearch.config import READ_BY, WHILE_TRAINING, Action, Study, TrialConfig
 from raysearch.pruning.criteria import CRITERIA
 from raysearch.pruning.patterns import NOfM, n_of_m
 from raysearch.pruning.schedules import resolve_schedule
@@ -17,14 +17,12 @@ def check_names(method: TrialConfig | Action) -> NOfM | None:
 
 
 def looks_at_text(method: TrialConfig | Action) -> bool:
-    criterion = CRITERIA[method.criterion]
-    return criterion.statistic is not None or criterion.by_sequence or criterion.by_contribution or method.budget == "owl"
+    return method.criterion in READ_BY["calibration_sequences"] or method.budget == "owl"
 
 
 def changes_masks(method: TrialConfig | Action) -> bool:
     """Whether masks change while it fine-tunes."""
-    criterion = CRITERIA[method.criterion]
-    return criterion.is_gradual or criterion.moves or criterion.is_soft or criterion.has_gates
+    return method.criterion in READ_BY["mask_interval_steps"]
 
 
 def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: int) -> NOfM | None:
@@ -186,27 +184,12 @@ def resolve_actions(config: TrialConfig, study: Study, num_train_tokens: int) ->
     if calibrates and group is not None and len(cuts) > 1:
         raise ValueError(f"criterion {config.criterion} prunes to pattern {config.pattern} at once, so its schedule must be "
                          f"one_shot, got {config.schedule} of {len(cuts)} rounds")
-    fixed = config.model_dump(include={"criterion", "pattern", "scope", "uniform", "budget", "threshold_unit"})
-    if changes_masks(config):
-        fixed |= {"mask_interval_steps": config.mask_interval_steps}
-    if CRITERIA[config.criterion].trains_pruned:
-        fixed |= {"mask_decay": config.mask_decay}
-    if CRITERIA[config.criterion].moves:
-        fixed |= {"drop_fraction": config.drop_fraction}
-    if CRITERIA[config.criterion].is_soft:
-        fixed |= {"score_rate": config.score_rate, "score_penalty": config.score_penalty}
-    if CRITERIA[config.criterion].has_gates:
-        fixed |= {"score_rate": config.score_rate, "gate_penalty": config.gate_penalty}
-    if config.budget == "owl":
-        fixed |= {"owl_lambda": config.owl_lambda, "owl_m": config.owl_m}
-    if looks_at_text(config):
-        fixed |= {"calibration_sequences": config.calibration_sequences, "seed": study.data.seed}
-    if num_steps:
-        fixed |= config.model_dump(include={"l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha",
-                                            "distill_hidden", "learning_rate", "lr_schedule"})
-        fixed |= {"seed": study.data.seed}
-    if config.distill_alpha:
-        fixed |= {"temperature": config.temperature}
+    read = {"criterion", "pattern", "scope", "uniform", "budget", "threshold_unit"}
+    read |= {name for name, criteria in READ_BY.items() if config.criterion in criteria}
+    read |= {"owl_lambda", "owl_m", "calibration_sequences"} if config.budget == "owl" else set()
+    read |= {*WHILE_TRAINING} if num_steps else set()
+    read |= {"temperature"} if config.distill_alpha else set()
+    fixed = config.model_dump(include=read) | ({"seed": study.data.seed} if num_steps or looks_at_text(config) else {})
     tokens = num_steps * study.training.batch_tokens
     return tuple(Action(**fixed, **cut, finetune_tokens=tokens, data_start_tokens=index * tokens)
                  for index, cut in enumerate(cuts))

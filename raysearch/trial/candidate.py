@@ -9,7 +9,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,7 +34,7 @@ from raysearch.study.ledger import WEIGHTS, Ledger
 from raysearch.study.provenance import provenance
 from raysearch.study.records import Provenance, Recovered, RoundRecord
 from raysearch.study.storage import AnyPath, as_file
-from raysearch.trial.sizes import sizes
+from raysearch.trial.sizes import Weighed, weighed
 from raysearch.trial.worker import Worker
 
 Written = Future[tuple[Path, str]]
@@ -55,8 +54,8 @@ def intact(ledger: Ledger, record: RoundRecord) -> bool:
 
 def store_weights(worker: Worker, record: RoundRecord) -> None:
     """The engine's weights as those of a candidate that has lost its file."""
-    path, weighed = worker.ledger.weights_path(record.key), weigh(worker, record.action)
-    with written_meanwhile(worker, record.key, weighed) as weights:
+    path, counted = worker.ledger.weights_path(record.key), weigh(worker, record.action)
+    with written_meanwhile(worker, record.key, counted) as weights:
 
         def write() -> None:
             file, sha256 = weights.result()
@@ -64,7 +63,7 @@ def store_weights(worker: Worker, record: RoundRecord) -> None:
                 target.unlink(missing_ok=True)
                 link_or_copy(file, target)
             worker.ledger.deleted_path(record.key).unlink(missing_ok=True)
-            note_recovered(worker, record, WEIGHTS, sha256, weighed.num_nonzero)
+            note_recovered(worker, record, WEIGHTS, sha256, counted.num_nonzero)
 
         worker.engine.from_rank_0(lambda: persist(path, write))
 
@@ -107,36 +106,20 @@ def provenance_of(worker: Worker) -> Provenance:
                       num_threads=torch.get_num_threads())
 
 
-@dataclass(frozen=True)
-class Weighed:
-    """The engine's weights, counted."""
-
-    nonzero: dict[str, int]
-    kept: dict[str, int]
-    """By what the masks say; both by parameter."""
-    num_nonzero: int
-    stored_bytes: int
-    resident_bytes: int
-    compact_parameters: int | None
-    predicted_ms: float | None
-
-
 def weigh(worker: Worker, action: Action | None) -> Weighed:
-    """`action`: what made the weights."""
-    nonzero, kept = worker.engine.nonzero_counts(), worker.engine.kept_counts()
-    return Weighed(nonzero, kept, sum(nonzero.values()), *sizes(worker.engine, kept, worker.study.model.dtype, worker.latency(),
-                                                                action.pattern if action else ""))
+    """The engine's weights, which `action` made."""
+    return weighed(worker.engine, worker.study.model.dtype, worker.latency(), action.pattern if action else "")
 
 
 @contextlib.contextmanager
-def written_meanwhile(worker: Worker, key: str, weighed: Weighed) -> Iterator[Written | None]:
-    """Writes the engine's `weighed` weights aside: (file, sha256), once it is on disk, which it may be while the block runs.
+def written_meanwhile(worker: Worker, key: str, counted: Weighed) -> Iterator[Written | None]:
+    """Writes the engine's weights, `counted`, aside: (file, sha256), once it is on disk, which it may be while the block runs.
 
     They are gathered and compressed one by one, on the engine's device; a thread of rank 0 writes one while the next is
     gathered, so that no more than two are in memory. What goes wrong there is raised where the result is taken.
     """
     engine, path = worker.engine, worker.ledger.weights_path(key)
-    kept, nonzero = weighed.kept, weighed.nonzero
+    kept, nonzero = counted.kept, counted.nonzero
 
     def extent_of(name: str, shape: tuple[int, ...]) -> Extent:
         has_mask = name in engine.prunable_names or kept[name] < math.prod(shape)  # as `gather_mask` says
@@ -165,14 +148,14 @@ def written_meanwhile(worker: Worker, key: str, weighed: Weighed) -> Iterator[Wr
         yield thread.submit(persist, path, finish)
 
 
-def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, weighed: Weighed,
+def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Action | None, counted: Weighed,
                 evaluation: Evaluation | None, train_loss: float | None, times: Sequence[float], weights: Written | None,
                 dominated_by: str | None = None) -> RoundRecord:
     """Writes the round's folder: weights, items and record.
 
     `times`: clock before and after the prune, after fine-tuning, before and after the evaluation.
     """
-    engine, nonzero = worker.engine, weighed.nonzero
+    engine, nonzero = worker.engine, counted.nonzero
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     prunable = {p.name for p in engine.prunables}
     num_parameters, num_prunable = sum(total.values()), sum(total[name] for name in prunable)
@@ -187,18 +170,18 @@ def store_round(worker: Worker, key: str, parent: RoundRecord | None, action: Ac
             (worker.ledger.round_directory(key) / "recovered.json").unlink(missing_ok=True)  # of a record that was lost
             record = RoundRecord(
                 key=key, parent=parent.key if parent else None, action=action, depth=parent.depth + 1 if parent else 0,
-                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=weighed.num_nonzero,
+                num_parameters=num_parameters, num_prunable=num_prunable, num_nonzero=counted.num_nonzero,
                 sparsity=sum(total[name] - nonzero[name] for name in prunable) / num_prunable,
-                model_sparsity=(num_parameters - weighed.num_nonzero) / num_parameters,
+                model_sparsity=(num_parameters - counted.num_nonzero) / num_parameters,
                 layer_sparsity={name: (total[name] - nonzero[name]) / total[name] for name in total if name in prunable},
-                stored_bytes=weighed.stored_bytes, resident_bytes=weighed.resident_bytes,
-                compact_parameters=weighed.compact_parameters, predicted_ms=weighed.predicted_ms,
+                stored_bytes=counted.stored_bytes, resident_bytes=counted.resident_bytes,
+                compact_parameters=counted.compact_parameters, predicted_ms=counted.predicted_ms,
                 metrics=evaluation.metrics if evaluation else {}, dominated_by=dominated_by, train_loss=train_loss,
                 prune_s=times[1] - times[0], finetune_s=times[2] - times[1], evaluate_s=times[4] - times[3],
                 weights_sha256=sha256, items_sha256=file_sha256(items_file) if evaluation else None,
                 provenance=provenance_of(worker))
             write_record(folder / "record.json", record)
-        worker.ledger.copy_round(key)
+        worker.ledger.restore([f"rounds/{key}/record.json"])
         return worker.ledger.candidate(key)  # the other's record, where two trials made this round at once
 
     def store() -> RoundRecord:

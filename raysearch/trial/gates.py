@@ -54,4 +54,4 @@ class Gates:
 
     def _sampled(self) -> tuple[Tensor, Tensor]:
         uniform = torch.rand(len(self.log_alpha), generator=self.generator)
-        return sample(self.log_alpha, uniform.to(self.engine.device, non_blocking=True))
+        return sample(self.log_alpha, self.engine.there(uniform))

@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from raysearch.pruning.patterns import Units
+from raysearch.pruning.patterns import Units, unit_sizes
 from raysearch.pruning.proximal import group_factors
 from raysearch.training.engine import Engine
 from raysearch.trial.unit_lines import SCALE, unit_lines
-from raysearch.trial.units import unit_counts
 
 
 class GroupLasso:
@@ -20,8 +19,7 @@ class GroupLasso:
     def __init__(self, engine: Engine, units: Units, strength: float) -> None:
         self.engine, self.strength = engine, strength
         self.lines = unit_lines(engine, units, lambda part: not part.goes_along)
-        sizes, _ = unit_counts(engine, units, lambda shard: shard.values != 0)
-        self.sizes = torch.nn.functional.pad(sizes, (0, 1), value=1).to(engine.device)
+        self.sizes = torch.nn.functional.pad(unit_sizes(units), (0, 1), value=1).to(engine.device)
         self.masters = {shard.master: None for shard in engine.prunable_shards}  # also those without a unit: it is collective
         self.done: set[Tensor] = set()
         self.factors = torch.ones(len(units.group) + 1, device=engine.device)

@@ -103,9 +103,9 @@ def read_tasks(study: Study, documents: Mapping[str, Sequence[str]] | None = Non
     if documents is None:
         documents = split_documents(load_documents(corpus, study.data.text_field)) if heldout and corpus else {}
     folder = Path(evaluation.data_dir) if evaluation.data_dir else None
-    return {split: heldout_tasks(documents.get(split, ()), heldout, limit=evaluation.num_items, seed=study.data.seed)
-            + load_tasks(named, data_dir=folder, split=split, limit=evaluation.num_items)
-            for split in ("selection", "report")}
+    limits = {"selection": evaluation.num_items, "report": evaluation.num_report_items or evaluation.num_items}
+    return {split: heldout_tasks(documents.get(split, ()), heldout, limit=limit, seed=study.data.seed)
+            + load_tasks(named, data_dir=folder, split=split, limit=limit) for split, limit in limits.items()}
 
 
 def check_objectives(study: Study, inputs: Inputs) -> None:

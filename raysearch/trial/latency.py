@@ -6,7 +6,6 @@ times of single layers do not add up to a model's (docs/log.md, 2026-11-27). A c
 layer.
 """
 
-import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +18,14 @@ from torch import Tensor, nn
 from raysearch.config import ServingSettings
 from raysearch.evaluation.speed import speeds
 from raysearch.kernels.device import device_name
+from raysearch.kernels.weight import random_mask
 from raysearch.models.architectures import Architecture, architecture, attention_heads, dense_weight, plain_mlps
 from raysearch.models.compact import CompactSize, compact, parts_of, shares
 from raysearch.models.model import load_model, on_device
 from raysearch.models.sparse import MIN_SPARSITY, linear_layers, sparsify_for_inference
 from raysearch.study.provenance import provenance
 from raysearch.study.records import Curve, Latency
+from raysearch.training.hardware import threads
 
 KEPT = (0.5, 0.125)
 """Shares of neurons and heads that are timed, beside all of them."""
@@ -72,7 +73,7 @@ def measured_latency(model_path: str, dtype: torch.dtype, serving: ServingSettin
         dense_ms.append(one)
         return other / one
 
-    with _all_cores():
+    with threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()):  # the latter on macOS
         neurons, heads, layer = _cut_curves(dense, ratio)
         masked = {pattern: _masked_curve(dense, pattern, serving.tokens_at_once, ratio) for pattern in BLOCKS}
         ratio(dense)
@@ -127,27 +128,8 @@ def _masked_curve(dense: Any, pattern: str, num_tokens: tuple[int, int], ratio: 
         model = copy.deepcopy(dense)
         for _, _, _, layer in linear_layers(model):
             weight = dense_weight(layer)
-            weight *= _mask(pattern, weight.shape, density, chance).to(weight.device)
+            weight *= random_mask(weight.shape, pattern, BLOCKS[pattern], density, chance).to(weight.device)
         if all(gain <= 1 for gain in sparsify_for_inference(model, num_tokens=num_tokens).model_ratio.values()):
             break
         curve.append((density, ratio(model)))
     return (*curve, (1 - MIN_SPARSITY, 1.0))
-
-
-def _mask(pattern: str, shape: torch.Size, density: float, chance: torch.Generator) -> Tensor:
-    rows, columns = shape
-    if pattern == "2:4":
-        return torch.rand(rows, -(-columns // 4), 4, generator=chance).argsort(-1).lt(2).view(rows, -1)[:, :columns]
-    side = BLOCKS[pattern]
-    kept = torch.rand(-(-rows // side), -(-columns // side), generator=chance) < density
-    return kept.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :columns]
-
-
-@contextlib.contextmanager
-def _all_cores() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)  # macOS
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)

@@ -13,7 +13,7 @@ from raysearch.models.model import Prunable
 from raysearch.pruning.budgets import erdos_renyi, num_to_prune, owl
 from raysearch.pruning.criteria import CRITERIA, moments, squares, std_threshold, wanda
 from raysearch.pruning.patterns import NOfM, n_of_m
-from raysearch.pruning.selection import group_masks, row_masks
+from raysearch.pruning.selection import group_masks, refuse_nan, row_masks
 from raysearch.training.calibration import Statistic, stream
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
@@ -75,7 +75,7 @@ def shared_sequences(engine: Engine, action: Action, text: Blocks | None) -> tup
 
 def matrix_mask(scores: Tensor, scope: str, group: NOfM | None, sparsity: float) -> Tensor:
     """Mask [O, K] of the scores of a matrix, or of a part of its inputs, that gives up `sparsity`: the highest of each group,
-    of each row or of all stay. Ties go in row-major order."""
+    of each row or of all stay. Ties go in row-major order. NaN is the caller's to refuse."""
     if group is not None:
         return group_masks(scores, *group)
     if scope == "row":
@@ -98,9 +98,12 @@ def prune_block_by_block(engine: Engine, action: Action, text: Blocks | None, sh
             weights, statistic = prunable.rows(engine.gather(name)), engine.sum_over_ranks(total)
             if criterion.solve is not None:
                 weights, mask = criterion.solve(weights, statistic, masks_of, group.size if group else 0)
+                refuse_nan([weights.isnan().any()])  # as they are where a score was
             else:
                 assert criterion.scores is not None
-                mask = masks_of(criterion.scores(weights, statistic).masked_fill(weights == 0, -math.inf))
+                scores = criterion.scores(weights, statistic).masked_fill(weights == 0, -math.inf)
+                mask = masks_of(scores)
+                refuse_nan([scores.isnan().any()])
             for index, shard in enumerate(engine.shards):
                 if shard.name == name:
                     here = slice(shard.start, shard.start + shard.values.numel())
@@ -114,14 +117,18 @@ def masks_by_row(engine: Engine, action: Action, group: NOfM | None, of_layer: M
     """Of the prunable shards, each matrix gathered after the other: a row may lie on several ranks. Collective."""
     here = {shard.name: (shard, score) for shard, score in zip(engine.prunable_shards, scores)}
     parts: dict[str, Tensor] = {}
+    has_nan = []
     for prunable in engine.prunables:
         whole = torch.zeros(math.prod(prunable.shape), device=engine.device)
         shard, score = here.get(prunable.name, (None, whole[:0]))
         if shard is not None:
             whole[shard.start:shard.start + len(score)] = score
-        mask = matrix_mask(prunable.rows(engine.all_reduce(whole)), action.scope, group, of_layer[prunable.name])
+        whole = engine.all_reduce(whole)
+        mask = matrix_mask(prunable.rows(whole), action.scope, group, of_layer[prunable.name])
+        has_nan.append(whole.isnan().any())
         if shard is not None:
             parts[prunable.name] = prunable.stored(mask)[shard.start:shard.start + len(score)]
+    refuse_nan(has_nan)  # last, so that the host has asked for all masks before it waits
     return [parts[shard.name] for shard in engine.prunable_shards]
 
 

@@ -17,7 +17,7 @@ from raysearch.kernels import selection_passes
 from raysearch.models.architectures import layout
 from raysearch.pruning.budgets import masks_are_due, num_to_prune, pruning_steps, sparsity_at
 from raysearch.pruning.criteria import CRITERIA, magnitude
-from raysearch.pruning.patterns import PATTERNS, Units, n_of_m
+from raysearch.pruning.patterns import PATTERNS, n_of_m
 from raysearch.pruning.selection import MAGNITUDES, SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
@@ -29,7 +29,7 @@ from raysearch.trial.group_lasso import GroupLasso
 from raysearch.trial.layer_drop import LayerDrop
 from raysearch.trial.matrices import LayerSparsities, budget_of, masks_by_row, prune_block_by_block, thresholds
 from raysearch.trial.soft_movement import SoftMovement
-from raysearch.trial.units import unit_counts, unit_masks, unit_sums
+from raysearch.trial.units import UnitMap
 
 Masks = list[Tensor | None]
 """One bool mask [n], or None, for each of the engine's shards."""
@@ -44,6 +44,7 @@ class Pruner:
         self.n_of_m = n_of_m(action.pattern)
         find_units = PATTERNS.get(action.pattern)
         self.units = find_units(layout(engine.model, engine.prunables)) if find_units else None
+        self._map = UnitMap(engine, self.units) if self.units else None
         self._start = 0.0
         self._of_units: Tensor | None = None
         self._of_layer: LayerSparsities
@@ -108,8 +109,9 @@ class Pruner:
     # ---- masks ----
 
     def _masks(self, sparsity: float | None) -> Masks:
-        if self.units is not None:
-            return self._unit_masks(self.units, sparsity)
+        if self._map is not None:
+            scores, eligible = self._unit_scores(self._map), self._map.eligible(self._eligible)
+            return self._map.masks(self.action, sparsity, scores, eligible, self._before)
         of_prunable = iter(self._weight_masks(sparsity))
         # what units took of biases stays pruned
         return [next(of_prunable) if shard.name in self.engine.prunable_names else shard.of(self.engine.optimizer.masks)
@@ -124,11 +126,12 @@ class Pruner:
             if sparsity is None:
                 return threshold_masks(values, thresholds(self.engine, self.action))
             return self._selected(values, MAGNITUDES, sparsity)
-        scores = [self._scores(shard) for shard in shards]
+        eligible = [self._eligible(shard) for shard in shards]
+        scores = [self._scores(shard, each) for shard, each in zip(shards, eligible)]
         if sparsity is None:
             return [score >= cut for score, cut in zip(scores, thresholds(self.engine, self.action))]
         keep = self._selected(scores, SCORES, sparsity)  # where fewer are to go than are gone, all that are gone stay so
-        return [mask & self._eligible(shard) for shard, mask in zip(shards, keep)]
+        return [mask.logical_and_(each) for each, mask in zip(eligible, keep)]
 
     @property
     def _compares_rows(self) -> bool:
@@ -145,14 +148,13 @@ class Pruner:
             stays = masks_by_row(engine, action, self.n_of_m, self._of_layer(sparsity), scores)
             if sparsity >= self.n_of_m.sparsity:
                 return stays
-            # on the way there: the lowest of those that are to go
-            scores = [score.masked_fill(mask & self._eligible(shard), math.inf)
-                      for shard, score, mask in zip(shards, scores, stays)]
+            # on the way there: the lowest of those that are to go, of which what is pruned for good, at -inf, is the first
+            scores = [score.masked_fill(mask & (score > -math.inf), math.inf) for score, mask in zip(scores, stays)]
         if action.scope == "global":
             num_prune = num_to_prune(sparsity, sum(math.prod(p.shape) for p in engine.prunables))
             if self.n_of_m is not None:
-                goes = torch.tensor(sum(int((score < math.inf).sum()) for score in scores), device=engine.device)
-                num_prune = min(num_prune, int(engine.all_reduce(goes)))
+                goes = torch.stack([(score < math.inf).sum() for score in (*scores, torch.zeros(0, device=engine.device))])
+                num_prune = min(num_prune, int(engine.all_reduce(goes.sum())))
             return keep_masks(scores, [shard.index for shard in shards], num_prune, all_reduce=engine.all_reduce, rank=rank,
                               world_size=world_size, passes=passes)
         if action.scope == "row":
@@ -162,9 +164,9 @@ class Pruner:
         return keep_masks(scores, [shard.index for shard in shards], of_parameter, all_reduce=engine.all_reduce, rank=rank,
                           world_size=world_size, passes=passes)
 
-    def _scores(self, shard: Shard) -> Tensor:
+    def _scores(self, shard: Shard, eligible: Tensor) -> Tensor:
         """fp32 [n], a copy: what is pruned for good below every number."""
-        scores, eligible = self._criterion_scores(shard), self._eligible(shard)
+        scores = self._criterion_scores(shard)
         return scores.masked_fill(~eligible, -math.inf) if self._compares_rows else reserved(scores, eligible)
 
     def _eligible(self, shard: Shard) -> Tensor:
@@ -175,22 +177,16 @@ class Pruner:
 
     # ---- units ----
 
-    def _unit_masks(self, units: Units, sparsity: float | None) -> Masks:
-        sizes, eligible = unit_counts(self.engine, units, self._eligible)
-        scores = self._unit_scores(units, sizes)
-        return unit_masks(self.engine, units, self.action, sparsity, scores, sizes, eligible, self._before)
-
     def _masks_by(self, scores: Tensor, sparsity: float) -> Masks:
         self._of_units = scores
         return self._masks(sparsity)
 
-    def _unit_scores(self, units: Units, sizes: Tensor) -> Tensor:
+    def _unit_scores(self, units: UnitMap) -> Tensor:
         """fp64 [U]: the mean over a unit's weights."""
         if self._of_units is not None:
             return self._of_units
-        sums = unit_sums(self.engine, units, sizes,
-                         lambda shard: torch.where(self._eligible(shard), self._criterion_scores(shard), 0))
-        return sums / sizes.clamp(min=1)
+        sums = units.sums(lambda shard: torch.where(self._eligible(shard), self._criterion_scores(shard), 0))
+        return sums / units.sizes.clamp(min=1)
 
     def _criterion_scores(self, shard: Shard) -> Tensor:
         """fp32 [n], which may be what the criterion gathered itself, of the weights as they are behind their masks."""
@@ -201,9 +197,9 @@ class Pruner:
 
     def _kept(self) -> tuple[int, int]:
         """Weights of the pattern that are not pruned, and all of them."""
-        if self.units is None:
+        if self._map is None:
             total = sum(math.prod(p.shape) for p in self.engine.prunables)
             kept = self.engine.kept_counts()
             return sum(kept[name] for name in self.engine.prunable_names), total
-        sizes, eligible = unit_counts(self.engine, self.units, self._eligible)
-        return int(sizes[eligible].sum()), int(sizes.sum())
+        sizes = self._map.sizes
+        return int(sizes[self._map.eligible(self._eligible)].sum()), int(sizes.sum())

@@ -4,9 +4,8 @@ A round starts from its parent's weights with a fresh optimizer and its own span
 influence it, and its key (ledger.round_key) names it for ever: resuming, extending and sharing a prefix are one mechanism.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,9 +14,10 @@ from raysearch.evaluation import Evaluation
 from raysearch.models.model import check_causal
 from raysearch.models.weights import read_sparse
 from raysearch.study.ledger import Ledger
-from raysearch.study.records import Provenance, RoundRecord, round_key
+from raysearch.study.records import RoundRecord, round_key
 from raysearch.study.storage import as_file
 from raysearch.training.finetune import Diverged, finetune
+from raysearch.training.hardware import threads
 from raysearch.trial.candidate import intact, restore_items, store_round, store_weights, weigh, written_meanwhile
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.worker import Worker, lone_worker
@@ -95,21 +95,10 @@ def load_candidate(worker: Worker, record: RoundRecord) -> None:
     else:
         assert record.parent is not None
         parent = worker.engine.from_rank_0(lambda: worker.ledger.candidate(record.parent))
-        with as_before(record.provenance):
+        with threads(record.provenance.num_threads):
             train_candidate(worker, parent, record.action, record.provenance.micro_batch_tokens)
             store_weights(worker, record)
     worker.loaded_key = record.key
-
-
-@contextlib.contextmanager
-def as_before(provenance: Provenance) -> Iterator[None]:
-    """As many threads in this process as when something was made, since bits depend on them."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(provenance.num_threads or num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def mend_candidate(worker: Worker, actions: Sequence[Action], key: str, raced: bool) -> RoundRecord:
@@ -129,7 +118,7 @@ def mend_candidate(worker: Worker, actions: Sequence[Action], key: str, raced: b
         path = ledger.items_path(key, split)
         if metrics and not engine.from_rank_0(path.is_file):
             load_candidate(worker, candidate)
-            with as_before(candidate.provenance):
+            with threads(candidate.provenance.num_threads):
                 evaluation = worker.evaluate(split, worker.same_race(candidate) if split == "selection" else None)
             engine.from_rank_0(lambda: restore_items(worker, candidate, path, evaluation.items))  # noqa: B023  called at once
     if report is None and engine.from_rank_0(ledger.items_path(key, "report").is_file):

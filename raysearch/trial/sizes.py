@@ -15,18 +15,22 @@ from raysearch.trial.latency import Weights, predicted_ms
 EXPORT_ITEMSIZE = {"float32": 4, "bfloat16": 2}
 
 
-class Sizes(NamedTuple):
-    """As in `RoundRecord`."""
+class Weighed(NamedTuple):
+    """An engine's weights, counted: by parameter, and as in `RoundRecord`."""
 
+    nonzero: dict[str, int]
+    kept: dict[str, int]
+    """By what the masks say."""
+    num_nonzero: int
     stored_bytes: int
     resident_bytes: int
     compact_parameters: int | None
     predicted_ms: float | None
 
 
-def sizes(engine: Engine, kept: dict[str, int], dtype: str, latency: Latency | None = None, pattern: str = "") -> Sizes:
-    """Of the engine's weights, of which the masks keep `kept` of each parameter, exported in `dtype`; `pattern`: that of their
-    last round. Collective."""
+def weighed(engine: Engine, dtype: str, latency: Latency | None = None, pattern: str = "") -> Weighed:
+    """The engine's weights, exported in `dtype`; `pattern`: that of their last round. Collective."""
+    nonzero, kept = engine.nonzero_counts(), engine.kept_counts()
     itemsize, buffers = EXPORT_ITEMSIZE[dtype], buffer_bytes(engine.model)
     total = {name: math.prod(shape) for name, shape in engine.shapes.items()}
     stored = buffers + sum(stored_bytes(total[name], kept[name] if name in engine.prunable_names else total[name], itemsize)
@@ -40,9 +44,9 @@ def sizes(engine: Engine, kept: dict[str, int], dtype: str, latency: Latency | N
         stays = whole if cut is None else cut.num_weights
         milliseconds = predicted_ms(latency, cut, [Weights(stays[name], min(1.0, kept[f"{name}.weight"] / stays[name]))
                                                    for name in whole if name in stays], pattern)
-    if cut is None:
-        return Sizes(stored, buffers + sum(total.values()) * itemsize, None, milliseconds)
-    return Sizes(min(stored, cut.num_bytes), cut.num_bytes, cut.num_parameters, milliseconds)
+    forms = (stored, buffers + sum(total.values()) * itemsize, None) if cut is None else (
+        min(stored, cut.num_bytes), cut.num_bytes, cut.num_parameters)
+    return Weighed(nonzero, kept, sum(nonzero.values()), *forms, milliseconds)
 
 
 @torch.no_grad()

@@ -36,15 +36,17 @@ class SoftMovement:
         penalty = self.action.score_penalty * cut / self.action.threshold / self.num_weights
         for master, scores in self.scores.items():
             gathered = self.engine.optimizer.gathered[master]  # - dL/dW' * W
-            scores.grad = torch.sigmoid(scores).mul_(1 - torch.sigmoid(scores)).mul_(penalty).sub_(gathered)
+            stays = torch.sigmoid(scores)
+            scores.grad = (1 - stays).mul_(stays).mul_(penalty).sub_(gathered)
             gathered.zero_()
         self.adam.step()
         if masks_are_due(step, self.num_steps, self.action.mask_interval_steps):
-            masks = self.engine.masks()
+            masks, latents = self.engine.masks(), self.engine.optimizer.latents
+            keep = {master: (torch.sigmoid(scores) > cut) & ((master != 0) | (latents[master] != 0))
+                    for master, scores in self.scores.items()}  # what the parent had pruned is 0 in both
             for index, shard in enumerate(self.engine.shards):
-                scores, latents = shard.of(self.scores), shard.of(self.engine.optimizer.latents)
-                if shard.name in self.engine.prunable_names:  # what the parent had pruned is 0 in both
-                    masks[index] = (torch.sigmoid(scores) > cut) & ((shard.values != 0) | (latents != 0))
+                if shard.name in self.engine.prunable_names:
+                    masks[index] = shard.of(keep)
             self.engine.set_masks(masks)
         if step == last:
             self.engine.optimizer.gathered = {}

@@ -9,12 +9,7 @@ from numpy.typing import NDArray
 
 from raysearch.cluster.placement import USABLE, MicroBatch, largest_micro_batch, work_in_training
 from raysearch.config import Action, Study, higher_is_better
-from raysearch.evaluation import (
-    Evaluation,
-    Race,
-    Scorer,
-    evaluate,
-)
+from raysearch.evaluation import Evaluation, Race, Scorer, evaluate
 from raysearch.evaluation.racing import in_item_order, is_dominated, item_losses
 from raysearch.kernels.device import device_name
 from raysearch.models.model import model_size, vocab_size

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.constraints import Constraint, Measured, check_resampled, drop, parse_constraints, room_in_stderr
+from analysis.constraints import Check, Constraint, Measured, check_resampled, drop, parse_constraints, room_in_stderr
 from analysis.uncertainty import resample
 from raysearch.study.items import Items
 
@@ -54,6 +54,14 @@ def test_a_confidence_leaves_room_for_other_items(kind: str, limit: float, value
         assert check.margin == pytest.approx(side * (limit - check.bound), abs=1e-6)
         assert check.num_items == 400
     assert room_in_stderr(made[0.95]) == pytest.approx(side * (limit - value) / stderr, rel=0.03)
+
+
+@pytest.mark.parametrize(("kind", "limit", "value"), [("min_tokens_per_s", 1000.0, 1200.0), ("max_ms", 4.0, 3.5)])
+def test_what_keeps_an_exact_limit_has_room_without_end(kind: str, limit: float, value: float) -> None:
+    constraint = Constraint(kind=kind, metric=None, limit=limit)
+    assert room_in_stderr(Check(constraint=constraint, value=value, margin=constraint.room(value))) == np.inf
+    missed = 2 * limit - value
+    assert room_in_stderr(Check(constraint=constraint, value=missed, margin=constraint.room(missed))) == -np.inf
 
 
 def test_a_drop_of_bits_is_a_rise() -> None:

@@ -292,6 +292,44 @@ def test_lines_and_points_are_linked(study_directory: Path, tmp_path: Path) -> N
         assert browser.errors == []
 
 
+def test_a_page_that_is_read_again_stays_as_it_was_left(study_directory: Path, tmp_path: Path) -> None:
+    page = write_page(study_directory, tmp_path / "r.html", again_s=600)
+    state = """({said: document.querySelector("#chosen p").textContent, scrolled: scrollY,
+      pressed: document.querySelector('[data-for="frontier"] [aria-pressed="true"]').textContent,
+      rings: document.getElementById("frontier").layout.shapes.filter(({name}) => name === "chosen").length,
+      range: document.getElementById("trajectories")._fullLayout.xaxis.range.map(Math.round),
+      passing: document.querySelector(".passing output").textContent, focus: document.activeElement.ariaLabel})"""
+    with browsing() as browser:
+        browser.open(page, 1400)
+        browser.run("drawn")
+        untouched = browser.run(state)
+        browser.run("void setTimeout(readAgain)")
+        browser.loaded()
+        browser.run("restored")
+        assert browser.run(state) == untouched
+        browser.run("""(async () => {
+          document.querySelector('[data-candidate="3/1"]').click();
+          await document.querySelectorAll('[data-for="frontier"] button')[1].onclick();
+          await Plotly.relayout("trajectories", {"xaxis.range[0]": 1, "xaxis.range[1]": 3});
+          const axis = [...document.querySelectorAll(".axis")].at(-2);
+          axis.focus();
+          for (const key of ["ArrowRight", "ArrowUp"]) axis.dispatchEvent(new KeyboardEvent("keydown", {key}));
+          scrollTo(0, 1234); })()""")
+        left = browser.run(state)
+        assert all(left[name] != untouched[name] for name in left), left
+        browser.run('getSelection().selectAllChildren(document.querySelector("#chosen"))')
+        assert browser.run("(() => { readAgain(); return String(getSelection()); })()").startswith("Trial 3, round 1")
+        browser.run("getSelection().empty()")
+        write_page(study_directory, page)  # the sweep has ended
+        browser.run("void setTimeout(readAgain)")
+        browser.loaded()
+        browser.run("restored")
+        assert browser.run(state) == left
+        browser.open(write_page(study_directory, page, again_s=0.1))
+        browser.loaded()  # by its own clock
+        assert browser.errors == []
+
+
 def test_a_fork_says_from_where_it_goes_on_and_runs_again_by_its_record(tmp_path: Path) -> None:
     study = SyntheticStudy(tmp_path / "a study")
     study.dense()

@@ -29,6 +29,11 @@ def test_options_are_parsed_to_the_settings(fields: dict[str, Any]) -> None:
     assert TrialConfig(**{name: given[name] for name in TrialConfig.model_fields}) == config
 
 
+def test_the_report_split_has_as_many_items(study: Study) -> None:
+    assert "--eval-items 6 --report-items 2 " in study_options(study.replaced(num_report_items=2))
+    assert "--report-items" not in study_options(study)
+
+
 def test_the_command_computes_the_same_rounds(study: Study, worker: Worker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               run: Run) -> None:
     small_study.sweep(tmp_path / "study", study.replaced(num_trials=1), worker, monkeypatch, lambda line: None)

@@ -51,7 +51,7 @@ def check(store: StorePath, *statuses: str) -> Ledger:
     assert tuple(trial.status for trial in trials) == statuses, [trial.reason for trial in trials]
     assert {key for trial in trials for key in trial.keys} | {ledger.study().root_key} == set(ledger.rounds())
     assert states(store) == [TrialState.FAIL if trial.traceback else TrialState.COMPLETE for trial in trials]
-    assert set(ledger.reports()) >= {ledger.study().root_key}
+    assert set(ledger.report_records()) >= {ledger.study().root_key}
     assert ledger.driver() == (False, "")
     return ledger
 

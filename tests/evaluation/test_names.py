@@ -6,8 +6,8 @@ import pytest
 
 from raysearch.config import Study, study_of
 from raysearch.evaluation import heldout_tasks, load_tasks, metric_names
-from raysearch.evaluation.names import check_measured, check_names
-from raysearch.evaluation.tasks import HELDOUT_CONFIGS, known_metrics
+from raysearch.evaluation.names import check_measured, check_names, known_metrics
+from raysearch.evaluation.tasks import HELDOUT_CONFIGS
 
 
 def test_what_is_there_is_accepted(tiny_model: Path) -> None:

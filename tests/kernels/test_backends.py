@@ -3,6 +3,8 @@ whatever the shape, the mask, the bias, the tokens and the strides, within what 
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from layers import SHAPES, assert_product, mask_of
 
 from raysearch.kernels import bitmap, cpu, decode
-from raysearch.kernels.backends import BACKENDS, MIN_SEMI24_TOKENS, compiles, hopper
+from raysearch.kernels.backends import BACKENDS, MIN_SEMI24_TOKENS, Backend, compiles, hopper
 from raysearch.kernels.weight import SparseWeight, compress
 
 LARGE = [(512, 1024), (80, 11008), (96, 11008)]
@@ -91,11 +93,17 @@ def test_every_backend_has_its_line() -> None:
     assert all(backend.name == name for name, backend in BACKENDS.items())
 
 
+def product_is_right(backend: Backend, x: torch.Tensor, packed: Any, bias: torch.Tensor | None, variant: Any,
+                     dense: torch.Tensor) -> None:
+    assert_product(backend.run(x, packed, bias, variant), x, dense, bias)
+
+
 @pytest.mark.parametrize("name", ON_ITS_DEVICE)
 def test_products(name: str, tenant: Tenant) -> None:
     """All variants, with and without a bias. The block kernel is compiled for each variant, dtype, alignment and bias, 704
-    times for all of these: all of its variants see every block side, and take turns at the rest, which makes 124."""
-    backend, num_layers, turns = BACKENDS[name], 0, dict[Any, int]()
+    times for all of these: all of its variants see every block side, and take turns at the rest, which makes 124, eight at a
+    time."""
+    backend, num_layers, turns, products = BACKENDS[name], 0, dict[Any, int](), list[Callable[[], None]]()
     for dtype, dense, weight in layers(tenant):
         num_outputs, num_inputs = weight.shape
         turn = turns.setdefault((weight.block, dtype, weight.shape), len(turns))
@@ -107,8 +115,10 @@ def test_products(name: str, tenant: Tenant) -> None:
             variants = backend.variants(weight, dtype, dense.device, num_tokens)
             for variant in variants[turn % len(variants):][:1] if in_turn else variants:
                 for added in (bias, None)[turn % 2:][:1] if name == "block" else (bias, None):
-                    assert_product(backend.run(x, packed, added, variant), x, dense, added)
+                    products.append(partial(product_is_right, backend, x, packed, added, variant, dense))
         num_layers += 1
+    with ThreadPoolExecutor(8 if name == "block" else 1) as pool:
+        list(pool.map(lambda each: each(), products))
     assert num_layers >= len(tenant.patterns) * len(tenant.dtypes) * len(SPARSITIES)
 
 

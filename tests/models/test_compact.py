@@ -58,16 +58,17 @@ def parts(made: Any, family: str) -> tuple[Any, Any, Any, Any, Any]:
     return block.mlp.up_proj, block.mlp.down_proj, block.self_attn.v_proj, SIZE, block.self_attn.o_proj
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])
-def test_dead_units_and_heads_go_and_the_outputs_stay(family: str) -> None:
-    made = model(family)
+def test_dead_units_and_heads_go_and_the_outputs_stay(family: str, device: str) -> None:
+    made = model(family).to(device)
     first, second, values, row, output = parts(made, family)
     rows(first)[:100] = 0  # constant units
     rows(second)[:, 80:150] = 0  # units that nothing reads
     rows(values)[row:row + SIZE] = 0  # constant values of head 1 (of key-value head 1 in llama, so of queries 2 and 3)
     if family != "llama":
         rows(output)[:, 3 * SIZE:4 * SIZE] = 0  # nothing reads head 3
-    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(64, (2, 20), generator=torch.Generator().manual_seed(1)).to(device)
     before = made(tokens).logits
     made_before = sum(parameter.numel() for parameter in made.parameters())
     cut = compact(made)

@@ -62,13 +62,20 @@ def random_sets(num_sets: int) -> Iterator[tuple[np.ndarray, list[bool]]]:
         yield points, random.integers(0, 2, shape[1]).astype(bool).tolist()
 
 
-def test_front_and_volume_of_1000_sets_equal_brute_force() -> None:
+def test_front_volume_and_knee_of_1000_sets_equal_brute_force() -> None:
     for points, maximised in random_sets(1000):
         lower = np.where(maximised, -points, points)
         finite = np.isfinite(points).all(axis=1)
         wanted = [bool(finite[i]) and not any(finite[j] and (lower[j] <= lower[i]).all() and (lower[j] < lower[i]).any()
                                               for j in range(len(points))) for i in range(len(points))]
         assert non_dominated(points, maximised).tolist() == wanted
+        on_front = [tuple(map(float, point)) for point in lower[wanted]]
+        ends = [(min(column), max(column)) for column in zip(*on_front)]
+        sums = [sum((x - low) / (high - low) for x, (low, high) in zip(point, ends) if high > low) for point in on_front]
+        bends = bool(sums) and min(sums) < min(1, max(sums)) - 1e-9
+        found = knee(points, maximised)
+        assert (found is not None) == bends
+        assert found is None or sums[np.flatnonzero(wanted).tolist().index(found)] == pytest.approx(min(sums), abs=1e-12)
         worst = np.where(maximised, -1.0, 5.0)
         inside = lower[finite & (lower < worst).all(axis=1)]
         edges = [np.unique(np.append(column, end)) for column, end in zip(inside.T, worst)]

@@ -16,7 +16,8 @@ from raysearch.pruning.patterns import (
     layers,
     n_of_m,
     neurons,
-    units_of,
+    stretch,
+    unit_sizes,
 )
 
 
@@ -90,13 +91,22 @@ def test_maps_have_the_shapes_of_their_parameters(name: str) -> None:
 @pytest.mark.parametrize("name", TENANTS)
 def test_shards_cut_anywhere_say_the_same(name: str) -> None:
     units, described = TENANTS[name](layout()), layout()
+    num_units = len(units.group)
+    scored = torch.zeros(num_units + 1, dtype=torch.int64)
     for matrix in described.matrices:
         for part in (part for part in units.parts if part.name == matrix.name):
             flat = whole(units, matrix).flatten()
             for cut in (0, 1, 13, flat.numel()):
-                joined = torch.cat([units_of(part, 0, cut, torch.device("cpu")),
-                                    units_of(part, cut, flat.numel(), torch.device("cpu"))])
-                assert torch.equal(joined.clamp(min=-1), flat)
+                pieces = [stretch(part, start, num, num_units, torch.device("cpu"))
+                          for start, num in ((0, cut), (cut, flat.numel() - cut)) if num]
+                joined = torch.cat([piece.spread(torch.arange(num_units + 1)) for piece in pieces])
+                assert torch.equal(joined, torch.where(flat < 0, num_units, flat))
+                numbers, sums = torch.arange(1, flat.numel() + 1), torch.zeros(num_units + 1, dtype=torch.int64)
+                for piece, here in zip(pieces, numbers.split([piece.num for piece in pieces])):
+                    piece.add_to(sums, here)
+                assert torch.equal(sums, torch.zeros_like(sums).index_add_(0, joined, numbers))
+                scored[:] += 0 if cut or part.goes_along else joined.bincount(minlength=num_units + 1)
+    assert torch.equal(unit_sizes(units), scored[:-1])
 
 
 def test_a_head_is_its_rows_and_columns() -> None:

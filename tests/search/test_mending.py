@@ -80,7 +80,7 @@ def test_a_round_without_a_copy_is_a_job_and_a_stranger_stays(tmp_path: Path) ->
 
 def test_copies_are_made_for_a_study_that_has_none(tmp_path: Path) -> None:
     study, said = whole(tmp_path), []
-    for copy in study.ledger.copies():
+    for copy in study.ledger.matching("copies", "*.json"):
         copy.unlink()
     assert (mend(study.ledger, said.append), said) == ([], [])
-    assert len(study.ledger.copies()) == 1 + 1 + 3 + 1
+    assert len(study.ledger.matching("copies", "*.json")) == 1 + 1 + 3 + 1

@@ -77,7 +77,7 @@ def test_the_baseline_then_trials_then_the_frontiers_report(tmp_path: Path) -> N
     assert made.finished
     assert not made.has_work()
     assert [trial.status for trial in study.ledger.trials()] == ["done"] * 3
-    reported = set(study.ledger.reports())
+    reported = set(study.ledger.report_records())
     for trial in study.ledger.trials():
         last = study.ledger.candidate(trial.keys[-1])
         recorded = made.sampler.journal.trials[trial.number]
@@ -245,7 +245,7 @@ def test_a_control_of_the_longest_trial_comes_before_the_report_and_the_search_n
     assert "control round 1/3: sparsity 0.000 text/bits_per_byte" in "".join(said)
     assert sum("report split, dense control: sparsity 0.000" in line for line in said) == 1
     assert [trial.number for trial in made.sampler.journal.trials] == [0, 1, 2]
-    reported = set(study.ledger.reports())
+    reported = set(study.ledger.report_records())
     assert control.keys[-1] in reported
     assert not reported & set(control.keys[:-1])  # no round of the control is on the frontier
     assert not searcher(study, 3, said, given(2, 3, 3)).has_work()

@@ -47,12 +47,13 @@ def test_a_space_is_imported_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_study_of_format_1_is_refused_with_the_nested_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "flat_space.py").write_text("STUDY = {'model': 'm', 'eval_items': 3, 'num_ranks': 2}\n"
+    (tmp_path / "flat_space.py").write_text("STUDY = {'model': 'm', 'eval_items': 3, 'num_ranks': 2, 'size': 'stored_bytes'}\n"
                                             "def space(trial):\n    return {}")
     with pytest.raises(ValueError, match="its STUDY has no sections, as before format 2; give STUDY = ") as caught:
         load_space("flat_space")
     pasted = str(caught.value).partition("give STUDY = ")[2]
-    assert parse(Study, ast.literal_eval(pasted), "x") == study_of(path="m", num_items=3, num_ranks=2)
+    assert parse(Study, ast.literal_eval(pasted), "x") == study_of(
+        path="m", num_items=3, num_ranks=2, objectives=("stored_bytes", "text/bits_per_byte"))
 
 
 SPACE = """

@@ -105,7 +105,7 @@ def test_what_a_killed_process_left_aside_is_deleted(tmp_path: Path) -> None:
 
 def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:
     ledger = Ledger(anywhere)
-    assert (ledger.trials(), ledger.rounds(), ledger.reports(), ledger.driver()) == ([], {}, {}, (False, ""))
+    assert (ledger.trials(), ledger.rounds(), ledger.report_records(), ledger.driver()) == ([], {}, {}, (False, ""))
     trial = TrialRecord(number=3, config=TrialConfig(target_sparsity=0.5), actions=(Action(sparsity=0.5),),
                         started_at="now", status="failed", reason="<b>&", keys=("k",))
     ledger.write_trial(trial)
@@ -124,7 +124,7 @@ def test_records_come_back_as_they_were(anywhere: AnyPath) -> None:
         ledger.items("k", "selection")
     assert ledger.report_metrics("k") == metrics
     assert ledger.report_metrics("other") is None
-    assert ledger.reports() == {"k": metrics}
+    assert {key: report.metrics for key, report in ledger.report_records().items()} == {"k": metrics}
     with pytest.raises(ValueError, match=r"00007.json.*: cannot be read \(No such file or directory\); is this"):
         ledger.trial(7)
     write_json(anywhere / "trials" / "00007.json", {"number": 7})

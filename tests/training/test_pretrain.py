@@ -93,7 +93,8 @@ def test_pretrain_learns_writes_a_hugging_face_folder_and_is_done_once(
     tmp_path: Path, corpus: str, toy: Preset, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines: list[str] = []
-    plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache", echo=lines.append)
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
+    plain = pretrain("toy", corpus, tmp_path / "plain", echo=lines.append)
     assert plain.validation_loss < plain.unigram_loss - 0.5
     assert any(line.startswith("step 60/60  loss ") and "tokens/s" in line and "s left" in line for line in lines)
     assert not list(tmp_path.glob(".plain*"))
@@ -105,7 +106,7 @@ def test_pretrain_learns_writes_a_hugging_face_folder_and_is_done_once(
     assert " barks".startswith(tokenizer.decode(dog))
 
     monkeypatch.setattr(module, "fit", None)  # a second call trains nothing
-    assert pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache", echo=lines.append) == plain
+    assert pretrain("toy", corpus, tmp_path / "plain", echo=lines.append) == plain
     with pytest.raises(ValueError, match=r"holds a model made with other settings \(num_steps\)"):
         pretrain("toy", corpus, tmp_path / "plain", steps=61)
     (plain.path / "model.safetensors").write_bytes(b"flipped")
@@ -117,16 +118,16 @@ def test_pretrain_learns_writes_a_hugging_face_folder_and_is_done_once(
 def test_a_killed_worker_resumes_and_two_ranks_train_the_same_model(
     tmp_path: Path, corpus: str, toy: Preset, cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = pretrain("toy", corpus, tmp_path / "plain", cache_dir=tmp_path / "cache")
+    monkeypatch.setenv("RAYSEARCH_CACHE", str(tmp_path / "cache"))
+    plain = pretrain("toy", corpus, tmp_path / "plain")
     pack, marker = module.pack, tmp_path / "killed"
 
-    def killing_pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str, *rest: Any) -> Blocks:
-        blocks = pack(documents, tokenizer, context, split, *rest)
+    def killing_pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, context: int, split: str, **say: Any) -> Blocks:
+        blocks = pack(documents, tokenizer, context, split, **say)
         return BlocksThatKillOnce(blocks.path, blocks.fingerprint, marker) if split == "train" else blocks
 
     monkeypatch.setattr(module, "pack", killing_pack)
-    sharded = pretrain("toy", corpus, tmp_path / "sharded", num_workers=2, zero_stage=2, checkpoint_every_s=0.0,
-                       cache_dir=tmp_path / "cache")
+    sharded = pretrain("toy", corpus, tmp_path / "sharded", num_workers=2, zero_stage=2, checkpoint_every_s=0.0)
     assert marker.exists()
     assert sharded.validation_loss == pytest.approx(plain.validation_loss, abs=1e-4)
 
@@ -137,7 +138,7 @@ def test_divergence_is_one_sentence_and_leaves_no_model(
 ) -> None:
     monkeypatch.setitem(PRESETS, "hot", dataclasses.replace(TOY, learning_rate=1e30))
     with pytest.raises(ValueError, match=r"^pretraining failed: the loss became (nan|inf) by step \d+; lower the "):
-        pretrain("hot", corpus, tmp_path / "hot", steps=20, cache_dir=tmp_path / "cache", echo=lambda line: None)
+        pretrain("hot", corpus, tmp_path / "hot", steps=20, echo=lambda line: None)
     assert not (tmp_path / "hot").exists()
 
 

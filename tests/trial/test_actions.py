@@ -2,7 +2,8 @@
 
 import pytest
 
-from raysearch.config import Action, Study, TrialConfig
+from raysearch.config import READ_BY, Action, Study, TrialConfig
+from raysearch.pruning.criteria import CRITERIA
 from raysearch.study.records import round_key
 from raysearch.trial.actions import check_actions, control_actions, longest, resolve_actions
 
@@ -13,6 +14,16 @@ def test_two_ways_to_say_it_share_one_plan(study: Study) -> None:
     assert by_rate == by_target
     untouched = TrialConfig(target_sparsity=0.5, learning_rate=1.0, temperature=3.0)
     assert resolve_actions(untouched, study, 10**6) == resolve_actions(TrialConfig(target_sparsity=0.5), study, 10**6)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_a_criterion_reads_the_settings_of_what_it_does(name: str) -> None:
+    each = CRITERIA[name]
+    prunes_in_training = each.is_gradual or each.moves or each.is_soft or each.has_gates
+    does = {"mask_interval_steps": prunes_in_training, "mask_decay": each.trains_pruned, "drop_fraction": each.moves,
+            "score_rate": each.is_soft or each.has_gates, "score_penalty": each.is_soft, "gate_penalty": each.has_gates,
+            "calibration_sequences": each.statistic is not None or each.by_sequence or each.by_contribution}
+    assert {setting: name in criteria for setting, criteria in READ_BY.items()} == does
 
 
 def test_the_papers_rates_are_five_rounds(study: Study) -> None:

@@ -24,8 +24,9 @@ def test_what_says_how_or_where_is_in_no_key(study: Study) -> None:
         assert read_inputs(study.replaced(**{name: value})).root_key == key, name
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"weight_decay": 0.1}, {"num_items": 5}, {"batch_tokens": 512},
-                                    {"tasks": ("text",)}, {"dtype": "bfloat16"}, {"prunable": "all"}, {"racing_level": 0.05}])
+@pytest.mark.parametrize("change", [{"seed": 1}, {"weight_decay": 0.1}, {"num_items": 5}, {"num_report_items": 5},
+                                    {"batch_tokens": 512}, {"tasks": ("text",)}, {"dtype": "bfloat16"}, {"prunable": "all"},
+                                    {"racing_level": 0.05}])
 def test_what_can_change_a_number_is_in_the_key(study: Study, change: dict[str, Any]) -> None:
     assert read_inputs(study.replaced(**change)).root_key != read_inputs(study).root_key
 
@@ -57,6 +58,10 @@ def test_splits_have_items_of_their_own(study: Study) -> None:
     texts = {split: [item["item_id"] for task in tasks for item in task.eval_docs] for split, tasks in inputs.tasks.items()}
     assert all(1 <= len(ids) <= 2 * 6 for ids in texts.values())  # eval_items of each of two tasks, where there are so many
     assert not set(texts["selection"]) & set(texts["report"])
+    other = read_inputs(study.replaced(num_report_items=1)).tasks
+    assert sum(len(task.eval_docs) for task in inputs.tasks["report"]) > 2
+    assert [len(task.eval_docs) for task in other["report"]] == [1, 1]
+    assert [list(task.eval_docs) for task in other["selection"]] == [list(task.eval_docs) for task in inputs.tasks["selection"]]
 
 
 def test_a_study_without_a_corpus_trains_on_nothing(study: Study) -> None:

@@ -7,11 +7,12 @@ import torch
 from synthetic_study import PROVENANCE
 
 from raysearch.config import Action, ServingSettings, Study
+from raysearch.kernels.weight import random_mask
 from raysearch.models.compact import CompactSize
 from raysearch.study.ledger import Ledger
 from raysearch.study.records import Latency
 from raysearch.trial import worker as worker_module
-from raysearch.trial.latency import BLOCKS, Weights, _mask, measured_latency, predicted_ms
+from raysearch.trial.latency import BLOCKS, Weights, measured_latency, predicted_ms
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
 
@@ -43,7 +44,7 @@ def test_a_time_lies_between_those_of_the_table(stays: CompactSize | None, layer
 def test_masks_that_are_timed_have_their_pattern_and_density() -> None:
     chance = torch.Generator().manual_seed(0)
     for pattern, side in BLOCKS.items():
-        mask = _mask(pattern, torch.Size((200, 136)), 0.5, chance)
+        mask = random_mask((200, 136), pattern, side, 0.5, chance)
         assert mask.shape == (200, 136)
         assert float(mask.float().mean()) == pytest.approx(0.5, abs=0.15 if side > 1 else 0.02)
         if pattern == "2:4":

@@ -13,6 +13,7 @@ from raysearch.models.model import Prunable
 from raysearch.pruning.patterns import NOfM
 from raysearch.study.records import round_key
 from raysearch.trial.matrices import budget_of, layer_sparsities, matrix_mask
+from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate, run_round
 from raysearch.trial.worker import Worker
 
@@ -83,3 +84,13 @@ def test_at_sparsity_0_the_weights_stay(worker: Worker, tiny_model: Path) -> Non
         load_candidate(worker, run_round(worker, dense_round(worker), action))
         for name, parameter in model.named_parameters():
             assert torch.equal(worker.engine.gather(name), parameter), (criterion, name)
+
+
+@pytest.mark.parametrize("fields", [{"criterion": "wanda", "scope": "row"}, {"criterion": "sparsegpt", "pattern": "2:4"},
+                                    {"scope": "row"}, {"pattern": "2:4"}])
+def test_scores_that_are_no_numbers_are_refused(worker: Worker, fields: dict) -> None:
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    worker.engine.prunable_shards[-1].values[3] = math.nan
+    with pytest.raises(ValueError, match="must be numbers, got NaN"):
+        Pruner(worker.engine, Action(sparsity=0.5, calibration_sequences=4, **fields), 0, worker.inputs.blocks).begin()

@@ -46,30 +46,30 @@ vars(CALIBRATION)["tokens"] = np.arange(8 * 32, dtype=np.uint16).reshape(8, 32) 
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_model: Path) -> dict[str, Any]:
-    """What one rank found."""
-    return run_ranks(__file__, 1, [str(tiny_model)])
+def measured(tiny_model: Path) -> dict[int, dict[str, Any]]:
+    """World size -> what the ranks found."""
+    return {world_size: run_ranks(__file__, world_size, [str(tiny_model), *map(str, STAGES)]) for world_size in (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def measured(alone: dict, tiny_model: Path) -> dict[int, dict[str, Any]]:
-    """World size -> what the ranks found."""
-    return {1: alone, 2: run_ranks(__file__, 2, [str(tiny_model)])}
+def on_the_cpu(tiny_model: Path) -> dict[str, Any]:
+    """What one rank found; every stage finds the same, as the tests of `measured` show."""
+    return run_ranks(__file__, 1, [str(tiny_model), "0"])["0"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_gpu_makes_the_masks_of_the_cpu(alone: dict, tiny_model: Path, world_size: int) -> None:
+def test_a_gpu_makes_the_masks_of_the_cpu(on_the_cpu: dict, tiny_model: Path, world_size: int) -> None:
     if torch.cuda.device_count() < world_size:
         pytest.skip(f"needs {world_size} GPUs")
-    found = run_ranks(__file__, world_size, [str(tiny_model)], on_gpus=True)
+    found = run_ranks(__file__, world_size, [str(tiny_model), "0", "3"], on_gpus=True)
     for stage, case in found.items():
-        for name, masks in alone[stage]["masks"].items():
+        for name, masks in on_the_cpu["masks"].items():
             assert case["masks"][name]["sha256"] == masks["sha256"], (stage, name)
         assert case["come_back"] == {"values": True, "moments": True}
-        kept, wanted = case["movement"]["num_kept"], alone[stage]["movement"]["num_kept"]
+        kept, wanted = case["movement"]["num_kept"], on_the_cpu["movement"]["num_kept"]
         assert sum(abs(kept[name] - num) for name, num in wanted.items()) <= 20  # sums on a GPU round otherwise
-        assert case["heads"]["pruned"] == alone[stage]["heads"]["pruned"]
+        assert case["heads"]["pruned"] == on_the_cpu["heads"]["pruned"]
 
 
 @pytest.mark.parametrize(("criterion", "pattern", "scope"), COMBINATIONS)
@@ -791,7 +791,7 @@ def come_back(engine: Any) -> dict[str, bool]:
 def head_logits(engine: Any) -> dict[str, Any]:
     from raysearch.config import Action
     from raysearch.trial.pruner import Pruner
-    from raysearch.trial.sizes import sizes
+    from raysearch.trial.sizes import weighed
 
     engine.load_base()
     Pruner(engine, Action(pattern="head", scope="layer", sparsity=0.5), 0).begin()
@@ -805,7 +805,7 @@ def head_logits(engine: Any) -> dict[str, Any]:
         bias = engine.gather(f"transformer.h.{layer}.attn.c_attn.bias").view(3, -1, size)
         assert not bias[:, head].any()
         assert engine.gather_mask(f"transformer.h.{layer}.attn.c_attn.bias") is not None
-    counted = list(sizes(engine, engine.kept_counts(), "float32"))
+    counted = list(weighed(engine, "float32")[3:])
     before = {name: engine.gather(name).clone() for name in engine.shapes}
     engine.restart(1e3)
     engine.train_step(next(batches())[engine.rank * engine.sequences_per_rank:][:engine.sequences_per_rank], 1e-4)
@@ -815,7 +815,7 @@ def head_logits(engine: Any) -> dict[str, Any]:
             "shrunk": sorted(name for name, most in moved.items() if most > 0.01) == sorted(engine.prunable_names)}
 
 
-def main(model: str) -> dict[str, Any]:
+def main(model: str, *stages: str) -> dict[str, Any]:
     from test_criteria import TENANTS
     from test_patterns import row_pairs
 
@@ -826,7 +826,7 @@ def main(model: str) -> dict[str, Any]:
     CRITERIA.update(TENANTS)
     PATTERNS["row_pairs"] = row_pairs
     measured = {}
-    for stage in STAGES:
+    for stage in map(int, stages):
         engine = Engine(model, prunable="matrices", zero_stage=stage, dtype="float32", batch_tokens=128, context_tokens=32,
                         weight_decay=0.0)
         measured[stage] = {"masks": masks_of_all(engine), "come_back": come_back(engine), "heads": head_logits(engine),
@@ -841,4 +841,4 @@ def main(model: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(json.dumps(main(sys.argv[1])))
+    print(json.dumps(main(*sys.argv[1:])))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raysearch.models.compact import compact
 from raysearch.trial.round import dense_round, load_candidate
-from raysearch.trial.sizes import empty_lines, sizes
+from raysearch.trial.sizes import empty_lines, weighed
 from raysearch.trial.worker import Worker
 
 MLP, OUTPUT, QKV = "transformer.h.1.mlp", "transformer.h.0.attn.c_proj", "transformer.h.0.attn.c_attn"
@@ -48,7 +48,7 @@ def test_sizes_are_those_of_the_compact_form(worker: Worker, spoil: Callable[[di
     model = copy.deepcopy(worker.engine.model)
     assert compact(model).num_parameters > 0
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    found = sizes(worker.engine, worker.engine.kept_counts(), "bfloat16")
+    found = weighed(worker.engine, "bfloat16")
     assert (found.compact_parameters, found.resident_bytes) == (num_parameters, 2 * num_parameters)
     assert found.stored_bytes <= found.resident_bytes
 
@@ -56,6 +56,6 @@ def test_sizes_are_those_of_the_compact_form(worker: Worker, spoil: Callable[[di
 def test_nothing_is_cut_out_of_what_has_no_empty_line(worker: Worker) -> None:
     load_candidate(worker, dense_round(worker))
     assert empty_lines(worker.engine) == {}
-    found = sizes(worker.engine, worker.engine.kept_counts(), "float32")
-    assert found == (4 * 35_744, 4 * 35_744, None, None)
+    found = weighed(worker.engine, "float32")
+    assert found[3:] == (4 * 35_744, 4 * 35_744, None, None)
     assert sum(map(torch.numel, worker.engine.parameters.values())) == 35_744

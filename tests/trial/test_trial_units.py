@@ -9,16 +9,16 @@ from raysearch.models.architectures import layout
 from raysearch.pruning.patterns import heads
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
-from raysearch.trial.units import unit_counts, unit_masks, unit_sums
+from raysearch.trial.units import UnitMap
 from raysearch.trial.worker import Worker
 
 
 def test_sums_and_masks_are_those_of_whole_heads(worker: Worker) -> None:
     load_candidate(worker, dense_round(worker))
     engine = worker.engine
-    units = heads(layout(engine.model, engine.prunables))
-    sizes, alive = unit_counts(engine, units, lambda shard: shard.values != 0)
-    sums = unit_sums(engine, units, sizes, lambda shard: shard.values)
+    units = UnitMap(engine, heads(layout(engine.model, engine.prunables)))
+    sizes, alive = units.sizes, units.eligible(lambda shard: shard.values != 0)
+    sums = units.sums(lambda shard: shard.values)
     width = engine.model.config.n_embd // 2
     for unit in range(4):
         layer, head = divmod(unit, 2)
@@ -30,7 +30,7 @@ def test_sums_and_masks_are_those_of_whole_heads(worker: Worker) -> None:
     scores = torch.tensor([4.0, 1.0, 2.0, 3.0], dtype=torch.float64)
     for scope, uniform, sparsity, gone in (("global", False, 0.5, {1, 2}), ("layer", False, 0.5, {1, 2}),
                                            ("global", False, 0.99, {1, 2, 3}), ("layer", True, 0.99, {1, 2})):
-        masks = unit_masks(engine, units, Action(scope=scope, uniform=uniform), sparsity, scores, sizes, alive, engine.masks())
+        masks = units.masks(Action(scope=scope, uniform=uniform), sparsity, scores, alive, engine.masks())
         for shard, mask in zip(engine.shards, masks):
             if shard.name.endswith("attn.c_proj.weight"):
                 layer = int(shard.name.split(".")[2])

@@ -14,13 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.kernels.device import device_name
 from raysearch.kernels.dispatch import Copies, time_in_turn, wins
-from raysearch.kernels.weight import compress
-from raysearch.models.compact import compact
-from raysearch.models.sparse import own_forward
+from raysearch.kernels.weight import compress, random_mask
 
 NUM_ROUNDS = 11
 
@@ -56,19 +53,10 @@ CPU = (Case((3072, 768), "unstructured", 1, 0.9, (64,)), Case((4096, 4096), "uns
        Case((3072, 768), "block", 32, 0.9, (512,)), Case((4096, 4096), "block", 32, 0.9, (512,)))
 
 
-def random_mask(case: Case, device: torch.device) -> Tensor:
-    """A bool mask of the case's pattern and sparsity."""
-    rows, columns = case.shape
-    if case.pattern == "2:4":
-        order = torch.rand(rows, columns // 4, 4, device=device).argsort(dim=-1)
-        return (order < 2).view(rows, columns)
-    kept = torch.rand(-(-rows // case.block), -(-columns // case.block), device=device) >= case.sparsity
-    return kept.repeat_interleave(case.block, 0).repeat_interleave(case.block, 1)[:rows, :columns].contiguous()
-
-
 def run_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
     """One record for each number of tokens; times in microseconds, ratios to dense."""
-    mask, dtype = random_mask(case, device), torch.float32 if device.type == "cpu" and case.block == 1 else torch.bfloat16
+    mask = random_mask(case.shape, case.pattern, case.block, 1 - case.sparsity, device=device)
+    dtype = torch.float32 if device.type == "cpu" and case.block == 1 else torch.bfloat16
     weight = torch.where(mask, torch.randn(case.shape, device=device) / case.shape[1] ** 0.5, 0).to(dtype)
     layer = Copies(compress(weight, mask, case.pattern, case.block))
     dense = layer.dense()
@@ -101,24 +89,6 @@ def run_case(case: Case, device: torch.device) -> Iterator[dict[str, Any]]:
             "error": max(errors, default=None), "dispatched": winner,
             "dispatched_ratio": statistics.median(again), "peers_us": peer_us, "peers_error": max(peer_errors, default=None),
             "all_us": {f"{name} {variant}": us for (name, variant, _), us in zip(candidates, ours)}}
-
-
-def whole_model(device: torch.device, num_tokens: int = 16384) -> dict[str, Any]:
-    """GPT-2 XL, 1.5 B parameters, with half of the heads and MLP units pruned: forward of the dense form over the compact
-    one's, in bf16."""
-    with torch.device(device):
-        model = GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25)).to(torch.bfloat16).eval()
-    forward = own_forward(model)
-    with torch.no_grad():
-        before = statistics.median(time_in_turn([lambda: forward(num_tokens)], device, NUM_ROUNDS)[0])
-        for block in model.transformer.h:
-            block.mlp.c_proj.weight[torch.randperm(6400, device=device)[:3200]] = 0
-            heads = torch.randperm(25, device=device)[:13]
-            block.attn.c_proj.weight.view(25, 64, 1600)[heads] = 0
-        cut = compact(model)
-        after = statistics.median(time_in_turn([lambda: forward(num_tokens)], device, NUM_ROUNDS)[0])
-    return {"num_parameters_removed": cut.num_parameters, "num_tokens": num_tokens, "dense_us": before,
-            "compact_us": after, "ratio": before / after}
 
 
 def header(device: torch.device) -> dict[str, Any]:

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from raysearch.kernel_benchmark import CPU, GRID, MUST, Case, header, random_mask, run_grid
+from raysearch.kernels.benchmark import CPU, GRID, MUST, Case, header, run_grid
+from raysearch.kernels.weight import random_mask
 
 DEVICE = torch.device("cpu")
 
@@ -14,7 +15,7 @@ DEVICE = torch.device("cpu")
                                   Case((72, 200), "block", 32, 0.5, ())])
 def test_a_mask_has_the_pattern_of_its_case(case: Case) -> None:
     torch.manual_seed(0)
-    mask = random_mask(case, DEVICE)
+    mask = random_mask(case.shape, case.pattern, case.block, 1 - case.sparsity)
     assert (mask.shape, mask.dtype) == (case.shape, torch.bool)
     if case.pattern == "2:4":
         assert (mask.view(-1, 4).sum(dim=1) == 2).all()
