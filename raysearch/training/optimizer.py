@@ -80,9 +80,9 @@ class SparseAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             amount = learning_rate * self.l1_lambda * (group.get("name") not in SPARED)
             for master in group["params"]:
-                if master in self.trained:
-                    self.latents[master].copy_(master).masked_fill_(self.masks[master].bool(), 0)
-                if master in self.masks:
+                if master in self.masks:  # biases have none before the first unit of theirs goes, and nothing behind it
+                    if master in self.trained:
+                        self.latents[master].copy_(master).masked_fill_(self.masks[master].bool(), 0)
                     soft_threshold_(master, amount).mul_(self.masks[master])
                 if self.units is not None:
                     self.units.behind(master, learning_rate)

@@ -332,6 +332,21 @@ def test_a_head_that_comes_back_has_its_weights_and_its_biases(worker: Worker, c
     engine.restart(0.0)
 
 
+@pytest.mark.parametrize("pattern", ["head", "neuron", "layer", "hybrid"])
+@pytest.mark.parametrize("criterion", ["movement", "sr_ste"])
+def test_units_go_while_a_dense_model_trains_and_their_biases_with_them(apart: Worker, criterion: str, pattern: str) -> None:
+    """Its biases have no masks as the round begins."""
+    action = Action(criterion=criterion, pattern=pattern, sparsity=0.5, mask_interval_steps=1, mask_decay=1e-3,
+                    learning_rate=1e-3, finetune_tokens=2560)
+    record = run_round(apart, dense_round(apart), action)
+    load_candidate(apart, record)
+    engine = apart.engine
+    dead = {name: ~mask for name in engine.shapes if (mask := engine.gather_mask(name)) is not None and not mask.all()}
+    assert any(name.endswith(".bias") for name in dead)
+    assert not any(engine.gather(name)[where].any() for name, where in dead.items())
+    assert record.sparsity > 0.1
+
+
 @pytest.mark.parametrize("fields", [
     {"criterion": "sr_ste", "mask_decay": 0.1}, {"criterion": "movement"}, {"criterion": "rigl", "drop_fraction": 0.3},
     {"criterion": "taylor", "calibration_sequences": 2}, {"criterion": "gradual_magnitude", "pattern": "2:4"},
