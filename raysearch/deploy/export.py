@@ -20,7 +20,7 @@ from raysearch.deploy.card import model_card
 from raysearch.deploy.load import OWN_FILE, candidate_model, load
 from raysearch.deploy.verify import ITEMS, check, rescore
 from raysearch.evaluation import Task, tasks_fingerprint
-from raysearch.models.compact import Kept, are_close, compact, few_logits, plain_config
+from raysearch.models.compact import MULTIPLE, Kept, are_close, compact, few_logits, plain_config
 from raysearch.models.model import prunable_parameters
 from raysearch.models.weights import saving, to_store, write_weights
 from raysearch.study.files import file_sha256, new_directory, write_json
@@ -121,8 +121,8 @@ def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
     logits = few_logits(model)
     cut = compact(model, reasons.append)
     if not cut.num_parameters:
-        raise ValueError(f"candidate {key}: " + (reasons or ["it has no dead layer, head or neuron"])[0] + "; give format "
-                         "sparse, or prune with pattern head or neuron")
+        none = f"it has no dead layer, head or neuron, or fewer than {MULTIPLE} neurons, whose number stays a multiple of that"
+        raise ValueError(f"candidate {key}: {(reasons or [none])[0]}; give format sparse, or prune with pattern head or neuron")
     config = plain_config(model)
     if config is None:
         return cut.kept, False, logits

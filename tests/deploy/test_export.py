@@ -91,9 +91,12 @@ def test_what_acts_on_units_is_kept_through_training_and_exported(worker: Worker
     assert not any(worker.engine.gather(name)[mask].any() for name, mask in gone.items())
 
 
-def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no dead layer, head or neuron; give format sparse"):
-        export(worker.ledger, candidate.key, tmp_path / "out", "compact")
+@pytest.mark.parametrize("fields", [{}, {"pattern": "neuron", "scope": "layer", "sparsity": 0.4}])  # 51 dead of 128
+def test_what_has_nothing_to_cut_is_not_exported_as_compact(worker: Worker, candidate: RoundRecord, tmp_path: Path,
+                                                            fields: dict) -> None:
+    record = run_round(worker, dense_round(worker), Action(**fields)) if fields else candidate
+    with pytest.raises(ValueError, match="no dead layer, head or neuron, or fewer than 64 neurons, .*; give format sparse"):
+        export(worker.ledger, record.key, tmp_path / "out", "compact")
     assert not (tmp_path / "out").exists()
 
 

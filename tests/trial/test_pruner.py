@@ -259,6 +259,31 @@ def test_masked_heads_are_heads_that_were_cut_by_hand(measured: dict, tiny_model
     assert len(case["pruned"]) == 2  # half of two heads in each of two layers
 
 
+@pytest.mark.parametrize(("criterion", "power"), [("l2", 2), ("magnitude", 1)])
+@pytest.mark.parametrize("pattern", ["neuron", "block"])
+def test_units_go_by_the_mean_over_their_weights(worker: Worker, criterion: str, power: int, pattern: str) -> None:
+    """Of l2, so, by their norm. By hand: a neuron is a column of the first matrix and a row of the second, a block 32 x 32."""
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine, first = worker.engine, "transformer.h.{}.mlp.c_fc.weight"
+    engine.restart(0.0)
+    size = {p.name: engine.gather(p.name).abs() ** power for p in engine.prunables}
+    scope = "layer" if pattern == "neuron" else "global"
+    Pruner(engine, Action(criterion=criterion, pattern=pattern, scope=scope, sparsity=0.5), 0).begin()
+    if pattern == "neuron":
+        for block in range(2):
+            name = first.format(block)
+            of_unit = size[name].sum(0) + size[name.replace("c_fc", "c_proj")].sum(1)
+            gone = of_unit.argsort()[:64]
+            assert (~engine.gather_mask(name)).all(0).nonzero().view(-1).tolist() == sorted(gone.tolist())
+        return
+    blocks = [(float(part.mean()), name, row, column) for name, whole in size.items()
+              for row, rows in enumerate(whole.split(32)) for column, part in enumerate(rows.split(32, dim=1))]
+    for rank, (_, name, row, column) in enumerate(sorted(blocks)):
+        mask = engine.gather_mask(name).view(size[name].shape).split(32)[row].split(32, dim=1)[column]
+        assert mask.any() == mask.all() == (rank >= len(blocks) // 2)
+
+
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_round_that_diverged_leaves_nothing_behind_its_masks(worker: Worker, depth: int) -> None:
     record = dense_round(worker)
