@@ -182,7 +182,7 @@ class Action(Frozen):
 READ_BY = {"mask_interval_steps": ("gradual_magnitude", "sr_ste", "movement", "soft_movement", "l0", "rigl", "set"),
            "mask_decay": ("sr_ste",), "drop_fraction": ("rigl", "set"), "score_rate": ("soft_movement", "l0"),
            "score_penalty": ("soft_movement",), "gate_penalty": ("l0",),
-           "calibration_sequences": ("wanda", "ria", "sparsegpt", "taylor", "contribution")}
+           "calibration_sequences": ("wanda", "ria", "sparsegpt", "taylor", "contribution", "activation")}
 """Settings that these criteria alone read; calibration_sequences budget `owl` too."""
 WHILE_TRAINING = ("l1_lambda", "group_lambda", "layer_drop", "trainable", "distill_alpha", "distill_hidden", "learning_rate",
                   "lr_schedule")

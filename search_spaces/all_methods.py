@@ -17,24 +17,24 @@ def space(trial):
     epochs = choice("finetune_epochs", 0.0, 0.5, 1.0, 2.0)
     if epochs:
         criterion = choice("criterion", "magnitude", "gradual_magnitude", "sr_ste", "movement", "soft_movement", "rigl",
-                           "set", "l0", "taylor", "wanda", "ria", "sparsegpt", "l2", *LAYER_ORDERS)
+                           "set", "l0", "taylor", "activation", "wanda", "ria", "sparsegpt", "l2", *LAYER_ORDERS)
         fields = {"learning_rate": trial.suggest_float("learning_rate", 2e-4, 2e-3, log=True),
                   "l1_lambda": choice("l1_lambda", 0.0, 1e-5, 1e-4, 1e-3),
                   "lr_schedule": choice("lr_schedule", "cosine", "constant", "one_cycle"),
                   "distill_alpha": choice("distill_alpha", 0.0, 0.5, 1.0),
                   "distill_hidden": choice("distill_hidden", 0.0, 0.1, 1.0)}
-        if criterion in ("magnitude", "taylor", "l2", "wanda", "ria", "sparsegpt", *LAYER_ORDERS):
+        if criterion in ("magnitude", "taylor", "activation", "l2", "wanda", "ria", "sparsegpt", *LAYER_ORDERS):
             fields["layer_drop"] = choice("layer_drop", 0.0, 0.1, 0.2)
             if not fields["l1_lambda"]:
                 fields["trainable"] = choice("trainable", "all", "vectors")
         if fields["distill_alpha"]:
             fields["temperature"] = trial.suggest_float("temperature", 1.0, 4.0)
     else:
-        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "wanda", "ria", "sparsegpt", "l2",
+        criterion, fields = choice("one_shot/criterion", "magnitude", "taylor", "activation", "wanda", "ria", "sparsegpt", "l2",
                                    *LAYER_ORDERS), {}
     fields |= {"criterion": criterion, "finetune_epochs": epochs}
     looks_at_text = criterion in ("wanda", "ria", "sparsegpt")
-    if looks_at_text or criterion in ("taylor", "contribution"):
+    if looks_at_text or criterion in ("taylor", "activation", "contribution"):
         fields["calibration_sequences"] = choice("calibration_sequences", 32, 128)
     if looks_at_text:
         fields["pattern"] = choice("calibrated/pattern", "unstructured", "2:4", "4:8", "1:4")
@@ -51,6 +51,8 @@ def space(trial):
         fields |= {"pattern": choice("l0/pattern", "head", "neuron"),
                    "score_rate": trial.suggest_float("l0/score_rate", 3e-3, 0.3, log=True),
                    "gate_penalty": trial.suggest_float("gate_penalty", 0.01, 10.0, log=True)}
+    elif criterion == "activation":
+        fields["pattern"] = choice("activation/pattern", "head", "neuron")
     elif criterion == "l2":
         fields["pattern"] = choice("l2/pattern", "head", "neuron", "layer", "block", "hybrid")
     elif criterion == "taylor":

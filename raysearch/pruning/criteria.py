@@ -44,6 +44,8 @@ class Criterion(NamedTuple):
     """L -> scores [L] of the layers of a model, by their place alone."""
     by_contribution: bool = False
     """Of layers: by how much a block changes what it gets, on calibration text."""
+    by_activation: bool = False
+    """Of heads and neurons: by how much they give, on calibration text."""
     solve: Callable[[Tensor, Tensor, Callable[[Tensor], Tensor], int], tuple[Tensor, Tensor]] | None = None
     """(weights, statistic, scores -> mask of a part of the inputs, M of an N:M or 0) -> (changed weights, mask): it prunes a
     matrix by itself."""
@@ -141,6 +143,7 @@ CRITERIA = {
     "alternate": Criterion(None, order=alternate),
     "symmetric": Criterion(None, order=symmetric),
     "contribution": Criterion(None, by_contribution=True),
+    "activation": Criterion(None, by_activation=True),
     "rigl": Criterion(magnitude, gather_gradient, moves=True),  # Evci et al. 2020 (arXiv 1911.11134)
     "set": Criterion(magnitude, moves=True),  # Mocanu et al. 2018 (arXiv 1707.04780)
     "wanda": Criterion(wanda, statistic=squares),

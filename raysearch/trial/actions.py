@@ -44,9 +44,10 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
                          f"needs scope global, and top, bottom, alternate, symmetric and contribution need pattern layer and "
                          f"no threshold, got scope {scope} and threshold {method.threshold}")
     of_units = group is None and pattern != "unstructured"
-    if CRITERIA[criterion].has_gates and pattern not in ("head", "neuron"):
-        raise ValueError(f"criterion {criterion} learns gates of heads or neurons, so it needs pattern head or neuron, got "
-                         f"{pattern}")
+    by_activation = CRITERIA[criterion].by_activation
+    if (CRITERIA[criterion].has_gates or by_activation) and pattern not in ("head", "neuron"):
+        raise ValueError(f"criterion {criterion} {'looks at the outputs' if by_activation else 'learns gates'} of heads or "
+                         f"neurons, so it needs pattern head or neuron, got {pattern}")
     lies_across = pattern in ("block", "block64", "hybrid")
     if lies_across and (CRITERIA[criterion].by_sequence or method.group_lambda):
         raise ValueError(f"pattern {pattern} has units that are parts of rows, which criterion taylor and group_lambda do not "
@@ -81,7 +82,8 @@ def _check_method(method: TrialConfig | Action, study: Study, num_train_tokens: 
     if looks_at_text(method) and not num_train_tokens:
         raise ValueError(f"{reader} looks at training text, got no corpus")
     is_soft = CRITERIA[criterion].is_soft
-    if (changes_masks(method) or CRITERIA[criterion].by_sequence) and method.threshold is not None and not is_soft:
+    ranks = changes_masks(method) or CRITERIA[criterion].by_sequence or by_activation
+    if ranks and method.threshold is not None and not is_soft:
         raise ValueError(f"criterion {criterion} ranks, and has no scale for a cut, so it needs target_sparsity or rate, got "
                          f"threshold {method.threshold:g}")
     if is_soft and (method.threshold is None or method.threshold >= 1 or method.threshold_unit == "std"

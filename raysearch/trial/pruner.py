@@ -21,7 +21,7 @@ from raysearch.pruning.patterns import PATTERNS, n_of_m
 from raysearch.pruning.selection import MAGNITUDES, SCORES, Passes, keep_masks, reserved, threshold_masks
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine, Shard
-from raysearch.trial.contribution import contributions
+from raysearch.trial.contribution import activations, contributions
 from raysearch.trial.drop_and_grow import DropAndGrow
 from raysearch.trial.first_order import first_order
 from raysearch.trial.gates import Gates
@@ -76,6 +76,8 @@ class Pruner:
             self._of_units = first_order(self.engine, self.action, self.text, self.units)
         if self.criterion.by_contribution:
             self._of_units = contributions(self.engine, self.action, self.text)
+        if self.criterion.by_activation and self.units is not None:
+            self._of_units = activations(self.engine, self.action, self.text, self.units)
         if self.criterion.order is not None and self.units is not None:
             self._of_units = self.criterion.order(len(self.units.group))
         if not self.criterion.is_gradual:

@@ -22,7 +22,8 @@ def test_a_criterion_reads_the_settings_of_what_it_does(name: str) -> None:
     prunes_in_training = each.is_gradual or each.moves or each.is_soft or each.has_gates
     does = {"mask_interval_steps": prunes_in_training, "mask_decay": each.trains_pruned, "drop_fraction": each.moves,
             "score_rate": each.is_soft or each.has_gates, "score_penalty": each.is_soft, "gate_penalty": each.has_gates,
-            "calibration_sequences": each.statistic is not None or each.by_sequence or each.by_contribution}
+            "calibration_sequences": each.statistic is not None or each.by_sequence or each.by_contribution
+            or each.by_activation}
     assert {setting: name in criteria for setting, criteria in READ_BY.items()} == does
 
 
@@ -68,6 +69,9 @@ def test_rounds_read_on_in_the_data(study: Study) -> None:
     ({"target_sparsity": 0.5, "budget": "owl"}, "budget owl shares single weights out among .*and global"),
     ({"pattern": "4:8", "scope": "layer"}, "pattern 4:8 compares the weights of each 8.*got scope layer"),
     ({"target_sparsity": 0.5, "criterion": "l0"}, "criterion l0 learns gates of heads or neurons, .*got unstructured"),
+    ({"target_sparsity": 0.5, "criterion": "activation"}, "criterion activation looks at the outputs of heads .*unstructured"),
+    ({"target_sparsity": 0.5, "criterion": "activation", "pattern": "block"}, "needs pattern head or neuron, got block"),
+    ({"threshold": 0.5, "criterion": "activation", "pattern": "head"}, "activation ranks, and has no scale for a cut"),
     ({"target_sparsity": 0.5, "criterion": "l0", "pattern": "layer"}, "criterion l0 learns gates .*got layer"),
     ({"target_sparsity": 0.5, "criterion": "l0", "pattern": "head"}, "criterion l0 prunes during fine-tuning, so finetune_epo"),
     ({"threshold": 0.5, "criterion": "l0", "pattern": "head", "finetune_epochs": 1.0}, "criterion l0 ranks, and has no scale"),

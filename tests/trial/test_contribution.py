@@ -1,11 +1,13 @@
-"""Contributions of blocks against cosines in loops."""
+"""Contributions of blocks against cosines, and activations of units against squares, in loops."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from raysearch.config import Action
-from raysearch.trial.contribution import contributions
+from raysearch.models.architectures import layout
+from raysearch.pruning.patterns import heads, neurons
+from raysearch.trial.contribution import activations, contributions
 from raysearch.trial.pruner import Pruner
 from raysearch.trial.round import dense_round, load_candidate
 from raysearch.trial.worker import Worker
@@ -36,3 +38,36 @@ def test_what_is_most_like_its_input_goes(worker: Worker) -> None:
         if ".h." in name and "ln_" not in name:
             assert bool(engine.gather(name).any()) == (f".h.{gone}." not in name), name
     engine.restart(0.0)
+
+
+@pytest.mark.parametrize(("pattern", "reader", "size"), [("neuron", "mlp.c_proj", 1), ("head", "attn.c_proj", None)])
+def test_what_gives_least_goes(worker: Worker, pattern: str, reader: str, size: int | None) -> None:
+    load_candidate(worker, dense_round(worker))
+    worker.loaded_key = None
+    engine, wanted = worker.engine, []
+    model = AutoModelForCausalLM.from_pretrained(worker.study.model.path).eval()
+    size = size or model.config.n_embd // model.config.n_head
+    for block in model.transformer.h:
+        given: list[torch.Tensor] = []
+        module = block.get_submodule(reader)
+        hook = module.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0][0]))
+        with torch.no_grad():
+            for tokens in worker.inputs.blocks.stream(0, 3, 0):
+                model(tokens[None])
+        hook.remove()
+        squares = [[sum(float(x) ** 2 for x in row[first:first + size]) / size for first in range(0, len(row), size)]
+                   for each in given for row in each]
+        of_unit = [sum(each) / len(squares) for each in zip(*squares)]
+        norm = sum(each**2 for each in of_unit) ** 0.5
+        wanted += [each / norm for each in of_unit]
+    units = {"neuron": neurons, "head": heads}[pattern](layout(engine.model, engine.prunables))
+    action = Action(criterion="activation", pattern=pattern, sparsity=0.5, calibration_sequences=3)
+    found = activations(engine, action, worker.inputs.blocks, units)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+    Pruner(engine, action, 0, worker.inputs.blocks).begin()
+    gone = {index for index, each in enumerate(wanted) if each < sorted(wanted)[len(wanted) // 2]}
+    per_layer = len(wanted) // len(model.transformer.h)
+    for layer in range(len(model.transformer.h)):
+        rows = engine.gather(f"transformer.h.{layer}.{reader}.weight").view(per_layer, -1)
+        assert {unit for unit in range(per_layer) if not rows[unit].any()} == {
+            each - layer * per_layer for each in gone if each // per_layer == layer}

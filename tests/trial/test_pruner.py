@@ -192,6 +192,10 @@ def test_taylor_is_the_same_for_every_stage_and_world_size(measured: dict) -> No
         assert case["head"] == cases[0]["head"]
         assert case["layer"] == cases[0]["layer"]
         assert case["contributions"] == pytest.approx(cases[0]["contributions"], abs=1e-6)
+        for pattern in ("head", "neuron"):
+            name = f"{pattern} by activation"
+            assert case[name] == pytest.approx(cases[0][name], rel=1e-5)
+            assert case[f"kept by activation, {pattern}"] == cases[0][f"kept by activation, {pattern}"]
         apart = [np.frombuffer(bytes.fromhex(each["neuron"]), np.uint8) for each in (case, cases[0])]
         assert int(np.unpackbits(apart[0] ^ apart[1]).sum()) <= 2 * 2 * 32 + 2  # a near tie: one neuron goes for another
         assert int((np.unpackbits(np.frombuffer(bytes.fromhex(case["unstructured"]), np.uint8)) != first).sum()) <= 8
@@ -718,6 +722,13 @@ def taylor_masks(engine: Any) -> dict[str, Any]:
         masks = {name: engine.gather_mask(name) for name in before}
         assert not any((masks[name] & ~mask).any() for name, mask in before.items())
         found[pattern] = np.packbits(torch.cat([mask.cpu().flatten() for mask in masks.values()]).numpy()).tobytes().hex()
+    for pattern in ("head", "neuron"):
+        engine.load_base()
+        action = Action(criterion="activation", pattern=pattern, sparsity=0.5, calibration_sequences=3)
+        pruner = Pruner(engine, action, 0, CALIBRATION)
+        pruner.begin()
+        found[f"{pattern} by activation"] = pruner._of_units.tolist()
+        found[f"kept by activation, {pattern}"] = [int(engine.gather_mask(p.name).sum()) for p in engine.prunables]
     engine.load_base()
     action = Action(criterion="contribution", pattern="layer", sparsity=0.5, calibration_sequences=3)
     pruner = Pruner(engine, action, 0, CALIBRATION)
