@@ -79,7 +79,8 @@ def as_used(rows: pd.DataFrame) -> pd.DataFrame:
     for name, is_needed in needs.items():
         used[name] = used[name].where(is_needed)
     may_lack = [name for name in HYPERPARAMETERS if TrialConfig.model_fields[name].default is None]  # to have none is a value
-    return used[[name for name in used if used[name].nunique(dropna=name not in may_lack) > 1]].infer_objects()
+    num_values = {name: used[name].nunique() + bool(name in may_lack and used[name].isna().any()) for name in used}
+    return used[[name for name in used if num_values[name] > 1]].infer_objects()
 
 
 def _varied(frame: pd.DataFrame) -> tuple[Floats, Ints, dict[str, tuple[list[str], Ints]]]:

@@ -123,4 +123,4 @@ def test_what_nothing_depends_on_is_missing(tmp_path: Path) -> None:
     assert used["finetune_epochs"].tolist() == [0.5, 0.0, 2.0, 2.0]
     assert used["target_sparsity"].tolist() == [0.3, 0.5, None, 0.6]
     assert used["threshold"].tolist() == [None, None, 0.5, None]
-    assert not {"threshold_unit", "l1_lambda", "owl_m", "temperature", "pattern"} & {*used}  # do not vary
+    assert not {"threshold_unit", "l1_lambda", "owl_m", "temperature", "pattern", "rate"} & {*used}  # do not vary
