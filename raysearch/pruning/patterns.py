@@ -73,6 +73,11 @@ class Part(NamedTuple):
     reads: bool = False
     """Inputs of a matrix that the units' outputs flow into: what scales them scales the unit."""
 
+    @property
+    def lies_in_rows(self) -> bool:
+        """Of a part whose units lie in its rows or in its columns."""
+        return not self.columns.any()
+
 
 class Units(NamedTuple):
     parts: tuple[Part, ...]
@@ -223,6 +228,12 @@ def unit_sizes(units: Units) -> Tensor:
         unit = (rows[:, None] + columns).flatten()
         sizes.index_add_(0, torch.where(unit < 0, len(units.group), unit), (num_rows[:, None] * num_columns).flatten())
     return sizes[:-1]
+
+
+def over_layer_norms(scores: Tensor, units: Units) -> Tensor:
+    """fp64 [U]: each score over the norm of its layer's, Molchanov et al. 2016 (arXiv 1611.06440) section 2.2."""
+    squares = torch.zeros(int(units.group.max()) + 1, dtype=torch.float64).index_add_(0, units.group, scores.square())
+    return scores / squares.sqrt()[units.group].clamp(min=torch.finfo(torch.float64).tiny)
 
 
 class Stretch(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor
 from raysearch.config import Action
 from raysearch.models.architectures import architecture
 from raysearch.pruning.criteria import squares
-from raysearch.pruning.patterns import Units
+from raysearch.pruning.patterns import Units, over_layer_norms
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
 from raysearch.trial.matrices import shared_sequences
@@ -49,7 +49,7 @@ def activations(engine: Engine, action: Action, text: Blocks | None, units: Unit
     readers: list[tuple[Any, Tensor]] = []
     for part in units.parts:
         if part.reads:
-            unit = part.columns if part.columns.any() else part.rows
+            unit = part.rows if part.lies_in_rows else part.columns
             unit = torch.where(unit < 0, none, unit).to(engine.device)
             readers.append((engine.model.get_submodule(part.name.removesuffix(".weight")), unit))
             num_read.index_add_(0, unit, torch.ones_like(unit, dtype=torch.float64))
@@ -61,8 +61,7 @@ def activations(engine: Engine, action: Action, text: Blocks | None, units: Unit
     _run(engine, action, text, lambda: [module.register_forward_pre_hook(lambda _, inputs, unit=unit: add(inputs, unit))
                                         for module, unit in readers])
     scores = (engine.sum_over_ranks(sums) / num_read.clamp(min=1))[:-1].cpu() / action.calibration_sequences
-    norms = torch.zeros(int(units.group.max()) + 1, dtype=torch.float64).index_add_(0, units.group, scores.square()).sqrt()
-    return scores / norms[units.group].clamp(min=torch.finfo(torch.float64).tiny)
+    return over_layer_norms(scores, units)
 
 
 def _run(engine: Engine, action: Action, text: Blocks | None, listen: Callable[[], list[Any]]) -> None:

@@ -7,12 +7,10 @@ from torch import Tensor
 
 from raysearch.config import Action
 from raysearch.pruning.criteria import CRITERIA
-from raysearch.pruning.patterns import Units
+from raysearch.pruning.patterns import Units, over_layer_norms
 from raysearch.training.data import Blocks
 from raysearch.training.engine import Engine
 from raysearch.trial.unit_lines import SCALE, unit_lines
-
-TINY = torch.finfo(torch.float64).tiny
 
 
 def first_order(engine: Engine, action: Action, text: Blocks | None, units: Units | None) -> Tensor | None:
@@ -50,5 +48,4 @@ def _of_units(engine: Engine, action: Action, text: Blocks, units: Units) -> Ten
         for each in (each for of_master in lines.values() for each in of_master):
             each.add_to(sums, each.shard.part(gathered[each.shard.master]))
         scores += engine.all_reduce(sums)[:-1].cpu().double().abs() / SCALE
-    squares = torch.zeros(int(units.group.max()) + 1, dtype=torch.float64).index_add_(0, units.group, scores.square())
-    return scores / squares.sqrt()[units.group].clamp(min=TINY)
+    return over_layer_norms(scores, units)

@@ -56,7 +56,7 @@ def unit_lines(engine: Engine, units: Units, is_wanted: Callable[[Part], bool]) 
             if part.name != shard.name or not is_wanted(part) or not num:
                 continue
             row, column = divmod(shard.start, len(part.columns))
-            are_rows = not part.columns.any()
+            are_rows = part.lies_in_rows
             unit = part.rows[row:-(-(shard.start + num) // len(part.columns))] if are_rows else part.columns
             assert are_rows or not part.rows.any(), "a part's units lie in its rows or in its columns"
             unit = torch.where(unit < 0, len(units.group), unit).to(engine.device)
