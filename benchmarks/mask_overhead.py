@@ -1,7 +1,9 @@
 """What keeping a mask costs in a training step: the same engine with and without its masks, alternating in one process.
 
     python benchmarks/mask_overhead.py [MODEL] [--batch-tokens 2048] [--num-pairs 15] [--zero-stage 0]
+    python benchmarks/mask_overhead.py 124m --batch-tokens 65536 --context-tokens 1024 --dtype bfloat16     # a GPU
 
+MODEL is a folder, or one of benchmarks/training.py's shapes with random weights. The step is compiled where it can be.
 Prints one JSON line. `ratio` is the median over pairs of (step with masks) / (step without).
 """
 
@@ -9,20 +11,25 @@ import argparse
 import datetime
 import json
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 
 import torch
+from training import SHAPES, config
+from transformers import GPT2LMHeadModel
 
 from raysearch.kernels.device import device_name
 from raysearch.pruning.budgets import num_to_prune
 from raysearch.pruning.selection import keep_masks
 from raysearch.training.engine import Engine
+from raysearch.training.hardware import can_compile
 
 
-def timed_step(engine: Engine, tokens: torch.Tensor) -> float:
+def seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
-    engine.train_step(tokens, 1e-4)
-    if engine.device.type == "cuda":
+    run()
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -37,8 +44,13 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--l1-lambda", type=float, default=0.0)
     options = parser.parse_args()
-    engine = Engine(options.model, prunable="matrices", zero_stage=options.zero_stage, dtype=options.dtype,
-                    batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1)
+    folder = options.model
+    if folder in SHAPES:
+        folder = tempfile.mkdtemp()
+        GPT2LMHeadModel(config(options.model)).to(torch.bfloat16).save_pretrained(folder)
+    engine = Engine(folder, prunable="matrices", zero_stage=options.zero_stage, dtype=options.dtype,
+                    batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1,
+                    compiled=can_compile())
     values = [shard.values for shard in engine.prunable_shards]
     num_prunable = sum(value.numel() for value in values)
     keep = iter(keep_masks(values, [shard.index for shard in engine.prunable_shards], num_to_prune(0.5, num_prunable)))
@@ -53,13 +65,11 @@ def main() -> None:
         for masked in (pair % 2 == 0, pair % 2 == 1):
             engine.optimizer.masks = masks if masked else {}
             engine.optimizer.l1_lambda = options.l1_lambda if masked else 0.0
-            steps[masked].append(timed_step(engine, tokens))
+            steps[masked].append(seconds(lambda: engine.train_step(tokens, 1e-4)))
     upkeep = []
     engine.optimizer.masks = masks
     for _ in range(options.num_pairs):
-        started = time.perf_counter()
-        engine.optimizer.keep_masks(1e-4)
-        upkeep.append(time.perf_counter() - started)
+        upkeep.append(seconds(lambda: engine.optimizer.keep_masks(1e-4)))
     without = statistics.median(steps[False])
     print(json.dumps({
         "benchmark": "mask_overhead", "model": options.model, "num_prunable": num_prunable,

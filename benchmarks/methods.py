@@ -122,7 +122,13 @@ def equal_seconds() -> Iterator[Case]:
         yield "magnitude, 2:4, 240 steps", trained(240, pattern="2:4"), seed
 
 
-GROUPS = {"one_shot": one_shot, "losses": losses, "methods": methods, "n_of_m": n_of_m, "equal_seconds": equal_seconds}
+def arithmetic() -> Iterator[Case]:
+    """To be run with --compile on and off: what a graph's other order of sums does to a long run."""
+    yield "magnitude, 0.5, 300 steps", trained(300, target_sparsity=0.5), 0
+
+
+GROUPS = {"one_shot": one_shot, "losses": losses, "methods": methods, "n_of_m": n_of_m, "equal_seconds": equal_seconds,
+          "arithmetic": arithmetic}
 
 
 def file_name(name: str, seed: int) -> str:
@@ -137,7 +143,8 @@ def run(options: argparse.Namespace, all_groups: dict[str, Callable[[], Iterator
     study = study_of(
         path=str(options.root / "models" / "books-30m"), dtype="bfloat16", corpus=str(data / "books" / "train.txt"),
         context_tokens=512, epoch_tokens=STEP_TOKENS * EPOCH_STEPS, batch_tokens=STEP_TOKENS, tasks=("lambada",),
-        data_dir=str(data), objectives=("num_nonzero", METRICS[0]), gpus_per_rank=float(not options.cpu))
+        data_dir=str(data), objectives=("num_nonzero", METRICS[0]), gpus_per_rank=float(not options.cpu),
+        compile={"auto": "auto", "on": True, "off": False}[options.compile])
     inputs = read_inputs(study, lambda line: print(line, file=sys.stderr))
     cut, config, _ = HELDOUT_CONFIGS["text"]
     tasks = load_tasks(["lambada"], data_dir=data)
@@ -245,6 +252,7 @@ def add_arguments(run_parser: argparse.ArgumentParser, groups: Iterable[str], li
     run_parser.add_argument("--skip", type=Path, nargs="*", default=[], help="cases.jsonl of earlier runs")
     run_parser.add_argument("--limit-s", type=float, default=limit_s)
     run_parser.add_argument("--cpu", action="store_true")
+    run_parser.add_argument("--compile", choices=("auto", "on", "off"), default="auto")
 
 
 def main() -> None:

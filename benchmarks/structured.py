@@ -18,6 +18,7 @@ import functools
 import gc
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -32,8 +33,9 @@ from methods import SEEDS, Case, control, trained
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from raysearch.deploy.load import OWN_FILE, load
-from raysearch.evaluation.speed import speeds
+from raysearch.evaluation.speed import NUM_ROUNDS, speeds
 from raysearch.kernels.device import device_name
+from raysearch.kernels.dispatch import time_in_turn
 from raysearch.models.compact import compact
 from raysearch.models.model import load_model
 from raysearch.models.sparse import linear_layers, sparsify_for_inference
@@ -46,7 +48,7 @@ STEPS = 120
 KL = 2 / 3
 BATCH, PROMPT, NEW = 16, 480, 32
 """What a candidate of books-30m is timed with."""
-SHAPES = {"gpt2-small": (16, 960, 32), "books-30m": (BATCH, PROMPT, NEW), "gpt-efficio-950m": (16, 960, 32)}
+SHAPES = {"gpt2-small": (16, 960, 32), "gpt-efficio-950m": (16, 960, 32), "books-30m": (BATCH, PROMPT, NEW)}
 LAYERS, WIDTH = 8, 512
 PRUNABLE = LAYERS * 12 * WIDTH**2
 REMOVED = {  # parameters that the compact form is without, biases and norms too
@@ -113,9 +115,20 @@ def beside(dense: Any, served: Any, shape: tuple[int, int, int], is_sparse: bool
         removed = compact(served).num_parameters
     prepared_s = time.perf_counter() - started
     one, other = speeds([dense, served], batch, prompt, new)
+    if not is_sparse:
+        how = {"stock_scoring_tokens_per_s": stock_scoring([dense, served], batch, prompt)}
     return {"dense": one.model_dump(), "served": other.model_dump(), "decode_ratio": one.decode_ms / other.decode_ms,
             "scoring_ratio": other.scoring_tokens_per_s / one.scoring_tokens_per_s, "batch": batch, "prompt": prompt,
             "new": new, "prepared_s": round(prepared_s, 1), "removed": removed, **how}
+
+
+@torch.no_grad()
+def stock_scoring(models: list[Any], batch: int, prompt: int) -> list[float]:
+    """Tokens per second of each by transformers' own forward, which is what a deployer's stock loader gives, in turn."""
+    tokens = torch.ones(batch, prompt, dtype=torch.long, device=models[0].device)
+    runs = [functools.partial(model, input_ids=tokens, use_cache=False, logits_to_keep=1) for model in models]
+    times_us = time_in_turn(runs, models[0].device, NUM_ROUNDS, as_graphs=False)
+    return [batch * prompt / statistics.median(column) * 1e6 for column in times_us]
 
 
 # ---- speed of random models ----
@@ -227,19 +240,22 @@ def speed(options: argparse.Namespace) -> None:
 
 
 def speed_table(files: list[Path]) -> None:
-    print("| model | case | tokens | scoring, tokens/s: dense | served | ratio | must | decode ms: dense | served | ratio "
-          "| resident MB: dense | served |\n" + "|---" * 12 + "|")
+    print("| model | case | tokens | scoring, tokens/s: dense | served | ratio | must | stock loader: dense | served | ratio "
+          "| decode ms: dense | served | ratio | resident MB: dense | served |\n" + "|---" * 15 + "|")
     for row in (json.loads(text) for file in files for text in file.read_text().splitlines()):
         row |= row.get("speed", {})
         name = row.get("model", "books-30m")
         if "error" in row or "served" not in row:
             if "error" in row:
-                print(f"| {name} | {row['case']} | failed: {row['error']} |" + " |" * 9)
+                print(f"| {name} | {row['case']} | failed: {row['error']} |" + " |" * 12)
             continue
         one, other = row["dense"], row["served"]
+        stock = row.get("stock_scoring_tokens_per_s")
         print(f"| {name} | {row['case']} | {row['batch']} x {row['prompt']} + {row['new']} "
               f"| {one['scoring_tokens_per_s']:,.0f} | {other['scoring_tokens_per_s']:,.0f} | {row['scoring_ratio']:.2f} "
-              f"| {row.get('must') or ''} | {one['decode_ms']:.3f} | {other['decode_ms']:.3f} | {row['decode_ratio']:.2f} "
+              f"| {row.get('must') or ''} "
+              + (f"| {stock[0]:,.0f} | {stock[1]:,.0f} | {stock[1] / stock[0]:.2f} " if stock else "| | | ") +
+              f"| {one['decode_ms']:.3f} | {other['decode_ms']:.3f} | {row['decode_ratio']:.2f} "
               f"| {one['resident_bytes'] / 1e6:,.1f} | {other['resident_bytes'] / 1e6:,.1f} |")
 
 

@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 NAME = "raysearch"
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of torch's scaled dot products. Without cuDNN's, which builds a plan for every new shape."""
 
 Extend = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(layer, keys, values of the new tokens [B, H, S, D]) -> the keys and values that they attend to."""
@@ -31,8 +33,8 @@ def own_attention(model: nn.Module) -> Iterator[None]:
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     with ExitStack() as stack:
-        if next(model.parameters()).is_cuda:  # cuDNN's kernel builds a plan for every new shape
-            stack.enter_context(sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]))
+        if next(model.parameters()).is_cuda:
+            stack.enter_context(sdpa_kernel(KERNELS))
         try:
             for config in configs.values():
                 config._attn_implementation = NAME

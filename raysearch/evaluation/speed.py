@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from raysearch.config import ServingSettings
-from raysearch.evaluation.attention import attending, own_attention
+from raysearch.evaluation.attention import KERNELS, attending, own_attention
 from raysearch.evaluation.forward import following, fused_gelu, last_hidden
 from raysearch.evaluation.generation import Slots
 from raysearch.kernels.dispatch import time_in_turn
@@ -85,7 +86,8 @@ def _scoring(model: Any, batch_sequences: int, prompt_tokens: int) -> Callable[[
 
     def score() -> Tensor:
         if is_ours:
-            with attending(None):
+            # one shape, again and again: what cuDNN's plan of it costs is paid once
+            with attending(None), sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *KERNELS], set_priority=True):
                 hidden = last_hidden(model, tokens, places)
         else:
             hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
