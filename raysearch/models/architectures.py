@@ -9,7 +9,7 @@ its attention; mamba, which has no heads.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Attention:
     """Attribute that holds it."""
     has_slopes: bool = False
     """Positions are slopes that belong to heads, which the argument `alibi` [B * H, 1, S] brings."""
+    norms: tuple[str, ...] = ()
+    """Of queries and of keys, which a configuration may ask for, with weights of each head's own: [H, E], or a list of H."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Architecture:
 
 _LLAMA = Architecture("model.layers", Attention("self_attn", "o_proj"),
                       MLP("mlp", ("up_proj", "gate_proj"), "down_proj", "act_fn"))
-_LLAMA_TREE = Architecture(_LLAMA.blocks, _LLAMA.attention, _LLAMA.mlp, shares_prefixes=True)
+_LLAMA_TREE = replace(_LLAMA, shares_prefixes=True)
 
 ARCHITECTURES = {
     "gpt2": Architecture("transformer.h", Attention("attn", "c_proj", fused="c_attn"), MLP("mlp", ("c_fc",), "c_proj", "act"),
@@ -90,8 +92,8 @@ ARCHITECTURES = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "stablelm": _LLAMA,
-    "cohere": _LLAMA,
+    "stablelm": replace(_LLAMA, attention=replace(_LLAMA.attention, norms=("q_layernorm", "k_layernorm"))),
+    "cohere": replace(_LLAMA, attention=replace(_LLAMA.attention, norms=("q_norm", "k_norm"))),
     "granite": _LLAMA,
     "olmo": _LLAMA,
 }

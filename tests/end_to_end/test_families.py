@@ -72,7 +72,7 @@ def test_pruned_heads_are_cut_out_of_the_export(family: str, tiny_model: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["head", "neuron", "layer"])
-@pytest.mark.parametrize("family", KNOWN)
+@pytest.mark.parametrize("family", CASES)
 def test_pruned_heads_neurons_and_layers_are_cut_out_of_the_export(family: str, pattern: str, tiny_model: Path, tmp_path: Path
                                                              ) -> None:
     compact_is_what_was_masked(family, pattern, tiny_model, tmp_path)

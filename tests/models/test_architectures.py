@@ -15,7 +15,8 @@ from raysearch.models.model import prunable_parameters
 from raysearch.pruning.patterns import layers
 
 NO_OTHER_HEADS = {"gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "xglm", "stablelm", "bloom", "gpt_bigcode",
-                  "gpt_bigcode of one query a head", *(name for name in CASES if name.startswith("falcon"))}
+                  "gpt_bigcode of one query a head", "phi with norms of queries", "stablelm with norms of queries",
+                  *(name for name in CASES if name.startswith("falcon"))}
 """Their configurations hold no size of a head apart from the hidden size."""
 
 
