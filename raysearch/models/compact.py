@@ -26,6 +26,7 @@ from raysearch.models.architectures import (
     architecture,
     attention_heads,
     dense_weight,
+    family,
     plain_mlps,
     shape,
 )
@@ -109,8 +110,7 @@ def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) 
     code may do with its heads what the table does not know. `say` then gets one line.
     """
     if (known := architecture(model)) is None:
-        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        say(f"left dense: dead heads and neurons stay in, for those of {name} are not known")
+        say(f"left dense: dead heads and neurons stay in, for those of {family(model)} are not known")
         return Compaction(0, 0, 0)
     whole = _state(model)
     done = _cut_dead(model, known, zeros_of)

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
-from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDE, WIDTH, random_model
+from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -129,16 +128,6 @@ def test_a_layer_without_its_matrices_hands_on_what_it_gets(family: str) -> None
     del model.get_submodule(known.blocks)[1]
     model.config.num_hidden_layers = 1
     assert torch.allclose(logits(model), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
-
-
-@pytest.mark.parametrize("config", [
-    hf.OPTConfig(**WIDE, ffn_dim=UNITS, word_embed_proj_dim=WIDTH, do_layer_norm_before=False),
-    hf.BloomConfig(vocab_size=VOCAB, hidden_size=WIDTH, n_layer=2, n_head=HEADS, apply_residual_connection_post_layernorm=True),
-    STRANGERS["mixtral"]()], ids=["opt 350m", "bloom", "mixtral"])
-def test_blocks_that_do_more_than_add_are_no_layers(config: Any) -> None:
-    model = random_model(config)
-    with pytest.raises(ValueError, match="pattern layer needs a model whose blocks are known and add to what they get"):
-        layers(layout(model, prunable_parameters(model, "matrices")))
 
 
 @pytest.mark.parametrize("family", STRANGERS)
