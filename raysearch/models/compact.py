@@ -216,6 +216,8 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
                                                    for found in map(zeros, outputs)):
             stay.append(index)
     stay, num_before = stay or [0], len(blocks)
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2's: a block's place scales its attention
+        stay = list(range(stay[-1] + 1))
     if len(stay) == num_before:
         return 0
     blocks._modules = {str(place): blocks[index] for place, index in enumerate(stay)}

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import CASES, HEADS, KNOWN, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
+import transformers as hf
+from families import CASES, HEADS, KNOWN, OLD, STRANGERS, TWO_HEADS, UNITS, VOCAB, WIDTH, random_model
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -111,6 +112,22 @@ def test_what_is_left_is_an_ordinary_model_where_its_configuration_can_say_so(fa
     made = AutoModelForCausalLM.from_config(config).eval()
     if plain_config(model) is None:
         cut_to(made, cut.kept)
+    made.load_state_dict(model.state_dict())
+    assert torch.allclose(logits(made), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
+
+
+def test_layers_stay_before_others_where_their_place_counts() -> None:
+    """GPT-2 may divide a block's attention by its place; the first and the last of three blocks are dead."""
+    model = random_model(hf.GPT2Config(**{**OLD, "n_layer": 3}, scale_attn_by_inverse_layer_idx=True))
+    for index in (0, 2):
+        for last in (model.transformer.h[index].attn.c_proj, model.transformer.h[index].mlp.c_proj):
+            for parameter in last.parameters():
+                parameter.data.zero_()
+    masked = logits(model)
+    cut = compact(model)
+    assert cut.num_layers == 1
+    made = AutoModelForCausalLM.from_config(model.config).eval()
+    cut_to(made, cut.kept)
     made.load_state_dict(model.state_dict())
     assert torch.allclose(logits(made), masked, rtol=0, atol=1e-5 * float(masked.abs().max()))
 
