@@ -32,6 +32,7 @@ from raysearch.study.storage import AnyPath, location
 from raysearch.training.finetune import Diverged
 from raysearch.trial.actions import control_actions, longest
 from raysearch.trial.inputs import Inputs, check_objectives, read_inputs, resolve
+from raysearch.trial.parts import check_parts
 from raysearch.trial.round import dense_round, run_round
 from raysearch.trial.worker import Worker
 from raysearch.units import human_bytes
@@ -89,7 +90,8 @@ def make_plan(space_name: str, directory: str | AnyPath, echo: Callable[[str], N
     check_objectives(study, inputs)
     num_studies = max(1, NUM_DRAWS // study.search.num_trials)
     trials = sample_trials(study, space, inputs, num_studies * study.search.num_trials)
-    check_rule(study, space, inputs.num_train_tokens)
+    rule = check_rule(study, space, inputs.num_train_tokens)
+    check_parts([*rule, *(action for actions in trials for action in actions)], study)
     if study.search.sampler == "ours":
         trials = with_forks(trials, study.search.num_trials)
     study = placed(study, None, work_of(study, trials), echo)

@@ -16,6 +16,7 @@ from raysearch.study.records import StudyRecord, TrialRecord
 from raysearch.study.text import first_line
 from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.inputs import read_inputs, resolve
+from raysearch.trial.parts import check_parts
 from raysearch.trial.round import dense_round, report_round
 from raysearch.trial.run import number_of, run_trial
 from raysearch.trial.worker import Worker
@@ -37,6 +38,7 @@ def run_prune(study_fields: dict[str, Any], asked: dict[str, Any] | tuple[Action
     config = parse(TrialConfig, asked, "prune") if isinstance(asked, dict) else None
     if config and config.finetune_epochs and study.data.corpus is None:
         raise ValueError(f"finetune_epochs {config.finetune_epochs:g} needs text to train on, got no corpus; give --corpus")
+    check_parts([config] if config else tuple(asked), study)
     inputs = read_inputs(study, echo)
     if study.evaluation.tasks:  # nothing is searched, but results and report have to show something
         study = study.replaced(objectives=("num_nonzero", metric_names(inputs.tasks["selection"])[0]))

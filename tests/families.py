@@ -45,11 +45,18 @@ VARIANTS = {
     "falcon with slopes": lambda: hf.FalconConfig(**WIDE, alibi=True, multi_query=False),
     "falcon of one query a head": lambda: hf.FalconConfig(**WIDE, multi_query=False, bias=True),
     "gpt_bigcode of one query a head": lambda: hf.GPTBigCodeConfig(**OLD, multi_query=False),
+    "phi with norms of queries": lambda: hf.PhiConfig(**WIDE, intermediate_size=UNITS, qk_layernorm=True),
+    "stablelm with norms of queries": lambda: hf.StableLmConfig(**GROUPED, qk_layernorm=True),
+    "cohere with norms of queries": lambda: hf.CohereConfig(**GROUPED, use_qk_norm=True),
+    "cohere with norms and one key-value head": lambda: hf.CohereConfig(
+        **{**GROUPED, "num_key_value_heads": 1}, use_qk_norm=True),
+    "olmo with clipped queries": lambda: hf.OlmoConfig(**GROUPED, clip_qkv=0.5),
     "gemma with one key-value head": lambda: hf.GemmaConfig(**{**GROUPED, "num_key_value_heads": 1}, head_dim=8),
 }
 CASES = KNOWN | VARIANTS
 TWO_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "cohere", "granite", "olmo",
-             "starcoder2", "falcon 40b", "falcon 40b with slopes"}
+             "starcoder2", "falcon 40b", "falcon 40b with slopes", "stablelm with norms of queries",
+             "cohere with norms of queries", "olmo with clipped queries"}
 """Two key-value heads, each with two queries."""
 EXPERTS = {**GROUPED, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32}
 LATENT = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8,

@@ -122,7 +122,8 @@ def _cut(model: Any, key: str) -> tuple[Kept, bool, Tensor]:
     cut = compact(model, reasons.append)
     if not cut.num_parameters:
         none = f"it has no dead layer, head or neuron, or fewer than {MULTIPLE} neurons, whose number stays a multiple of that"
-        raise ValueError(f"candidate {key}: {(reasons or [none])[0]}; give format sparse, or prune with pattern head or neuron")
+        instead = "" if reasons else ", or prune with pattern head or neuron"  # which would stay in as well
+        raise ValueError(f"candidate {key}: {(reasons or [none])[0]}; give format sparse{instead}")
     config = plain_config(model)
     if config is None:
         return cut.kept, False, logits

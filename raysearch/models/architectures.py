@@ -9,7 +9,7 @@ its attention; mamba, which has no heads.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -34,6 +34,8 @@ class Attention:
     """Attribute that holds it."""
     has_slopes: bool = False
     """Positions are slopes that belong to heads, which the argument `alibi` [B * H, 1, S] brings."""
+    norms: tuple[str, ...] = ()
+    """Of queries and of keys, which a configuration may ask for, with weights of each head's own: [H, E], or a list of H."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,11 @@ class Architecture:
 
 _LLAMA = Architecture("model.layers", Attention("self_attn", "o_proj"),
                       MLP("mlp", ("up_proj", "gate_proj"), "down_proj", "act_fn"))
-_LLAMA_TREE = Architecture(_LLAMA.blocks, _LLAMA.attention, _LLAMA.mlp, shares_prefixes=True)
+_LLAMA_TREE = replace(_LLAMA, shares_prefixes=True)
+
+MORE_THAN_ADD = {"do_layer_norm_before": False, "apply_residual_connection_post_layernorm": True}
+"""Settings of families with which a block does more than add to what it gets: OPT 350M normalises the sum, and some of Bloom's
+and Falcon's make go on with the normalised input."""
 
 ARCHITECTURES = {
     "gpt2": Architecture("transformer.h", Attention("attn", "c_proj", fused="c_attn"), MLP("mlp", ("c_fc",), "c_proj", "act"),
@@ -90,16 +96,21 @@ ARCHITECTURES = {
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
-    "stablelm": _LLAMA,
-    "cohere": _LLAMA,
+    "stablelm": replace(_LLAMA, attention=replace(_LLAMA.attention, norms=("q_layernorm", "k_layernorm"))),
+    "cohere": replace(_LLAMA, attention=replace(_LLAMA.attention, norms=("q_norm", "k_norm"))),
     "granite": _LLAMA,
     "olmo": _LLAMA,
 }
 
 
+def family(model: Any) -> str:
+    """Its configuration's `model_type`; of what is no transformers model its class."""
+    return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+
+
 def architecture(model: Any) -> Architecture | None:
-    """Of a transformers model, by its configuration's `model_type`; None for a family that is not known."""
-    return ARCHITECTURES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    """Of a transformers model; None for a family that is not known."""
+    return ARCHITECTURES.get(family(model))
 
 
 def shares_prefixes(model: Any) -> bool:
@@ -209,17 +220,11 @@ def layout(model: nn.Module, prunables: Sequence[Prunable]) -> Layout:
         of_unit = torch.arange(shape(getattr(module, known.mlp.last))[1])[:, None]
         mlps.append(rows(path, [(known.mlp.last, of_unit, True), *((name, of_unit, False) for name in known.mlp.first)]))
     blocks = []
-    if known is not None and _adds(model.config):
+    more = [f"{name} {value}" for name, value in MORE_THAN_ADD.items() if known and getattr(model.config, name, None) is value]
+    if known is not None and not more:
         for index in range(len(model.get_submodule(known.blocks))):
             blocks.append([each for name, each in matrices.items() if name.startswith(f"{known.blocks}.{index}.")])
-    return Layout(list(matrices.values()), attentions, mlps, blocks)
-
-
-def _adds(config: Any) -> bool:
-    """Whether blocks add to what they get and leave it alone otherwise: OPT 350M normalises the sum, and some of Bloom's and
-    Falcon's make go on with the normalised input."""
-    return (getattr(config, "do_layer_norm_before", True)
-            and not getattr(config, "apply_residual_connection_post_layernorm", False))
+    return Layout(list(matrices.values()), attentions, mlps, blocks, " with ".join([family(model), *more]))
 
 
 def shape(linear: Any) -> tuple[int, int]:

@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from raysearch.models.architectures import (
     MLP,
     Architecture,
+    Attention,
     Heads,
     architecture,
     attention_heads,
     dense_weight,
+    family,
     plain_mlps,
     shape,
 )
@@ -108,8 +110,7 @@ def compact(model: nn.Module, say: Callable[[str], object] = lambda line: None) 
     code may do with its heads what the table does not know. `say` then gets one line.
     """
     if (known := architecture(model)) is None:
-        name = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-        say(f"left dense: dead heads and neurons stay in, for those of {name} are not known")
+        say(f"left dense: dead heads and neurons stay in, for those of {family(model)} are not known")
         return Compaction(0, 0, 0)
     whole = _state(model)
     done = _cut_dead(model, known, zeros_of)
@@ -162,7 +163,7 @@ def _cut_dead(model: nn.Module, known: Architecture, zeros: ZerosOf) -> Compacti
         if gone := _compact_mlp(mlp, known.mlp, zeros):
             num_units, kept[path] = num_units + gone, shape(getattr(mlp, known.mlp.last))[1]
     for heads in attention_heads(model, known):
-        if stays := _compact_attention(model.get_submodule(heads.path), heads, known.attention.has_slopes, zeros):
+        if stays := _compact_attention(model.get_submodule(heads.path), heads, known.attention, zeros):
             num_heads, kept[heads.path] = num_heads + heads.num_heads - len(stays), stays
     num_gone = before - sum(parameter.numel() for parameter in model.parameters())
     return Compaction(num_units, num_heads, num_gone, num_layers, kept)
@@ -179,7 +180,7 @@ def cut_to(model: nn.Module, kept: Kept) -> None:
         if isinstance(stays := kept.get(heads.path), list):
             keep = torch.zeros(heads.num_heads, dtype=torch.bool)
             keep[stays] = True
-            _cut_attention(model.get_submodule(heads.path), heads, keep, known.attention.has_slopes)
+            _cut_attention(model.get_submodule(heads.path), heads, keep, known.attention)
 
 
 def plain_config(model: Any) -> PretrainedConfig | None:
@@ -215,6 +216,8 @@ def _drop_blocks(model: Any, known: Architecture, zeros: ZerosOf) -> int:
                                                    for found in map(zeros, outputs)):
             stay.append(index)
     stay, num_before = stay or [0], len(blocks)
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):  # GPT-2's: a block's place scales its attention
+        stay = list(range(stay[-1] + 1))
     if len(stay) == num_before:
         return 0
     blocks._modules = {str(place): blocks[index] for place, index in enumerate(stay)}
@@ -302,7 +305,7 @@ def _cut_mlp(mlp: Any, names: MLP, keep: Tensor) -> None:
     _cut(getattr(mlp, names.last), keep, 1)
 
 
-def _compact_attention(module: Any, heads: Heads, has_slopes: bool, zeros: ZerosOf) -> list[int]:
+def _compact_attention(module: Any, heads: Heads, names: Attention, zeros: ZerosOf) -> list[int]:
     """The heads that stay; empty where all do."""
     last, values = getattr(module, heads.output), zeros(getattr(module, heads.values.path))
     unread = zeros(last).inputs[heads.read_by].all(dim=1)  # [H]
@@ -315,11 +318,11 @@ def _compact_attention(module: Any, heads: Heads, has_slopes: bool, zeros: Zeros
         constants[heads.read_by] = each[:, None].expand(-1, groups, -1).reshape(heads.num_heads, -1)
     if keep.all() or not _fold(last, constants):
         return []
-    _cut_attention(module, heads, keep, has_slopes)
+    _cut_attention(module, heads, keep, names)
     return keep.nonzero().view(-1).tolist()
 
 
-def _cut_attention(module: Any, heads: Heads, keep: Tensor, has_slopes: bool) -> None:
+def _cut_attention(module: Any, heads: Heads, keep: Tensor, names: Attention) -> None:
     for path, of_head in heads.inputs:
         stays = torch.ones(shape(getattr(module, path))[0], dtype=torch.bool)
         stays[of_head[~keep]] = False  # rows of no head, such as shared keys, stay
@@ -332,9 +335,19 @@ def _cut_attention(module: Any, heads: Heads, keep: Tensor, has_slopes: bool) ->
                          ("split_size", queries * heads.size), ("embed_dim", queries * heads.size)):
         if hasattr(module, name):
             setattr(module, name, number)
-    if has_slopes:
-        of_queries = keep.repeat_interleave(heads.read_by.shape[1] // heads.size)
+    of_queries = keep.repeat_interleave(heads.read_by.shape[1] // heads.size)
+    for name, stays in zip(names.norms, (of_queries, keep if heads.num_values == heads.num_heads else None)):
+        if stays is not None and (norm := getattr(module, name, None)) is not None:
+            _cut_norm(norm, stays.nonzero().view(-1))
+    if names.has_slopes:
         module.register_forward_pre_hook(_with_slopes_of(of_queries), with_kwargs=True)
+
+
+def _cut_norm(norm: Any, keep: Tensor) -> None:
+    if hasattr(norm, "norms"):
+        norm.norms = nn.ModuleList(norm.norms[head] for head in keep)
+    else:
+        norm.weight = nn.Parameter(norm.weight.detach()[keep.to(norm.weight.device)], requires_grad=norm.weight.requires_grad)
 
 
 def _with_slopes_of(keep: Tensor) -> Callable[..., tuple[Any, dict[str, Any]]]:

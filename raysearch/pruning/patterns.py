@@ -58,6 +58,12 @@ class Layout(NamedTuple):
     """The same of its neurons."""
     blocks: Sequence[Sequence[Matrix]] = ()
     """The matrices of each block; empty where they are not known, or where a block without them would change what it gets."""
+    family: str = "this model"
+    """Its name, with the settings for which `blocks` is empty."""
+
+    def refusal(self, what: str, needed: str, instead: str) -> ValueError:
+        return ValueError(f"{what} needs a model whose {needed}, and those of {self.family} are not; give {instead}, or add "
+                          "the family to raysearch/models/architectures.py")
 
 
 class Part(NamedTuple):
@@ -104,20 +110,18 @@ def heads(layout: Layout) -> Units:
 
     With grouped queries a head is a key-value head with the queries that read it. Layers are attention modules.
     """
-    return _of_modules(layout.attentions, "head")
+    return _of_modules(layout, layout.attentions, "head")
 
 
 def neurons(layout: Layout) -> Units:
     """A neuron: its row of each first matrix of an MLP (two in a gated one), with its biases, and its column of the last."""
-    return _of_modules(layout.mlps, "neuron")
+    return _of_modules(layout, layout.mlps, "neuron")
 
 
 def layers(layout: Layout) -> Units:
     """A layer: all matrices of a block with their biases, without which it hands on what it gets."""
     if not layout.blocks:
-        raise ValueError("pattern layer needs a model whose blocks are known and add to what they get, and this one's are not "
-                         "or normalise the sum; give another pattern, or add its family to "
-                         "raysearch/models/architectures.py")
+        raise layout.refusal("pattern layer", "blocks are known to do no more than add to what they get", "another pattern")
     return _of_blocks(layout.blocks)
 
 
@@ -126,8 +130,7 @@ def layer_outputs(layout: Layout) -> Units:
     pattern: what is left behind would still be computed."""
     last = {part.matrix.name for module in (*layout.attentions, *layout.mlps) for part in module if part.are_inputs}
     if not layout.blocks or len(last) != 2 * len(layout.blocks):
-        raise ValueError("layer_drop needs a model whose blocks are known and add to what they get, and this one's are not; "
-                         "give layer_drop 0, or add its family to raysearch/models/architectures.py")
+        raise layout.refusal("layer_drop", "blocks are known to do no more than add to what they get", "layer_drop 0")
     return _of_blocks([[matrix for matrix in block if matrix.name in last] for block in layout.blocks])
 
 
@@ -148,9 +151,8 @@ def hybrid(layout: Layout) -> Units:
     a first matrix goes with the column of the last, so that both can be cut out. Layers are attention's matrices, then MLPs."""
     attention = {part.matrix.name: part.matrix for module in layout.attentions for part in module}
     if not attention:
-        raise ValueError("pattern hybrid needs a model whose heads and neurons are known, and this one's are not; give pattern "
-                         "block, or add its family to raysearch/models/architectures.py")
-    tiles, neurons = _tiles(list(attention.values()), 32), _of_modules(layout.mlps, "neuron")
+        raise layout.refusal("pattern hybrid", "heads and neurons are known", "pattern block")
+    tiles, neurons = _tiles(list(attention.values()), 32), _of_modules(layout, layout.mlps, "neuron")
     behind = tuple(part._replace(rows=part.rows + len(tiles.group)) for part in neurons.parts)
     return Units(tiles.parts + behind, torch.cat([tiles.group, neurons.group + len(attention)]))
 
@@ -166,10 +168,9 @@ def _tiles(matrices: Sequence[Matrix], side: int) -> Units:
     return Units(tuple(parts), torch.cat(group))
 
 
-def _of_modules(modules: Sequence[Sequence[UnitRows]], pattern: str) -> Units:
+def _of_modules(layout: Layout, modules: Sequence[Sequence[UnitRows]], pattern: str) -> Units:
     if not modules:
-        raise ValueError(f"pattern {pattern} needs a model whose {pattern}s are known, and this one's are not; give another "
-                         "pattern, or add its family to raysearch/models/architectures.py")
+        raise layout.refusal(f"pattern {pattern}", f"{pattern}s are known", "another pattern")
     parts: list[Part] = []
     group: list[Tensor] = []
     num_units = 0

@@ -1,5 +1,6 @@
 """What a search space draws, in words: parameters, when each occurs, and configurations resolved to rounds."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,11 @@ def draws(study: Study, space: Space, num_draws: int = NUM_PROPOSALS) -> list[Dr
     for trial, config in zip(trials, configs):
         actions = resolve_actions(config, study, num_train_tokens)
         known.setdefault(str(trial.params), Drawn(trial.params, trial.distributions, config, actions))
-    check_rule(study, space, num_train_tokens)
+    rule = check_rule(study, space, num_train_tokens)
+    if os.path.isdir(study.model.path):
+        from raysearch.trial.parts import check_parts  # seconds
+
+        check_parts([*rule, *configs], study)
     return list(known.values())
 
 

@@ -233,12 +233,12 @@ def sparsity_before(parent: Parent, pattern: str) -> float:
     return named[-1] if named and abs(named[-1] - sparsity) < ROUNDING else sparsity
 
 
-def check_rule(study: Study, space: Space, num_train_tokens: int) -> None:
-    """ValueError where the `round` of the space's module makes no action of a dense parent, whose qualities are taken as 1. One
-    that asks such a parent for something else is believed."""
+def check_rule(study: Study, space: Space, num_train_tokens: int) -> tuple[Action, ...]:
+    """What the `round` of the space's module, where it counts, makes of a dense parent, whose qualities are taken as 1;
+    ValueError where it makes no action. One that asks such a parent for something else is believed."""
     forks = Forks(study, space, num_train_tokens, seed=0)
     if study.search.sampler != "ours" or forks.rule is None:
-        return
+        return ()
     ones = {name: Metric(value=1.0, stderr=None, num_items=1) for name in study.search.objectives if name not in SIZES}
     nowhere = Provenance(created_at="", git_commit=None, versions={}, device="", hostname="")
     dense = RoundRecord(key="", parent=None, action=None, depth=0, num_parameters=1, num_prunable=1, num_nonzero=1,
@@ -246,10 +246,11 @@ def check_rule(study: Study, space: Space, num_train_tokens: int) -> None:
                         prune_s=0.0, finetune_s=0.0, evaluate_s=0.0, train_loss=None, weights_sha256=None, provenance=nowhere)
     trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
     try:
-        forks.action(Numbered(trial, 0), Parent(dense, (), 0))
+        return (forks.action(Numbered(trial, 0), Parent(dense, (), 0)),)
     except ValueError as error:
         if not isinstance(error.__cause__, KeyError):
             raise
+    return ()
 
 
 class Numbered:

@@ -121,6 +121,7 @@ class Proposals:
 
         self.distributions: dict[str, set[str]] = {}
         """By parameter: Optuna's JSON of all that it was drawn from."""
+        self.configs: list[TrialConfig] = []
         draws: list[object] = []
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
@@ -128,6 +129,7 @@ class Proposals:
             trial = study.ask()
             try:
                 config = draw(space, trial)
+                self.configs.append(config)
                 fields: object = {name: value for name, value in config.model_dump(mode="json").items()
                                   if name in FIRST_FIELDS or value != TrialConfig.model_fields[name].default}
             except ValueError:  # a sweep tells it where it happens

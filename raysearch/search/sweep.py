@@ -37,6 +37,7 @@ from raysearch.study.storage import AnyPath, StorePath, check_bucket
 from raysearch.trial.actions import check_actions, resolve_actions
 from raysearch.trial.gang import Gang, gang_resources
 from raysearch.trial.inputs import check_objectives, read_inputs, resolve
+from raysearch.trial.parts import check_parts
 from raysearch.trial.rank import Job
 
 
@@ -70,17 +71,17 @@ def sweep(space_name: str, directory: str | AnyPath, study: Study, space: Space,
     check_objectives(study, inputs)
     # a mistake in the space is told before anything is written
     actions = sample_trials(study, space, inputs, 20) if given is None else []
-    if given is None:
-        check_rule(study, space, inputs.num_train_tokens)
+    proposals = Proposals(space) if given is None else None
+    methods = [*check_rule(study, space, inputs.num_train_tokens), *proposals.configs] if proposals else []
     for number, trial in enumerate(enqueued if given is None else given, start=1):
         if isinstance(trial, TrialConfig):
             actions.append(resolve_actions(trial, study, inputs.num_train_tokens))
         else:
             check_actions(trial, study, inputs.num_train_tokens, f"{'enqueued' if given is None else 'given'} trial {number}")
             actions.append(trial)
+    check_parts([*methods, *(action for trial in actions for action in trial)], study)
     for earlier in warm_starts:
         check_warm_start(earlier, inputs.root_key)
-    proposals = Proposals(space) if given is None else None
     started = time.monotonic()
     recorded = ledger.study().study if ledger.holds_study() else None
     study = placed(study, recorded, work_of(study, actions), echo)

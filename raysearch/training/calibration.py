@@ -13,13 +13,31 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from raysearch.models.architectures import architecture
+from raysearch.models.architectures import architecture, family
 
 Statistic = Callable[[Tensor], Tensor]
 """inputs [positions, K] -> what is added up of them."""
 
 Call = tuple[Any, Any]
 """(inputs, named inputs) of a block."""
+
+
+def linears_of_blocks(model: nn.Module, names: Sequence[str]) -> tuple[Any, list[dict[str, nn.Module]]]:
+    """(the blocks, of each the linear layers whose weights have these names, by the weight's). ValueError for a family whose
+    blocks are not known and for weights that are no linear layer's in a block."""
+    known = architecture(model)
+    if known is None:
+        raise ValueError(f"calibration goes block by block, and those of {family(model)} are not known; give another criterion "
+                         "and budget, or add its family to raysearch/models/architectures.py")
+    blocks: Any = model.get_submodule(known.blocks)
+    modules = [{f"{known.blocks}.{index}.{path}.weight": module for path, module in block.named_modules()}
+               for index, block in enumerate(blocks)]
+    of_block = [{name: there[name] for name in names if name in there} for there in modules]
+    missing = set(names) - {name for linears in of_block for name in linears}
+    if missing:
+        raise ValueError(f"calibration needs weights of linear layers inside the blocks, got {sorted(missing)[0]}; give "
+                         "another criterion and budget")
+    return blocks, of_block
 
 
 @torch.no_grad()
@@ -29,21 +47,9 @@ def stream(model: PreTrainedModel, tokens: Tensor, is_counted: Sequence[bool], n
 
     tokens int64 [n, T] on the model's device; a sequence that is not counted only takes part: where weights are partitioned
     (ZeRO-3) every rank must call as often. A block's outputs are computed after the caller took its statistics, with the
-    weights that it has then. ValueError, before the first block, for a family whose blocks are not known and for weights
-    that are no linear layer's in a block.
+    weights that it has then. ValueError, before the first block, as `linears_of_blocks`.
     """
-    known = architecture(model)
-    if known is None:
-        raise ValueError(f"calibration goes block by block, and those of {type(model).__name__} are not known; give another "
-                         "criterion, or add its family to raysearch/models/architectures.py")
-    blocks = model.get_submodule(known.blocks)
-    modules = [{f"{known.blocks}.{index}.{path}.weight": module for path, module in block.named_modules()}
-               for index, block in enumerate(blocks)]
-    of_block = [{name: there[name] for name in names if name in there} for there in modules]
-    missing = set(names) - {name for linears in of_block for name in linears}
-    if missing:
-        raise ValueError(f"calibration needs weights of linear layers inside the blocks, got {sorted(missing)[0]}; set "
-                         "prunable to matrices, or give another criterion")
+    blocks, of_block = linears_of_blocks(model, names)
     model.eval()
     calls = [_calls(model, blocks, sequence[None]) for sequence in tokens]
     hidden = [call[0][0][0] for call in calls]

@@ -178,7 +178,7 @@ def test_a_layer_is_all_that_its_block_has() -> None:
         assert (whole(units, matrix) == int(matrix.name[0])).all(), matrix.name
     assert {part.name for part in units.parts if part.goes_along} == {m.bias for m in described.matrices if m.bias}
     assert units.group.tolist() == [0, 0]  # compared with each other
-    with pytest.raises(ValueError, match="pattern layer needs a model whose blocks are known and add to what they get"):
+    with pytest.raises(ValueError, match="pattern layer needs a model whose blocks are known to do no more than add"):
         layers(Layout(described.matrices))
 
 

@@ -45,5 +45,5 @@ def test_what_it_cannot_reach_is_refused() -> None:
     family, config = next(iter(STRANGERS.items()))
     stranger = random_model(config())
     assert architecture(stranger) is None
-    with pytest.raises(ValueError, match=f"block by block, and those of {type(stranger).__name__} are not known"):
+    with pytest.raises(ValueError, match=f"block by block, and those of {family} are not known"):
         next(stream(stranger, TOKENS, [True] * 3, [], squares))
