@@ -87,8 +87,21 @@ class StudySearcher(Searcher):
 
     def has_work(self) -> bool:
         """False when the study is finished and nothing needs to run."""
-        return (bool(self._mends) or bool(self._interrupted) or self.sampler.num_asked < self.study.search.num_trials
-                or due_control(self.ledger, self.study) is not None or bool(self._to_report()))
+        goes_on = not self._is_spent() and (bool(self._interrupted) or self._wants_trials()
+                                            or due_control(self.ledger, self.study) is not None)
+        return bool(self._mends) or goes_on or bool(self._to_report())
+
+    def _wants_trials(self) -> bool:
+        """Whether there are more to ask for, and worth it; says once that they are not worth it."""
+        if self.sampler.num_asked >= self.study.search.num_trials or self._num_failed_asks >= MAX_FAILED_ASKS:
+            return False
+        if not self._is_used_up and (why := gives_little(self.sampler.gains, self.study.search.min_gain_per_gpu_hour)):
+            self._use_up(why)
+        return not self._is_used_up
+
+    def _use_up(self, why: str) -> None:
+        self._is_used_up = True
+        self.progress.echo(f"no further trial is asked for: {why}")
 
     def _to_report(self) -> list[str]:
         """Candidates that are to be scored on the report split; reads every record, and so only once, when trials are done."""
@@ -125,8 +138,7 @@ class StudySearcher(Searcher):
         out_of_time = self._is_spent()
         if self._interrupted and not out_of_time:
             return self._trial_job(self.ledger.trial(self._interrupted.pop(0)))
-        while (self.sampler.num_asked < self.study.search.num_trials and not out_of_time
-               and self._num_failed_asks < MAX_FAILED_ASKS and not self._is_used_up):
+        while not out_of_time and self._wants_trials():
             if (job := self._ask()) is not None:
                 return job
         if any(job["kind"] != "report" for job in self._running.values()):
@@ -163,12 +175,8 @@ class StudySearcher(Searcher):
 
     def _ask(self) -> Job | None:
         """The next trial's job; None where the space makes no trial, which is recorded as one that failed, or no new one."""
-        why = gives_little(self.sampler.gains, self.study.search.min_gain_per_gpu_hour)
-        asked = None if why else self.sampler.ask()
-        if asked is None:
-            self._is_used_up = True
-            why = why or f"the space proposes nothing that its {self.sampler.num_asked} trials did not try"
-            self.progress.echo(f"no further trial is asked for: {why}")
+        if (asked := self.sampler.ask()) is None:
+            self._use_up(f"the space proposes nothing that its {self.sampler.num_asked} trials did not try")
             return None
         record = TrialRecord(number=asked.number, config=asked.config, actions=asked.actions, parameters=asked.parameters,
                              distributions=asked.distributions, forked_at=asked.forked_at,

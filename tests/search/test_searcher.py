@@ -201,6 +201,7 @@ def test_no_trial_begins_once_rounds_took_the_gpu_hours(tmp_path: Path) -> None:
     assert len(study.ledger.trials()) == 2
     assert [line for line in said if "GPU-hours" in line] == [
         "no further trial begins: the study's rounds took 0.00833 GPU-hours of 0.00805556"]
+    assert not searcher(study, 9, said, gpu_hours=29 / 3600).has_work()  # so the same command starts no Ray to say it again
     again = searcher(study, 9, [], gpu_hours=31 / 3600)  # what was spent counts in the next sweep
     assert run_to_the_end(again, study).count("trial") == 1
 
@@ -217,6 +218,7 @@ def test_no_trial_begins_once_the_model_expects_too_little_of_a_gpu_hour(tmp_pat
     assert line == (f"no further trial is asked for: each of the last {NUM_POOR} was expected to add less than 0.6 of the "
                     f"frontier's hypervolume for a GPU-hour (at most {max(gains[-NUM_POOR:]):.3g})")
     again, told = searcher(study, 40, said, min_gain_per_gpu_hour=0.6), len(said)
+    assert not again.has_work()  # nothing starts Ray to say it
     assert "trial" not in run_to_the_end(again, study)  # as before it was stopped
     assert said[told:] == [line]
     study.ledger.write_study(study.ledger.study().model_copy(update={"study": again.study}))  # as a sweep attaches
