@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 TESTS = Path(__file__).parent
 
@@ -25,3 +25,10 @@ def run_ranks(script: str, world_size: int, arguments: list[str], timeout_s: flo
     for rank, (_, errors) in zip(ranks, outputs):
         assert rank.returncode == 0, errors[-3000:]
     return json.loads(outputs[0][0].splitlines()[-1])
+
+
+def answer(found: object) -> NoReturn:
+    """Ends a rank with what it found. At once: DeepSpeed's parameters hold process groups past their end, and a thread of gloo
+    that outlives the interpreter ends about one process in 70 with SIGABRT."""
+    print(json.dumps(found), flush=True)
+    os._exit(0)

@@ -3,7 +3,6 @@ compiled."""
 
 import contextlib
 import gc
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import answer, run_ranks
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -365,4 +364,4 @@ if __name__ == "__main__":
         result = in_memory_of(model, *folder)
     else:
         result = {"masks": masks, "graphs": graphs}[what](model)
-    print(json.dumps(result))
+    answer(result)

@@ -2,7 +2,6 @@
 against three nested loops; heads against a model whose heads were cut by hand."""
 
 import functools
-import json
 import math
 import os
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import answer, run_ranks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -892,4 +891,4 @@ def main(model: str, *stages: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    print(json.dumps(main(*sys.argv[1:])))
+    answer(main(*sys.argv[1:]))
