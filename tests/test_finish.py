@@ -241,7 +241,9 @@ def test_a_killed_rank_of_ray_train_goes_on(directory: Path, stories: Path, monk
     finally:
         ray.shutdown()
     assert (directory / "killed").exists()
-    assert [(directory / f"began-{rank}").read_text() for rank in (0, 1)] == ["0 100 ", "0 100 "]
+    began, of_the_other = ((directory / f"began-{rank}").read_text() for rank in (0, 1))
+    assert began == of_the_other
+    assert began in ("0 50 ", "0 100 ")  # on a busy machine the checkpoint of step 100 is not there yet at step 120
     record = ledger.candidate(trial.keys[-1])
     assert (trial.status, record.provenance.num_ranks, record.provenance.zero_stage) == ("done", 2, 2)
     assert record.num_nonzero == ledger.candidate(key).num_nonzero

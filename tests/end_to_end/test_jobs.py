@@ -109,7 +109,7 @@ def test_a_sweep_as_a_job(head: Head, tmp_path: Path, tiny_model: Path, stories:
     assert code == 0, out
     assert "resuming" in out
 
-    (work / "space.py").write_text("STUDY = {'model': 'nowhere'}\ndef space(trial): return {}\n")
+    (work / "space.py").write_text("STUDY = {'model': {'path': 'nowhere'}}\ndef space(trial): return {}\n")
     code, out = head.run(work, "python", "-m", "raysearch", "sweep", "space", "--out", str(tmp_path / "other"))
     assert code == 1  # the job's, whatever the command's own was
     assert "raysearch: model nowhere: no such folder" in out

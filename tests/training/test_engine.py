@@ -232,9 +232,11 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        yield
-        ended.set()
-        watcher.join()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
         found[moment] = max(most) - before
 
     def build(model: str) -> Engine:
@@ -257,7 +259,8 @@ def in_memory_of(tiny: str, folder: str) -> list[dict[str, float]]:
     study = types.SimpleNamespace(model=types.SimpleNamespace(dtype="float32"))
     with contextlib.ExitStack() as stored:
         with measuring("store"):
-            worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"), study=study)
+            worker: Any = types.SimpleNamespace(engine=engine, ledger=Ledger(Path(folder) / "study"), study=study,
+                                                latency=lambda: None)
             written = stored.enter_context(written_meanwhile(worker, "key", weigh(worker, None)))
             file = engine.from_rank_0(lambda: written.result()[0])
         engine.load_base()
