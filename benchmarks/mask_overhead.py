@@ -44,13 +44,12 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--l1-lambda", type=float, default=0.0)
     options = parser.parse_args()
-    folder = options.model
-    if folder in SHAPES:
-        folder = tempfile.mkdtemp()
-        GPT2LMHeadModel(config(options.model)).to(torch.bfloat16).save_pretrained(folder)
-    engine = Engine(folder, prunable="matrices", zero_stage=options.zero_stage, dtype=options.dtype,
-                    batch_tokens=options.batch_tokens, context_tokens=options.context_tokens, weight_decay=0.1,
-                    compiled=can_compile())
+    with tempfile.TemporaryDirectory() as folder:
+        if options.model in SHAPES:
+            GPT2LMHeadModel(config(options.model)).to(torch.bfloat16).save_pretrained(folder)
+        engine = Engine(folder if options.model in SHAPES else options.model, prunable="matrices",
+                        zero_stage=options.zero_stage, dtype=options.dtype, batch_tokens=options.batch_tokens,
+                        context_tokens=options.context_tokens, weight_decay=0.1, compiled=can_compile())
     values = [shard.values for shard in engine.prunable_shards]
     num_prunable = sum(value.numel() for value in values)
     keep = iter(keep_masks(values, [shard.index for shard in engine.prunable_shards], num_to_prune(0.5, num_prunable)))

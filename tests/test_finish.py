@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +214,7 @@ def killing_loop(job: dict[str, Any]) -> None:
             after_step(step)
             if step == 120 and engine.rank == 1 and not (folder / "killed").exists():
                 (folder / "killed").touch()
+                time.sleep(10)  # Train's controller, which asks now and then, then knows of the checkpoint of step 100
                 os.kill(os.getpid(), signal.SIGKILL)
 
         done, keeping = resume(self, engine, num_steps, ending)
@@ -241,9 +243,7 @@ def test_a_killed_rank_of_ray_train_goes_on(directory: Path, stories: Path, monk
     finally:
         ray.shutdown()
     assert (directory / "killed").exists()
-    began, of_the_other = ((directory / f"began-{rank}").read_text() for rank in (0, 1))
-    assert began == of_the_other
-    assert began in ("0 50 ", "0 100 ")  # on a busy machine the checkpoint of step 100 is not there yet at step 120
+    assert [(directory / f"began-{rank}").read_text() for rank in (0, 1)] == ["0 100 ", "0 100 "]
     record = ledger.candidate(trial.keys[-1])
     assert (trial.status, record.provenance.num_ranks, record.provenance.zero_stage) == ("done", 2, 2)
     assert record.num_nonzero == ledger.candidate(key).num_nonzero

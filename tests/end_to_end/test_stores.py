@@ -114,7 +114,8 @@ def test_a_finished_study_is_found_finished_and_extended(store: StorePath, tmp_p
     code, out, err = finish(sweep(tmp_path, "--out", uri))
     assert code == 0, out + err
     assert "resuming" in out
-    assert " round " not in out  # nothing ran
+    lines = [line for line in out.splitlines() if "still at the sweep" not in line]  # which a slow machine says
+    assert " s] " not in "\n".join(lines)  # nothing ran
 
     # killed between its change and the upload: the end of a trial is not in the store
     lines = (store / "journal.log").read_bytes().splitlines(keepends=True)
